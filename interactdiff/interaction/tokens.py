@@ -1,0 +1,197 @@
+"""InteractDiffusion's tokens: what happens where, as vectors that attention can read (paper section 3.2).
+
+One interaction gives three tokens: subject, action, object. Each joins the feature of a phrase with the
+Fourier features of a box; the action's box is the *between box*, the region the two boxes leave for the
+interaction.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox
+from torch import Tensor, nn
+
+from interactdiff.scene import Interaction, SceneError
+
+FREQUENCIES = 8
+BOX_FEATURES = FREQUENCIES * 2 * 4  # sine and cosine of the four edges, at every frequency
+
+
+def box_features(boxes: Tensor) -> Tensor:
+    """Fourier features of boxes, in float32 whatever the boxes' dtype: in float16 they move by up to 0.023.
+
+    Args:
+        boxes: [B, N, 4], xyxy in [0, 1].
+
+    Returns:
+        [B, N, 64] float32: for each frequency 100^(k/8), k = 0..7, the sines of xyxy and then their cosines.
+    """
+    return get_fourier_embeds_from_boundingbox(FREQUENCIES, boxes.float())
+
+
+def between_boxes(subject_boxes: Tensor, object_boxes: Tensor) -> Tensor:
+    """The action's region: of the four edges on each axis, the middle two.
+
+    Disjoint boxes give the gap between them, nested boxes the inner one, touching boxes one of zero area.
+
+    Args:
+        subject_boxes: [..., 4], xyxy.
+        object_boxes: [..., 4], xyxy.
+
+    Returns:
+        [..., 4], xyxy.
+    """
+    corners = torch.stack([subject_boxes, object_boxes], dim=-2).unflatten(-1, (2, 2))
+    edges = corners.flatten(-3, -2)  # [..., 4, 2]: four edges on each axis
+    return edges.sort(dim=-2).values[..., 1:3, :].flatten(-2)
+
+
+class EmbeddingTable(nn.Module):
+    """A learned table. It sits one level deep because the published weights call it `<name>.emb.weight`."""
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.emb = nn.Embedding(rows, width)
+        nn.init.normal_(self.emb.weight, std=0.02)
+
+
+def projection(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
+    """The three-layer network that turns a phrase feature and a box into a token."""
+    return nn.Sequential(
+        nn.Linear(width_in, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, width_out),
+    )
+
+
+class InteractionTokenizer(nn.Module):
+    """Turns boxes and phrase features into interaction tokens (`position_net` in the published weights).
+
+    Args:
+        feature_dim: width of the phrase features.
+        token_dim: width of the tokens.
+        max_interactions: N, the rows of the table that tells one interaction's tokens from another's.
+        hidden: width inside the projections.
+    """
+
+    def __init__(self, feature_dim: int, token_dim: int, max_interactions: int = 30, hidden: int = 512):
+        super().__init__()
+        self.linears = projection(feature_dim + BOX_FEATURES, hidden, token_dim)
+        self.linear_action = projection(feature_dim + BOX_FEATURES, hidden, token_dim)
+        self.null_positive_feature = nn.Parameter(torch.zeros(feature_dim))
+        self.null_action_feature = nn.Parameter(torch.zeros(feature_dim))
+        self.null_position_feature = nn.Parameter(torch.zeros(BOX_FEATURES))
+        self.interaction_embedding = EmbeddingTable(max_interactions, token_dim)
+        self.position_embedding = EmbeddingTable(3, token_dim)
+
+    @property
+    def max_interactions(self) -> int:
+        """N: how many interactions an image can have."""
+        return self.interaction_embedding.emb.num_embeddings
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the phrase features."""
+        return self.null_positive_feature.shape[0]
+
+    def forward(
+        self,
+        subject_boxes: Tensor,
+        object_boxes: Tensor,
+        masks: Tensor,
+        subject_embeddings: Tensor,
+        object_embeddings: Tensor,
+        action_embeddings: Tensor,
+        action_masks: Tensor | None = None,
+    ) -> Tensor:
+        """Make the tokens of a batch.
+
+        Args:
+            subject_boxes: [B, N, 4], xyxy in [0, 1].
+            object_boxes: [B, N, 4], xyxy in [0, 1].
+            masks: [B, N], 1 for an interaction, 0 for an empty slot.
+            subject_embeddings: [B, N, feature_dim].
+            object_embeddings: [B, N, feature_dim].
+            action_embeddings: [B, N, feature_dim].
+            action_masks: [B, N], 0 makes only the action's token null ("boxes only"); `masks` if not given.
+
+        Returns:
+            [B, 3N, token_dim]: all subjects, then all actions, then all objects. Empty slots have tokens too,
+            made of the null features.
+        """
+        action_masks = masks if action_masks is None else masks * action_masks
+        action_boxes = between_boxes(subject_boxes, object_boxes)
+        null_thing, null_action = self.null_positive_feature, self.null_action_feature
+        subjects = self.linears(self._masked(subject_embeddings, subject_boxes, masks, null_thing))
+        objects = self.linears(self._masked(object_embeddings, object_boxes, masks, null_thing))
+        actions = self.linear_action(self._masked(action_embeddings, action_boxes, action_masks, null_action))
+        slots = self.interaction_embedding.emb.weight[: masks.shape[1]]
+        subject_role, object_role, action_role = self.position_embedding.emb.weight
+        return torch.cat(
+            [subjects + slots + subject_role, actions + slots + action_role, objects + slots + object_role],
+            dim=1,
+        )
+
+    def _masked(self, features: Tensor, boxes: Tensor, masks: Tensor, null_feature: Tensor) -> Tensor:
+        """[B, N, feature_dim + 64]: features and box where the mask is 1, the learned nulls where it is 0."""
+        masks = masks.unsqueeze(-1).to(null_feature.dtype)
+        positions = box_features(boxes).to(null_feature.dtype)
+        features = masks * features.to(null_feature.dtype) + (1 - masks) * null_feature
+        positions = masks * positions + (1 - masks) * self.null_position_feature
+        return torch.cat([features, positions], dim=-1)
+
+
+def scene_phrases(scenes: Sequence[Sequence[Interaction]]) -> list[str]:
+    """Every phrase of some scenes, each once, in order of appearance."""
+    phrases = (p for scene in scenes for i in scene for p in (i.subject, i.action, i.object))
+    return list(dict.fromkeys(p for p in phrases if p is not None))
+
+
+def scene_tensors(
+    scenes: Sequence[Sequence[Interaction]], features: Mapping[str, Tensor], max_interactions: int
+) -> dict[str, Tensor]:
+    """Lay out scenes as the keyword arguments of `InteractionTokenizer.forward`.
+
+    Args:
+        scenes: B scenes of at most `max_interactions` interactions each.
+        features: a [feature_dim] vector for every phrase in the scenes, all on one device.
+        max_interactions: N, the slots of an image; unused ones are zero and masked.
+
+    Returns:
+        Boxes [B, N, 4] and masks [B, N] in float32, features [B, N, feature_dim] in the features' dtype.
+
+    Raises:
+        SceneError: a scene has more than N interactions.
+    """
+    some_feature = next(iter(features.values()), torch.zeros(0))
+    slots = (len(scenes), max_interactions)
+    boxes = {role: torch.zeros(*slots, 4) for role in ("subject", "object")}
+    masks, action_masks = torch.zeros(slots), torch.zeros(slots)
+    embeddings = {
+        role: some_feature.new_zeros(*slots, some_feature.shape[-1])
+        for role in ("subject", "object", "action")
+    }
+    for row, scene in enumerate(scenes):
+        if len(scene) > max_interactions:
+            raise SceneError(f"expected at most {max_interactions} interactions an image, got {len(scene)}")
+        for slot, interaction in enumerate(scene):
+            boxes["subject"][row, slot] = torch.tensor(interaction.subject_box)
+            boxes["object"][row, slot] = torch.tensor(interaction.object_box)
+            masks[row, slot] = 1
+            embeddings["subject"][row, slot] = features[interaction.subject]
+            embeddings["object"][row, slot] = features[interaction.object]
+            if interaction.action is not None:
+                action_masks[row, slot] = 1
+                embeddings["action"][row, slot] = features[interaction.action]
+    device = some_feature.device
+    return {
+        "subject_boxes": boxes["subject"].to(device),
+        "object_boxes": boxes["object"].to(device),
+        "masks": masks.to(device),
+        "subject_embeddings": embeddings["subject"],
+        "object_embeddings": embeddings["object"],
+        "action_embeddings": embeddings["action"],
+        "action_masks": action_masks.to(device),
+    }

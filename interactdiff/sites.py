@@ -1,0 +1,98 @@
+"""Finds where a denoiser can be controlled, by what its modules are and never by what they are called."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+from interactdiff.checkpoint import AdapterError
+
+KINDS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by cross-attention width
+
+
+@dataclass(frozen=True)
+class Site:
+    """One transformer block of a U-Net.
+
+    Attributes:
+        path: the block's name in the U-Net, such as "mid_block.attentions.0.transformer_blocks.0".
+        block: the block.
+        transformer: the model around it, whose input still has height and width.
+    """
+
+    path: str
+    block: BasicTransformerBlock
+    transformer: Transformer2DModel
+
+    @property
+    def dim(self) -> int:
+        """Width of the block's tokens."""
+        return self.block.attn1.query_dim
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of the block."""
+        return self.block.attn1.heads
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter has to know of the U-Net that it is made for.
+
+    Attributes:
+        cross_attention_dim: width of the text features that the U-Net reads.
+        sites: for the path of each site, its width and its attention heads.
+    """
+
+    cross_attention_dim: int
+    sites: dict[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        """Name it as an error message does: the kind, the text width, the sites' widths."""
+        kind = KINDS.get(self.cross_attention_dim, "a U-Net of no published kind")
+        widths = ", ".join(str(w) for w in sorted({dim for dim, _ in self.sites.values()}))
+        text = self.cross_attention_dim
+        return f"{kind} (cross-attention width {text}, {len(self.sites)} sites of width {widths})"
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel) -> "Base":
+        """Read it off a U-Net.
+
+        Raises:
+            AdapterError: the U-Net has no transformer blocks, or they read text of several widths.
+        """
+        sites = {site.path: (site.dim, site.heads) for site in find_sites(unet)}
+        if not sites:
+            raise AdapterError("expected a U-Net with transformer blocks, got one without any")
+        width = unet.config.cross_attention_dim
+        widths = set(width) if isinstance(width, Sequence) else {width}
+        if len(widths) != 1:
+            raise AdapterError(f"expected a U-Net that reads text of one width, got {sorted(widths)}")
+        return cls(widths.pop(), sites)
+
+
+def unet_of(pipeline_or_unet: object) -> UNet2DConditionModel:
+    """The U-Net of a pipeline, or the U-Net itself, whether or not it was compiled.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    unet = getattr(pipeline_or_unet, "unet", pipeline_or_unet)
+    unet = getattr(unet, "_orig_mod", unet)
+    if not isinstance(unet, UNet2DConditionModel):
+        got = type(pipeline_or_unet).__name__
+        raise AdapterError(f"expected a UNet2DConditionModel or a pipeline that has one, got {got}")
+    return unet
+
+
+def find_sites(unet: UNet2DConditionModel) -> list[Site]:
+    """Every transformer block of a U-Net, in the order of its modules."""
+    return [
+        Site(f"{prefix}.{name}", block, transformer)
+        for prefix, transformer in unet.named_modules()
+        if isinstance(transformer, Transformer2DModel)
+        for name, block in transformer.named_modules()
+        if isinstance(block, BasicTransformerBlock)
+    ]
