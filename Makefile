@@ -1,0 +1,39 @@
+# make demo | make test | make lint: each makes .venv if missing, installs pinned versions once, and runs.
+SHELL := bash
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test lint
+demo: $(VENV)/installed
+	$(BIN)/interactdiff demo
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+# pyright sees the package as it installs: pipelines/ and training/ are interactdiff.pipelines and .training.
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf build/typecheck && mkdir -p build/typecheck
+	cp -R interactdiff build/typecheck/
+	cp -R pipelines training build/typecheck/interactdiff/
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(BIN)/pip:
+	@[ -n "$(PYTHON)" ] || { echo "expected Python 3.11 or newer on the PATH, found none" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Without build isolation, so that setuptools is a pinned one too.
+$(VENV)/installed: constraints.txt pyproject.toml | $(BIN)/pip
+	@echo "Installing into $(VENV) (torch is large: the first time takes some minutes)"
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
