@@ -335,7 +335,7 @@ def attach(
             has been touched then.
     """
     unet = unet_of(pipeline_or_unet)
-    adapter.check_base(unet)
+    adapter.config.base.check(unet)
     if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in unet._forward_pre_hooks.values()):
         raise AdapterError(
             "expected a U-Net without an adapter attached, got one that has it: detach that first"

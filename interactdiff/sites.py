@@ -72,6 +72,16 @@ class Base:
             raise AdapterError(f"expected a U-Net that reads text of one width, got {sorted(widths)}")
         return cls(widths.pop(), sites)
 
+    def check(self, unet: UNet2DConditionModel) -> None:
+        """Make sure that a U-Net is this base.
+
+        Raises:
+            AdapterError: it is another; the message names both.
+        """
+        got = Base.of(unet)
+        if got != self:
+            raise AdapterError(f"expected the base that the adapter is made for, {self}, got {got}")
+
 
 def unet_of(pipeline_or_unet: object) -> UNet2DConditionModel:
     """The U-Net of a pipeline, or the U-Net itself, whether or not it was compiled.

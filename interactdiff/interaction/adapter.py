@@ -111,16 +111,6 @@ class InteractionAdapter(nn.Module):
         """Make tokens, [B, 3N, token_dim], of what `interaction.tokens.scene_tensors` returns."""
         return self.position_net(**scene_tensors)
 
-    def check_base(self, unet: UNet2DConditionModel) -> None:
-        """Make sure that the adapter is made for this U-Net.
-
-        Raises:
-            AdapterError: it is made for another; the message names both.
-        """
-        base = Base.of(unet)
-        if base != self.config.base:
-            raise AdapterError(f"expected the adapter's base, {self.config.base}, got {base}")
-
     @classmethod
     def for_unet(
         cls,
@@ -158,6 +148,35 @@ class InteractionAdapter(nn.Module):
         """
         data, tensors = load_adapter_files(path_or_id)
         return cls.from_tensors(InteractionConfig.from_json(data), tensors).eval()
+
+    @classmethod
+    def from_published(
+        cls, tensors: Mapping[str, Tensor], unet: UNet2DConditionModel
+    ) -> "InteractionAdapter":
+        """An adapter that holds published weights, in eval mode; every size is read off the tensors.
+
+        Args:
+            tensors: weights under diffusers' names; those that are not the adapter's are ignored.
+            unet: the base that they are to act in.
+
+        Raises:
+            AdapterError: there is no adapter among the tensors, or it is made for another base.
+        """
+        prefix, fuser = "position_net.", ".fuser."
+        tensors = {name: t for name, t in tensors.items() if name.startswith(prefix) or fuser in name}
+        try:
+            sizes = InteractionTokenizer.sizes_of(
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            )
+        except KeyError as missing:
+            raise AdapterError(f"expected InteractDiffusion's weights, got none named {missing}") from None
+        linear = f"{fuser}linear.weight"
+        widths = {n.removesuffix(linear): t.shape[0] for n, t in tensors.items() if n.endswith(linear)}
+        heads = {path: heads for path, (_, heads) in Base.of(unet).sites.items()}  # no tensor tells
+        sites = {path: (width, heads.get(path, 1)) for path, width in widths.items()}
+        base = Base(sizes.pop("token_dim"), sites)
+        base.check(unet)
+        return cls.from_tensors(InteractionConfig(base, **sizes), tensors).eval()
 
     @classmethod
     def from_tensors(cls, config: InteractionConfig, tensors: Mapping[str, Tensor]) -> "InteractionAdapter":

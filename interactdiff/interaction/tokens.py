@@ -86,6 +86,21 @@ class InteractionTokenizer(nn.Module):
         self.interaction_embedding = EmbeddingTable(max_interactions, token_dim)
         self.position_embedding = EmbeddingTable(3, token_dim)
 
+    @staticmethod
+    def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """The arguments that make a tokenizer for these weights, by the names of its `state_dict`.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        rows, token_dim = tensors["interaction_embedding.emb.weight"].shape
+        return {
+            "feature_dim": tensors["null_positive_feature"].shape[0],
+            "token_dim": token_dim,
+            "max_interactions": rows,
+            "hidden": tensors["linears.0.weight"].shape[0],
+        }
+
     @property
     def max_interactions(self) -> int:
         """N: how many interactions an image can have."""

@@ -1,0 +1,109 @@
+"""Golden vectors: what the reference implementation computed, for every file in the folder $GOLDEN_DIR.
+
+A file's kind is known by its tensors and every size is read from it, so files of other sizes run unchanged.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from interactdiff.attach import attach
+from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.interaction.fuser import GatedSelfAttention
+from interactdiff.interaction.tokens import InteractionTokenizer
+from interactdiff.ldm import adapter_tensors_from_ldm, unet_from_ldm
+
+FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
+
+
+class Golden:
+    """One file, its tensors by the first part of their names: in, out, state."""
+
+    def __init__(self, file: Path):
+        with safe_open(file, "pt") as opened:
+            self.metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        self.inputs, self.outputs, self.state = (
+            {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
+            for part in ("in.", "out.", "state.")
+        )
+
+    @property
+    def kind(self) -> str | None:
+        """Which of the three this is; None for vectors of other methods."""
+        if any(name.startswith("time_embed.") for name in self.state):
+            return "ldm_unet"
+        if any(name.endswith("null_position_feature") for name in self.state):
+            return "hoi_tokens"
+        return "gated_self_attention" if "alpha_attn" in self.state else None
+
+    def scaled_outputs(self, name: str) -> dict[float, Tensor]:
+        """The outputs by their scale: `eps` (1) and `eps_scale_0`, or `scale_1` and `scale_0.35`."""
+        cut = {key.removeprefix(name): value for key, value in self.outputs.items() if key.startswith(name)}
+        return {float(key.removeprefix("_scale").removeprefix("_") or 1): value for key, value in cut.items()}
+
+
+def files(kind: str) -> list[Path]:
+    return [file for file in sorted(FOLDER.glob("*.safetensors")) if Golden(file).kind == kind]
+
+
+def golden_cases(kind: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("golden", [pytest.param(Golden(f), id=f.stem) for f in files(kind)])
+
+
+def off_by(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return (got - expected).abs().max().item()
+
+
+def tokenizer_of(state: dict[str, Tensor]) -> InteractionTokenizer:
+    state = {name.removeprefix("position_net."): tensor for name, tensor in state.items()}
+    tokenizer = InteractionTokenizer(**InteractionTokenizer.sizes_of(state))
+    tokenizer.load_state_dict(state)
+    return tokenizer
+
+
+def test_the_folder_has_vectors():
+    assert files("hoi_tokens") + files("gated_self_attention") + files("ldm_unet")
+
+
+@golden_cases("hoi_tokens")
+@torch.no_grad()
+def test_tokens(golden: Golden):
+    tokens = tokenizer_of(golden.state)(**golden.inputs)
+    assert off_by(tokens, golden.outputs["tokens"]) < 1e-4
+
+
+@golden_cases("gated_self_attention")
+@torch.no_grad()
+def test_fuser(golden: Golden):
+    dim, token_dim = golden.state["linear.weight"].shape
+    fuser = GatedSelfAttention(dim, token_dim, int(golden.metadata["heads"]))
+    fuser.load_state_dict(golden.state)
+    outputs = golden.scaled_outputs("scale")
+    for scale, expected in outputs.items():
+        assert off_by(fuser(golden.inputs["x"], golden.inputs["objs"], scale), expected) < 1e-4
+    assert outputs
+    assert off_by(golden.inputs["x"], expected) > 1e-2, "the fuser does nothing here"
+
+
+@golden_cases("ldm_unet")
+@torch.no_grad()
+def test_whole_unet_through_the_converter(golden: Golden):
+    params = json.loads(golden.metadata["config"])
+    unet = unet_from_ldm(golden.state, params)
+    adapter = InteractionAdapter.from_published(
+        adapter_tensors_from_ldm(golden.state, unet.config.layers_per_block), unet
+    )
+    scene = dict(golden.inputs)
+    x, timesteps, context = (scene.pop(name) for name in ("x", "timesteps", "context"))
+    with attach(unet, adapter) as handle:
+        for scale, expected in golden.scaled_outputs("eps").items():
+            handle.set_tokens(adapter(**scene), strength=scale)
+            assert off_by(unet(x, timesteps, context).sample, expected) < 1e-3, f"scale {scale}"
+    assert off_by(golden.outputs["eps"], golden.outputs["eps_scale_0"]) > 1e-2, "the fuser does nothing here"
