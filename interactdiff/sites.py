@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -66,7 +67,7 @@ class Base:
         sites = {site.path: (site.dim, site.heads) for site in find_sites(unet)}
         if not sites:
             raise AdapterError("expected a U-Net with transformer blocks, got one without any")
-        width = unet.config.cross_attention_dim
+        width = cast(Any, unet.config).cross_attention_dim
         widths = set(width) if isinstance(width, Sequence) else {width}
         if len(widths) != 1:
             raise AdapterError(f"expected a U-Net that reads text of one width, got {sorted(widths)}")

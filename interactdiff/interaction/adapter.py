@@ -174,9 +174,10 @@ class InteractionAdapter(nn.Module):
         widths = {n.removesuffix(linear): t.shape[0] for n, t in tensors.items() if n.endswith(linear)}
         heads = {path: heads for path, (_, heads) in Base.of(unet).sites.items()}  # no tensor tells
         sites = {path: (width, heads.get(path, 1)) for path, width in widths.items()}
-        base = Base(sizes.pop("token_dim"), sites)
+        base = Base(sizes["token_dim"], sites)
         base.check(unet)
-        return cls.from_tensors(InteractionConfig(base, **sizes), tensors).eval()
+        config = InteractionConfig(base, sizes["feature_dim"], sizes["max_interactions"], sizes["hidden"])
+        return cls.from_tensors(config, tensors).eval()
 
     @classmethod
     def from_tensors(cls, config: InteractionConfig, tensors: Mapping[str, Tensor]) -> "InteractionAdapter":

@@ -56,13 +56,13 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend: [B, L, dim] queries over [B, M, dim] keys and values, projected to [B, L, dim]."""
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (queries, keys, values))
         attended = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](attended.transpose(1, 2).flatten(-2))
+        return self.to_out(attended.transpose(1, 2).flatten(-2))
 
 
 class GatedSelfAttention(nn.Module):
@@ -93,9 +93,8 @@ class GatedSelfAttention(nn.Module):
         self.alpha_dense = nn.Parameter(torch.tensor(float(init == "open")))
         self.grid_positions = nn.Linear(BOX_FEATURES, dim) if grid_positions else None
         if init == "open":
-            for output in (self.attn.to_out[0], self.ff.net[2]):
-                nn.init.zeros_(output.weight)
-                nn.init.zeros_(output.bias)
+            for parameter in (*self.attn.to_out.parameters(), *self.ff.net[2].parameters()):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, objects: Tensor, scale: float = 1.0, grid: Tensor | None = None) -> Tensor:
         """Let visual tokens read interaction tokens.
@@ -155,6 +154,6 @@ def gated_self_attention_oracle(
         f(t).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v)
     )
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
-    attended = attn.to_out[0]((weights @ v).transpose(1, 2).flatten(-2))
+    attended = attn.to_out((weights @ v).transpose(1, 2).flatten(-2))
     x = x + scale * fuser.alpha_attn.tanh() * attended[:, :visual]
     return x + scale * fuser.alpha_dense.tanh() * fuser.ff(fuser.norm2(x))
