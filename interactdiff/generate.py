@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Drawer:
         handle = weights = None
         if adapter is not None:  # first, since it is the quicker one to refuse
             weights = InteractionAdapter.from_pretrained(resolve("adapter", adapter))
-        pipeline = load_pipeline(pipeline_at).to(place, DTYPES[precision])
+        pipeline = load_pipeline(pipeline_at, place, DTYPES[precision])
         if weights is not None:
             handle = attach(pipeline, weights)
         return cls(pipeline, handle, lasting(model), None if adapter is None else lasting(adapter))
@@ -111,7 +112,7 @@ class Drawer:
             )
 
 
-def load_pipeline(path_or_id: str) -> Any:
+def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Load a diffusers pipeline from a folder or the Hub; from safetensors only, so that no pickle is run.
 
     Raises:
@@ -121,9 +122,9 @@ def load_pipeline(path_or_id: str) -> Any:
     if folder.is_dir():
         check_model_folder(folder)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path_or_id, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(path_or_id, use_safetensors=True).to(device, dtype)
     except Exception as error:  # loaders of a dozen kinds of files raise as many kinds of errors
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 160, placeholder=" ...")
         raise ModelError(
             f"expected a diffusers model at {path_or_id}, got {type(error).__name__}: {reason}"
         ) from error

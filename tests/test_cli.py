@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 from tiny import trained_adapter
 
 from interactdiff.cli import main
+from interactdiff.generate import Drawer
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.picture import read_record
+from interactdiff.picture import read_record, save_picture
 from interactdiff.scene import Interaction, Scene
 
 RIDING = "person|riding|bike|0.30,0.20,0.62,0.80|0.28,0.55,0.70,0.92"
@@ -170,6 +172,13 @@ def test_bad_scene_files_get_one_sentence(
     assert [path.name for path in Path().iterdir()] == ["scene.json"]
 
 
+def drop_a_tensor(file: Path) -> None:
+    """Leave a whole file without its first tensor."""
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def truncate(file: Path) -> None:
     """Keep the first two thirds."""
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
@@ -183,6 +192,11 @@ def truncate(file: Path) -> None:
             lambda at: (at / "model/vae/diffusion_pytorch_model.safetensors").write_bytes(b"no"),
             "whole safetensors",
         ),
+        (
+            lambda at: drop_a_tensor(at / "model/unet/diffusion_pytorch_model.safetensors"),
+            "a diffusers model",
+        ),
+        (lambda at: drop_a_tensor(at / "adapter/adapter.safetensors"), "got none in its weights"),
         (lambda at: truncate(at / "adapter/adapter.safetensors"), "whole safetensors"),
         (lambda at: (at / "adapter/config.json").write_text("{"), "expected JSON"),
         (lambda at: (at / "adapter/config.json").unlink(), "config.json"),
@@ -227,13 +241,8 @@ def test_other_versions_are_named_when_drawing_again(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate(models, "a person") == 0
-    raw = Path("out.png").read_bytes()
     record = read_record("out.png")
-    old = record.versions["torch"].encode()
-    assert raw.count(b'"torch": "' + old) == 1
     record.versions["torch"] = "0.1"
-    from interactdiff.picture import save_picture
-
     save_picture(Image.open("out.png"), "old.png", record)
     capsys.readouterr()
     assert main(["generate", "--from", "old.png"]) == 0
@@ -250,8 +259,6 @@ def test_help_needs_no_torch() -> None:
 def test_ctrl_c_is_quiet(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from interactdiff.generate import Drawer
-
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
