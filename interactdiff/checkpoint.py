@@ -81,6 +81,25 @@ def read_safetensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise AdapterError(f"expected a whole safetensors file at {file}, got {error}") from None
 
 
+def check_tensors(whose: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    """Make sure that tensors have the names and shapes that a module's `state_dict` has.
+
+    Args:
+        whose: what an error calls the tensors' owner.
+        expected: the module's.
+        got: those to be loaded.
+
+    Raises:
+        AdapterError: naming the first that is missing, superfluous or of another shape.
+    """
+    for name in sorted(expected.keys() | got.keys()):
+        wanted, found = (
+            list(tensors[name].shape) if name in tensors else "no such tensor" for tensors in (expected, got)
+        )
+        if wanted != found:
+            raise AdapterError(f"expected {whose}'s {name} to be {wanted}, got {found}")
+
+
 def _download(repo_id: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

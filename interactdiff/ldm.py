@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
 from torch import Tensor
 
-from interactdiff.checkpoint import AdapterError
+from interactdiff.checkpoint import AdapterError, check_tensors
 
 ADAPTER_KEY = re.compile(r"(position_net|.*\.fuser)\.")
 SITE = re.compile(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?1\.(.*)")
@@ -67,10 +67,9 @@ def unet_from_ldm(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> U
     """
     unet = UNet2DConditionModel(**unet_config_from_ldm(params))
     base = {LDM_UNET_KEY + name: tensor for name, tensor in tensors.items() if not ADAPTER_KEY.match(name)}
-    try:
-        unet.load_state_dict(convert_ldm_unet_checkpoint(base, unet.config))
-    except (RuntimeError, KeyError) as error:
-        raise AdapterError(f"expected the weights of the U-Net in the configuration, got {error}") from None
+    converted = convert_ldm_unet_checkpoint(base, unet.config)
+    check_tensors("the U-Net", unet.state_dict(), converted)
+    unet.load_state_dict(converted)
     return unet.eval()
 
 

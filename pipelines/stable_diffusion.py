@@ -90,9 +90,7 @@ class InteractionStableDiffusionPipeline(StableDiffusionPipeline):
         """
         if self.interaction is None:
             if interactions:
-                raise AdapterError(
-                    "expected an interaction adapter to be loaded, got interactions without one"
-                )
+                raise AdapterError("expected an adapter to be loaded for the interactions, got none")
             return super().__call__(*args, **kwargs)
         self.interaction.set_scene(interactions, interaction_strength, interaction_schedule)
         try:

@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    """Two levels of different width and heads, one block of two layers: 7 sites."""
+    """Two levels of different width and heads, one of them with two blocks a transformer: 11 sites."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8,

@@ -2,7 +2,7 @@
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.scene import Interaction
@@ -30,3 +30,20 @@ def draw(pipe: StableDiffusionPipeline, prompt: str | list[str] = "a dog", **arg
     noise = torch.randn(images, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=pipe.unet.dtype)
     arguments = {"latents": noise, "num_inference_steps": 3, "guidance_scale": 3.0, **arguments}
     return pipe(prompt, output_type="latent", **arguments).images
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to the noise of another batch size."""
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+class Calls:
+    """Counts how often some modules run."""
+
+    def __init__(self, *modules: nn.Module):
+        self.count = 0
+        for module in modules:
+            module.register_forward_hook(self.add)
+
+    def add(self, *_: object) -> None:
+        self.count += 1

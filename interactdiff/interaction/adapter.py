@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from interactdiff.checkpoint import AdapterError, load_adapter_files, save_adapter_files
+from interactdiff.checkpoint import AdapterError, check_tensors, load_adapter_files, save_adapter_files
 from interactdiff.interaction.fuser import GatedSelfAttention, Init
 from interactdiff.interaction.tokens import InteractionTokenizer
 from interactdiff.sites import Base
@@ -188,14 +188,7 @@ class InteractionAdapter(nn.Module):
         """
         with torch.device("meta"):
             adapter = cls(config)
-        expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
-        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for name in sorted(expected.keys() | got.keys()):
-            if expected.get(name) != got.get(name):
-                raise AdapterError(
-                    f"expected the adapter's {name} to be {expected.get(name, 'absent')}, "
-                    f"got {got.get(name, 'none')} in its weights"
-                )
+        check_tensors("the adapter", adapter.state_dict(), tensors)
         adapter.load_state_dict(dict(tensors), assign=True)
         return adapter
 

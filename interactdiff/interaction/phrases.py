@@ -39,7 +39,7 @@ def encode_phrases(
     if not phrases:
         return {}
     limit = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    encoded = tokenizer(list(phrases), padding=True, return_tensors="pt")
+    encoded = tokenizer(list(phrases), padding=True, return_tensors="pt", verbose=False)
     for phrase, length in zip(phrases, encoded.attention_mask.sum(dim=1).tolist(), strict=True):
         if length > limit:
             raise SceneError(

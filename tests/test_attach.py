@@ -1,0 +1,222 @@
+"""Attaching: the base is itself again afterwards, other adapters go on working, errors are in words."""
+
+import pytest
+import torch
+from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
+from torch import nn
+
+from interactdiff.attach import Handle, attach
+from interactdiff.checkpoint import AdapterError
+from interactdiff.scene import SceneError
+
+
+def state_of(module: nn.Module) -> dict:
+    """Everything of a module that attaching could leave changed."""
+    hooks = [n for n in vars(module) if n.endswith("_hooks") or "_hooks_" in n]
+    return {
+        "keys": list(module.state_dict()),
+        "modules": [(name, id(m), m.forward.__func__) for name, m in module.named_modules()],
+        "hooks": [{n: dict(vars(m)[n]) for n in hooks} for m in module.modules()],
+    }
+
+
+def test_detached_base_is_what_it_was(pipe, adapter):
+    before, processors, picture = state_of(pipe.unet), dict(pipe.unet.attn_processors), draw(pipe)
+    handle = attach(pipe, adapter)
+    handle.set_scene([RIDING])
+    assert list(pipe.unet.state_dict()) == before["keys"], "adapter weights are in the base's state dict"
+    assert not torch.equal(draw(pipe), picture)
+    handle.detach()
+    handle.detach()
+    assert state_of(pipe.unet) == before
+    assert all(pipe.unet.attn_processors[name] is p for name, p in processors.items())
+    assert torch.equal(draw(pipe), picture)
+
+
+def ask_nothing(handle: Handle) -> None: ...
+
+
+def ask_and_clear(handle: Handle) -> None:
+    handle.set_scene([RIDING])
+    handle.clear()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        ask_nothing,
+        ask_and_clear,
+        pytest.param(lambda handle: handle.set_scene([]), id="no interactions"),
+        pytest.param(lambda handle: handle.set_scene([[], []]), id="no interactions for either prompt"),
+        pytest.param(lambda handle: handle.set_scene([RIDING], strength=0.0), id="strength 0"),
+        pytest.param(lambda handle: handle.set_scene([RIDING], schedule=0.0), id="schedule 0"),
+    ],
+)
+def test_attached_with_nothing_asked_changes_no_bit_and_does_no_work(pipe, adapter, ask):
+    prompts = ["a dog", "a bike"]
+    picture = draw(pipe, prompts)
+    work = Calls(*(module for fuser in adapter.fusers.values() for module in fuser.modules()))
+    with attach(pipe, adapter) as handle:
+        ask(handle)
+        assert torch.equal(draw(pipe, prompts), picture)
+    assert work.count == 0
+
+
+@pytest.mark.parametrize("ending", ["normally", "in an error"])
+def test_leaving_the_block_detaches(pipe, adapter, ending):
+    before = state_of(pipe.unet)
+    try:
+        with attach(pipe, adapter):
+            if ending == "in an error":
+                raise KeyError
+    except KeyError:
+        pass
+    assert state_of(pipe.unet) == before
+
+
+def test_second_adapter_is_refused_until_the_first_is_off(pipe, adapter):
+    handle = attach(pipe, adapter)
+    attached = state_of(pipe.unet)
+    with pytest.raises(AdapterError, match="expected a U-Net without an adapter attached"):
+        attach(pipe.unet, adapter)
+    assert state_of(pipe.unet) == attached
+    handle.detach()
+    with pytest.raises(AdapterError, match="got a handle that is detached"):
+        handle.set_scene([RIDING])
+    attach(pipe.unet, adapter).detach()
+
+
+def test_another_base_is_refused_untouched(pipe, adapter):
+    before = state_of(pipe.unet)
+    adapter.config.base.sites.pop(next(iter(adapter.config.base.sites)))
+    with pytest.raises(AdapterError, match=r"expected the base that .* 10 sites of .* got .* 11 sites of"):
+        attach(pipe, adapter)
+    assert state_of(pipe.unet) == before
+
+
+@pytest.mark.parametrize("other", ["pipe.vae", "pipe.text_encoder"])
+def test_what_has_no_unet_is_refused(pipe, adapter, other):
+    with pytest.raises(AdapterError, match="expected a UNet2DConditionModel or a pipeline that has one, got"):
+        attach(getattr(pipe, other.removeprefix("pipe.")), adapter)
+
+
+def test_a_text_encoder_of_another_width_is_refused(pipe, unet):
+    adapter = trained_adapter(unet)
+    attach(unet, adapter).detach()
+    pipe.text_encoder.config.hidden_size = 32
+    with pytest.raises(AdapterError, match=r"expected a text encoder of width 24, .* got width 32"):
+        attach(pipe, adapter)
+
+
+# --- devices, dtypes, other adapters ---
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_follows_the_base_to_half_precision(pipe, adapter, when):
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        expected = draw(pipe)
+    if when == "before":
+        pipe.to(torch.bfloat16)
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        pipe.to(torch.bfloat16)
+        picture = draw(pipe)
+    assert picture.dtype == torch.bfloat16
+    assert (picture - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("order", ["lora first", "adapter first"])
+def test_lora_before_and_after(pipe, adapter, order):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+
+    def load_lora() -> None:
+        torch.manual_seed(7)
+        pipe.unet.add_adapter(config)
+
+    if order == "lora first":
+        load_lora()
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        if order == "adapter first":
+            without = draw(pipe)
+            load_lora()
+            assert not close(draw(pipe), without)
+        picture = draw(pipe)
+    alone = draw(pipe)
+    assert not close(picture, alone)
+    assert not any("fuser" in name for name in pipe.unet.state_dict())
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        assert torch.equal(draw(pipe), picture)
+
+
+def test_other_attention_processors_do_not_matter(pipe, adapter):
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        expected = draw(pipe)
+        pipe.enable_attention_slicing(1)
+        assert close(draw(pipe), expected)
+        pipe.disable_attention_slicing()
+        pipe.unet.set_default_attn_processor()
+        assert close(draw(pipe), expected)
+
+
+def test_generator_makes_a_run_repeatable(pipe, adapter):
+    def run(seed: int) -> torch.Tensor:
+        return draw(pipe, latents=None, eta=1.0, generator=torch.Generator().manual_seed(seed))
+
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        first = run(1)
+        assert torch.equal(run(1), first)
+        assert not torch.equal(run(2), first)
+
+
+# --- what does not work refuses in words ---
+
+
+def test_a_batch_that_scenes_cannot_explain(pipe, adapter):
+    message = "^expected a batch of 2 times a multiple of 3 rows, for 3 scenes with guidance on, got 4 rows$"
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([[RIDING], [], [FEEDING]])
+        with pytest.raises(SceneError, match=message):
+            draw(pipe, ["a dog", "a bike"])
+        handle.set_tokens(torch.randn(3, 9, 24))
+        with pytest.raises(SceneError, match=r"^expected tokens for 2 batch rows, got 3$"):
+            draw(pipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([RIDING] * 4,), "^expected at most 3 interactions an image, got 4$"),
+        (([RIDING], 2.5), r"^expected a strength in \[0, 2\], got 2.5$"),
+        (([RIDING], float("nan")), r"^expected a strength in \[0, 2\], got nan$"),
+        (([RIDING], 1.0, 1.5), "^expected a schedule in"),
+        ((["person|riding|bike"],), "^expected Interactions, or a sequence of them for each prompt, got"),
+        (([RIDING, [FEEDING]],), "^expected Interactions, or a sequence of them for each prompt, got"),
+        ((None,), "^expected Interactions, or a sequence of them for each prompt, got None$"),
+    ],
+)
+def test_a_bad_scene_is_refused_and_the_last_one_stays(pipe, adapter, arguments, message):
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([FEEDING])
+        expected = draw(pipe)
+        with pytest.raises(SceneError, match=message):
+            handle.set_scene(*arguments)
+        assert torch.equal(draw(pipe), expected)
+
+
+def test_tokens_of_another_width_are_refused(unet, adapter):
+    with (
+        attach(unet, adapter) as handle,
+        pytest.raises(SceneError, match=r"\[batch, 3N, 24\], got \[1, 9, 7\]"),
+    ):
+        handle.set_tokens(torch.randn(1, 9, 7))
+
+
+def test_a_bare_unet_cannot_read_phrases(unet, adapter):
+    with attach(unet, adapter) as handle, pytest.raises(AdapterError, match="to encode phrases, got none"):
+        handle.set_scene([RIDING])
