@@ -1,0 +1,231 @@
+"""Scenes: everything that may be asked for, everything that may not, and JSON there and back."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from interactdiff.scene import Box, Interaction, Scene, SceneError, interactions_from_lists
+from interactdiff.scene_schema import json_schema
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+DOCS = Path(__file__).parent.parent / "docs"
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+RIDING = Interaction("person", "riding", "bike", (0.3, 0.2, 0.62, 0.8), (0.28, 0.55, 0.7, 0.92))
+
+edges = st.floats(0.0, 1.0)
+spans = st.tuples(edges, edges).filter(lambda span: span[0] != span[1]).map(sorted)
+boxes = st.tuples(spans, spans).map(lambda spans: (spans[0][0], spans[1][0], spans[0][1], spans[1][1]))
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+phrases = texts.filter(lambda text: text.strip() != "")
+interactions = st.builds(Interaction, phrases, st.none() | phrases, phrases, boxes, boxes)
+sides = st.none() | st.integers(1, 512).map(lambda n: 8 * n)
+scenes = st.builds(
+    Scene,
+    texts,
+    st.lists(interactions, max_size=4).map(tuple),
+    negative_prompt=texts,
+    seed=st.integers(0, 2**63 - 1),
+    steps=st.integers(1, 1000),
+    guidance_scale=st.floats(0, 100),
+    strength=st.floats(0, 2),
+    schedule=st.floats(0, 1),
+    width=sides,
+    height=sides,
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(scenes)
+def test_json_there_and_back(scene: Scene) -> None:
+    assert Scene.from_json(scene.to_json()) == scene
+    assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+
+
+@given(boxes, boxes)
+def test_good_boxes_are_taken_and_the_action_lies_between_them(subject: Box, thing: Box) -> None:
+    one = Interaction("person", None, "bike", subject, thing)
+    assert (one.subject_box, one.object_box) == (subject, thing)
+    for axis in (0, 1):
+        low, high = one.between_box[axis], one.between_box[axis + 2]
+        starts, ends = (subject[axis], thing[axis]), (subject[axis + 2], thing[axis + 2])
+        assert (low, high) == tuple(sorted((max(starts), min(ends))))  # the overlap, or else the gap
+
+
+@given(st.lists(st.floats(), max_size=6))
+def test_a_box_is_taken_exactly_if_it_is_one(edges: list[float]) -> None:
+    good = len(edges) == 4 and 0 <= edges[0] < edges[2] <= 1 and 0 <= edges[1] < edges[3] <= 1
+    if good:
+        Interaction("a", "b", "c", tuple(edges), WHOLE)  # pyright: ignore[reportArgumentType]
+    else:
+        with pytest.raises(SceneError, match=r"^object_box: expected .* got "):
+            Interaction("a", "b", "c", WHOLE, tuple(edges))  # pyright: ignore[reportArgumentType]
+
+
+def refusal(make: Callable[[Any], object], value: Any) -> str:
+    """What the scene error says; a stand-in that is no worse if there is none."""
+    try:
+        make(value)
+    except SceneError as error:
+        return str(error)
+    return "expected and got"
+
+
+@given(anything)
+def test_no_json_does_worse_than_a_scene_error(values: Any) -> None:
+    for said in (
+        refusal(Scene.from_dict, values),
+        refusal(Interaction.from_dict, values),
+        refusal(Scene.from_dict, {"prompt": "", "interactions": [values]}),
+    ):
+        assert "expected" in said
+        assert "\n" not in said
+
+
+@given(st.text(max_size=60))
+def test_no_text_does_worse_than_a_scene_error(text: str) -> None:
+    for read in (Interaction.parse, Scene.from_json):
+        with pytest.raises(SceneError, match="expected"):
+            read(text)
+
+
+@given(st.text("|,. 0123456789-abn", max_size=60))
+def test_the_command_line_form_is_read_or_refused(text: str) -> None:
+    assert "expected" in refusal(Interaction.parse, text)
+
+
+@given(st.builds(Interaction, *[st.text("abc é", min_size=1).filter(str.strip)] * 3, boxes, boxes))
+def test_the_command_line_form_there_and_back(one: Interaction) -> None:
+    said = [",".join(map(repr, box)) for box in (one.subject_box, one.object_box)]
+    assert Interaction.parse("|".join([one.subject, one.action or "-", one.object, *said])) == one
+
+
+def test_a_dash_leaves_the_action_open() -> None:
+    assert Interaction.parse("person|-|bike|0,0,1,1|0,0,1,1").action is None
+
+
+@pytest.mark.parametrize(
+    ("subject", "thing", "between"),
+    [
+        ((0.0, 0.0, 0.2, 1.0), (0.6, 0.0, 1.0, 1.0), (0.2, 0.0, 0.6, 1.0)),  # disjoint: the gap
+        ((0.0, 0.0, 1.0, 1.0), (0.2, 0.3, 0.4, 0.5), (0.2, 0.3, 0.4, 0.5)),  # nested: the inner one
+        ((0.0, 0.0, 0.5, 1.0), (0.5, 0.2, 1.0, 0.8), (0.5, 0.2, 0.5, 0.8)),  # touching: no area
+        ((0.3, 0.2, 0.62, 0.8), (0.28, 0.55, 0.7, 0.92), (0.3, 0.55, 0.62, 0.8)),  # overlapping
+    ],
+)
+def test_between_box(subject: Box, thing: Box, between: Box) -> None:
+    assert Interaction("a", "b", "c", subject, thing).between_box == between
+    assert Interaction("a", "b", "c", thing, subject).between_box == between
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor])
+def test_boxes_may_be_lists_arrays_and_tensors(make) -> None:
+    one = Interaction("a", "b", "c", make([0.25, 0.0, 0.5, 1.0]), WHOLE)
+    assert one.subject_box == (0.25, 0.0, 0.5, 1.0)
+    assert all(type(edge) is float for edge in one.subject_box)
+
+
+@pytest.mark.parametrize("box", [None, "0,0,1,1", 1.0, {0: 0.0}, (0, 0, 1), (0, 0, 1, True), (0, 0, 1, "1")])
+def test_what_is_no_box(box: Any) -> None:
+    with pytest.raises(SceneError, match="subject_box: expected"):
+        Interaction("a", "b", "c", box, WHOLE)
+
+
+@pytest.mark.parametrize("phrase", ["", "  \n", None, 3, b"person", "\ud800"])
+def test_what_is_no_phrase(phrase: Any) -> None:
+    with pytest.raises(SceneError, match="subject: expected"):
+        Interaction(phrase, "b", "c", WHOLE, WHOLE)
+    with pytest.raises(SceneError, match="object: expected"):
+        Interaction("a", "b", phrase, WHOLE, WHOLE)
+    if phrase is not None:
+        with pytest.raises(SceneError, match="action: expected"):
+            Interaction("a", phrase, "c", WHOLE, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", None),
+        ("negative_prompt", 1),
+        ("interactions", "person"),
+        ("interactions", [RIDING.subject]),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", 1.0),
+        ("seed", True),
+        ("steps", 0),
+        ("steps", 1001),
+        ("guidance_scale", math.inf),
+        ("strength", 2.01),
+        ("strength", "1"),
+        ("strength", 10**400),
+        ("schedule", math.nan),
+        ("schedule", -0.1),
+        ("width", 100),
+        ("height", 0),
+        ("height", 8192),
+    ],
+)
+def test_what_is_no_scene(field: str, value: Any) -> None:
+    with pytest.raises(SceneError, match=rf"^{field}: expected .*, got "):
+        Scene(**{"prompt": "a", field: value})
+
+
+def test_messages_stay_short() -> None:
+    with pytest.raises(SceneError) as raised:
+        Interaction("a", "b", "c", list(range(10_000)), WHOLE)  # pyright: ignore[reportArgumentType]
+    assert len(str(raised.value)) < 200
+
+
+def test_lists_of_unequal_length_are_refused_with_their_lengths() -> None:
+    made = interactions_from_lists(["person"], [None], ["bike"], [WHOLE], [WHOLE])
+    assert made == (Interaction("person", None, "bike", WHOLE, WHOLE),)
+    with pytest.raises(SceneError, match="1 subject_phrases, 2 action_phrases, 1 object_phrases"):
+        interactions_from_lists(["person"], ["riding", "riding"], ["bike"], [WHOLE], [WHOLE])
+    with pytest.raises(SceneError, match="subject_phrases: expected a list, got 'person'"):
+        interactions_from_lists("person", ["riding"], ["bike"], [WHOLE], [WHOLE])
+    with pytest.raises(SceneError, match="interaction 2: object: expected a phrase"):
+        interactions_from_lists(["a", "a"], ["b", "b"], ["c", ""], [WHOLE] * 2, [WHOLE] * 2)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"prompt": "a", "seed": ' + "1" * 5000 + "}"])
+def test_absurd_json_is_refused(text: str) -> None:
+    with pytest.raises(SceneError, match="nested too deep or digits too many"):
+        Scene.from_json(text)
+
+
+def test_files_that_are_no_text_and_no_files(tmp_path: Path) -> None:
+    (tmp_path / "bytes.json").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(
+        SceneError, match=r"bytes\.json: expected JSON text in UTF-8, got other bytes at byte 12"
+    ):
+        Scene.from_file(tmp_path / "bytes.json")
+    with pytest.raises(SceneError, match="expected a scene file, got"):
+        Scene.from_file(tmp_path)
+    (tmp_path / "bom.json").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}')
+    assert Scene.from_file(tmp_path / "bom.json") == Scene("a")
+
+
+def test_the_shipped_schema_is_the_one_of_the_code() -> None:
+    assert json.loads((DOCS / "scene.schema.json").read_text(encoding="utf-8")) == json_schema()
+
+
+def test_the_documented_example_is_a_scene() -> None:
+    text = (DOCS / "scene.md").read_text(encoding="utf-8")
+    example = text.split("```json\n")[1].split("```")[0]
+    scene = Scene.from_json(example)
+    assert len(scene.interactions) == 2
+    assert scene.interactions[1].action is None
