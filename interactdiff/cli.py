@@ -31,8 +31,16 @@ from interactdiff.picture import (
 from interactdiff.scene import Interaction, Scene, SceneError
 
 DEMO = Scene(
-    "a person in blue riding a red bike on the beach",
-    (Interaction("person in blue", "riding", "red bike", (0.32, 0.12, 0.72, 0.8), (0.22, 0.55, 0.82, 0.96)),),
+    prompt="a person in blue riding a red bike on the beach",
+    interactions=(
+        Interaction(
+            subject="person in blue",
+            action="riding",
+            object="red bike",
+            subject_box=(0.32, 0.06, 0.68, 0.68),
+            object_box=(0.23, 0.58, 0.77, 0.95),
+        ),
+    ),
     seed=7,
 )
 INTERACTION_HELP = (

@@ -57,7 +57,7 @@ def with_text(path: Path, text: str | None) -> Path:
         ('{"scene": {"prompt": 1}}', "scene: prompt: expected text, got 1"),
         ('{"scene": {"prompt": "a"}}', "got KeyError: 'model'"),
         (
-            '{"scene": {"prompt": ""}, "model": 1, "adapter": null, "device": "", "dtype": "", "versions": {}}',
+            '{"scene": {"prompt": ""}, "model": 1, "adapter": "", "device": "", "dtype": "", "versions": {}}',
             "as text, got",
         ),
     ],
