@@ -24,7 +24,7 @@ def test_public_names_are_there() -> None:
         assert getattr(interactdiff, name) is not None
         assert name in dir(interactdiff)
     with pytest.raises(AttributeError, match="has no attribute 'colour'"):
-        interactdiff.colour  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+        interactdiff.colour  # noqa: B018
 
 
 def test_attach_stays_the_function_when_its_module_is_imported_first() -> None:

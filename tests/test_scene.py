@@ -69,10 +69,10 @@ def test_good_boxes_are_taken_and_the_action_lies_between_them(subject: Box, thi
 def test_a_box_is_taken_exactly_if_it_is_one(edges: list[float]) -> None:
     good = len(edges) == 4 and 0 <= edges[0] < edges[2] <= 1 and 0 <= edges[1] < edges[3] <= 1
     if good:
-        Interaction("a", "b", "c", tuple(edges), WHOLE)  # pyright: ignore[reportArgumentType]
+        Interaction("a", "b", "c", tuple(edges), WHOLE)
     else:
         with pytest.raises(SceneError, match=r"^object_box: expected .* got "):
-            Interaction("a", "b", "c", WHOLE, tuple(edges))  # pyright: ignore[reportArgumentType]
+            Interaction("a", "b", "c", WHOLE, tuple(edges))
 
 
 def refusal(make: Callable[[Any], object], value: Any) -> str:
@@ -186,7 +186,7 @@ def test_what_is_no_scene(field: str, value: Any) -> None:
 
 def test_messages_stay_short() -> None:
     with pytest.raises(SceneError) as raised:
-        Interaction("a", "b", "c", list(range(10_000)), WHOLE)  # pyright: ignore[reportArgumentType]
+        Interaction("a", "b", "c", list(range(10_000)), WHOLE)
     assert len(str(raised.value)) < 200
 
 
