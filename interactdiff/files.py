@@ -12,7 +12,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the folder cannot be written to, or `write` failed.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".aside-", suffix=path.suffix)
     os.close(handle)
     aside = Path(name)
     try:
@@ -30,12 +30,12 @@ def why_unwritable(path: Path) -> str | None:
 
     A file is made in the folder and removed again, which is the only sure way to know.
     """
-    if path.is_dir():
-        return "a folder"
-    if path.exists() and not os.access(path, os.W_OK):
-        return "a file that may not be written"
     try:
+        if path.is_dir():
+            return "a folder"
+        if path.exists() and not os.access(path, os.W_OK):
+            return "a file that may not be written"
         with tempfile.TemporaryFile(dir=path.parent):
             return None
     except OSError as error:
-        return f"{error.strerror} for {path.parent}"
+        return error.strerror or str(error)

@@ -87,15 +87,17 @@ class Drawer:
             SceneError: as in `ask`.
         """
         self.ask(scene)
-        return self.pipeline(
-            prompt=scene.prompt,
-            negative_prompt=scene.negative_prompt,
-            num_inference_steps=scene.steps,
-            guidance_scale=scene.guidance_scale,
-            width=scene.width,
-            height=scene.height,
-            generator=torch.Generator("cpu").manual_seed(scene.seed),
-        ).images[0]
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            drawn = self.pipeline(
+                prompt=scene.prompt,
+                negative_prompt=scene.negative_prompt,
+                num_inference_steps=scene.steps,
+                guidance_scale=scene.guidance_scale,
+                width=scene.width,
+                height=scene.height,
+                generator=torch.Generator("cpu").manual_seed(scene.seed),
+            )
+        return drawn.images[0]
 
     def record(self, scene: Scene) -> Record:
         """What it takes to draw the scene again."""

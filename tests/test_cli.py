@@ -11,11 +11,14 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from tiny import trained_adapter
 
+import interactdiff.cli
+import interactdiff.stickworld
 from interactdiff.cli import main
 from interactdiff.generate import Drawer
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.picture import read_record, save_picture
+from interactdiff.picture import enlarged, read_record, save_picture
 from interactdiff.scene import Interaction, Scene
+from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS
 
 RIDING = "person|riding|bike|0.30,0.20,0.62,0.80|0.28,0.55,0.70,0.92"
 SENTENCE_START = "interactdiff: "
@@ -88,6 +91,47 @@ def test_flags_override_the_scene_file(models: Path) -> None:
     drawn = read_record("out.png").scene
     assert (drawn.seed, drawn.steps, drawn.schedule) == (6, 2, 0.25)
     assert drawn.interactions == scene.interactions
+
+
+@pytest.fixture
+def packaged(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model and adapter in the place of the packaged ones."""
+    folders = {"stickworld": models / "model", "stickworld-interaction": models / "adapter"}
+    monkeypatch.setattr(interactdiff.stickworld, "model_path", folders.__getitem__, raising=False)
+    return models
+
+
+def test_the_demo_shows_the_picture_beside_what_was_asked(
+    packaged: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interactdiff.cli, "DEMO", Scene("a person", (Interaction.parse(RIDING),), steps=2))
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().out == "out/demo.png\n"
+    with Image.open("out/demo.png") as image:
+        left, right = image.crop((0, 0, 480, 480)), image.crop((496, 0, 976, 480))
+        assert image.size == (976, 480)
+    assert ImageChops.difference(left, right).getbbox() is not None
+    assert main(["generate", "--from", "out/demo.png", "--out", "alone.png"]) == 0
+    assert enlarged(Image.open("alone.png")).tobytes() == left.tobytes()
+
+
+def test_the_bundled_scene_uses_words_of_stickworld() -> None:
+    words = {*ACTIONS, *OBJECTS, *COLOURS}
+    one = interactdiff.cli.DEMO.interactions[0]
+    assert one.action in words
+    assert set(one.object.split()) <= words
+
+
+def test_packaged_names_last_and_take_their_adapter(packaged: Path) -> None:
+    assert main(["generate", "a", "--interaction", RIDING, "--steps", "2"]) == 0
+    record = read_record("out.png")
+    assert (record.model, record.adapter) == ("stickworld", "stickworld-interaction")
+
+
+def test_an_incomplete_install_is_named(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (packaged / "model").rename(packaged / "gone")
+    assert main(["generate", "a"]) == 2
+    assert "expected the packaged model stickworld" in refusal(capsys)
 
 
 def boxes(subject: str, thing: str = "0.28,0.55,0.70,0.92") -> list[str]:

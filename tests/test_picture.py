@@ -107,7 +107,15 @@ def test_why_unwritable(tmp_path: Path) -> None:
     assert "No such file or directory" in (why_unwritable(tmp_path / "none" / "a.png") or "")
     (tmp_path / "file").touch()
     assert "Not a directory" in (why_unwritable(tmp_path / "file" / "a.png") or "")
+    assert "File name too long" in (why_unwritable(tmp_path / ("a" * 300 + ".png")) or "")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_long_names_that_the_folder_takes_are_written(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 251 + ".png")
+    assert why_unwritable(path) is None
+    write_aside(path, lambda aside: aside.write_text("x"))
+    assert path.read_text() == "x"
 
 
 @pytest.mark.parametrize(
