@@ -9,7 +9,7 @@ LoRA, ControlNet and pipeline goes on working:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -37,7 +37,7 @@ class _Control:
         strength: multiplies the schedule's value.
         shares: the schedule.
         guidance: whether batches come in two halves; None to ask the pipeline.
-        constant: keys, values and positions that no step changes, by site.
+        constant: what no step changes: keys, values and positions by site, and the plan by batch.
     """
 
     tokens: Tensor
@@ -204,6 +204,7 @@ class Handle:
         features = {p: f.to(null.device) for p, f in self._phrase_encoder(scene_phrases(scenes)).items()}
         return self.adapter(**scene_tensors([*scenes, ()], features, limit))
 
+    @torch.compiler.disable  # bookkeeping, which reads the pipeline: nothing to compile
     def _before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = None
         if (control := self._control) is None:
@@ -230,6 +231,8 @@ class Handle:
             return _Call(scale)
         scenes = len(control.occupied)
         halves = self._halves(control)
+        if (known := control.constant.get((batch, *halves))) is not None:
+            return replace(known, scale=scale)
         images, rest = divmod(batch, len(halves))
         if rest or images % scenes:
             raise SceneError(
@@ -241,11 +244,13 @@ class Handle:
         controlled = [row for row, (scene, _) in enumerate(scene_of_row) if control.occupied[scene]]
         tokens_of_row = [scene if conditional else scenes for scene, conditional in scene_of_row]
         device = control.tokens.device
-        return _Call(
+        call = _Call(
             scale,
             torch.tensor([tokens_of_row[row] for row in controlled], device=device),
             None if len(controlled) == batch else torch.tensor(controlled, device=device),
         )
+        control.constant[(batch, *halves)] = call
+        return call
 
     def _halves(self, control: _Control) -> list[bool]:
         """For each part of the batch whether it is conditional, in diffusers' order."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +38,9 @@ def load_adapter_files(path_or_id: str | os.PathLike[str]) -> tuple[dict[str, An
     files = {n: folder / n if folder.is_dir() else _download(str(path_or_id), n) for n in (CONFIG, WEIGHTS)}
     try:
         config = json.loads(files[CONFIG].read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"expected {CONFIG} and {WEIGHTS} in {folder}, got no {CONFIG}") from None
+    except OSError as error:
+        got = f"no {CONFIG} that can be read ({error.strerror})"
+        raise AdapterError(f"expected {CONFIG} and {WEIGHTS} in {folder}, got {got}") from None
     except ValueError as error:
         raise AdapterError(f"expected JSON in {files[CONFIG]}, got {error}") from None
     return config, read_safetensors(files[WEIGHTS])
@@ -114,17 +114,9 @@ def _download(repo_id: str, name: str) -> Path:
 
 
 def _write_aside(file: Path, write: Callable[[str], object]) -> None:
-    handle, aside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        write(aside)
-        os.chmod(aside, 0o666 & ~_umask())  # mkstemp's are the owner's only
+        write(str(aside))
         os.replace(aside, file)
     finally:
-        Path(aside).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        aside.unlink(missing_ok=True)

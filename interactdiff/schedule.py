@@ -108,6 +108,6 @@ class StepClock:
         if self._run is not None and self._run[0] is scheduler.timesteps and self._run[1] == calls:
             return
         timesteps = [float(t) for t in scheduler.timesteps.tolist()]
-        steps = steps_of_calls(timesteps, scheduler.num_inference_steps, scheduler.order)
+        steps = steps_of_calls(timesteps, getattr(scheduler, "num_inference_steps", None), scheduler.order)
         self._table = list(zip(timesteps, steps, strict=True))[-calls:]
         self._run = (scheduler.timesteps, calls)

@@ -26,7 +26,7 @@ class InteractionStableDiffusionPipeline(StableDiffusionPipeline):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         adapter: InteractionAdapter | str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> "InteractionStableDiffusionPipeline":

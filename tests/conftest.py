@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 def unet() -> UNet2DConditionModel:
     """Two levels of different width and heads, one of them with two blocks a transformer: 11 sites."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(
+    make: Any = UNet2DConditionModel  # diffusers annotates tuples of any length as tuples of one
+    return make(
         sample_size=8,
         block_out_channels=(16, 32),
         layers_per_block=1,
@@ -47,7 +49,10 @@ def unet() -> UNet2DConditionModel:
 def pipe(unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     """A stock pipeline of 16 px pictures, 8x8 latents."""
     torch.manual_seed(1)
-    text_config = CLIPTextConfig(
+    make_text_config, make_vae, make_pipeline = cast(
+        Any, (CLIPTextConfig, AutoencoderKL, StableDiffusionPipeline)
+    )
+    text_config = make_text_config(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=32,
@@ -58,7 +63,7 @@ def pipe(unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> StableDiffusio
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    vae = AutoencoderKL(
+    vae = make_vae(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -66,7 +71,7 @@ def pipe(unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> StableDiffusio
         latent_channels=4,
         sample_size=16,
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline = make_pipeline(
         vae=vae.eval(),
         text_encoder=CLIPTextModel(text_config).eval(),
         tokenizer=tokenizer,

@@ -15,7 +15,7 @@ def state_of(module: nn.Module) -> dict:
     hooks = [n for n in vars(module) if n.endswith("_hooks") or "_hooks_" in n]
     return {
         "keys": list(module.state_dict()),
-        "modules": [(name, id(m), m.forward.__func__) for name, m in module.named_modules()],
+        "modules": [(name, id(m), m.forward) for name, m in module.named_modules()],
         "hooks": [{n: dict(vars(m)[n]) for n in hooks} for m in module.modules()],
     }
 

@@ -75,6 +75,11 @@ def forget_config(folder) -> None:
     (folder / "config.json").unlink()
 
 
+def lock_config(folder) -> None:
+    forget_config(folder)
+    (folder / "config.json").mkdir()
+
+
 def forget_weights(folder) -> None:
     (folder / "adapter.safetensors").unlink()
 
@@ -104,6 +109,9 @@ def edit_config(**changes):
     return edit
 
 
+BAD_PATH = {"cross_attention_dim": 24, "sites": {"mid..x": [16, 2]}}
+
+
 def drop_a_tensor(folder) -> None:
     tensors = load_file(folder / "adapter.safetensors")
     tensors.pop("position_net.null_action_feature")
@@ -114,7 +122,11 @@ def drop_a_tensor(folder) -> None:
     ("damage", "message"),
     [
         (remove_all, r"expected an adapter's folder or the id of one on .*, got '.*adapter'"),
-        (forget_config, r"expected config\.json and adapter\.safetensors in .*, got no config\.json"),
+        (
+            forget_config,
+            r"expected config\.json and adapter\.safetensors in .*, got no config\.json that can be read",
+        ),
+        (lock_config, r"in .*, got no config\.json that can be read \(Is a directory\)"),
         (forget_weights, r"expected safetensors weights at .*adapter\.safetensors, got no such file"),
         (truncate, r"expected a whole safetensors file at .*adapter\.safetensors, got"),
         (scribble, r"expected a whole safetensors file at .*adapter\.safetensors, got"),
@@ -122,8 +134,13 @@ def drop_a_tensor(folder) -> None:
         (garble, r"expected JSON in .*config\.json, got .*line 1 column 26"),
         (edit_config(method="subject"), r"method and version .*interaction.* got .*subject"),
         (edit_config(version=2), r"method and version .* got \('interaction', 2\)"),
-        (edit_config(hidden=None), r"expected the sizes of an adapter in its .*, got TypeError"),
+        (edit_config(hidden=None), r"expected the sizes of an adapter in its .*, got ValueError: None where"),
         (edit_config(base={}), r"expected the sizes of an adapter in its .*, got KeyError: 'sites'"),
+        (edit_config(hidden=-1), r"expected the sizes of an adapter in its .*, got ValueError: -1 where"),
+        (
+            edit_config(base=BAD_PATH),
+            r"expected the sizes of an adapter in its .*, got ValueError: 'mid\.\.x'",
+        ),
         (edit_config(hidden=17), r"expected the adapter's .*linear_action\.0\.bias to be \[17\], got \[16\]"),
         (drop_a_tensor, r"expected the adapter's .*null_action_feature to be \[24\], got no such tensor"),
     ],

@@ -9,6 +9,7 @@ from tiny import BOXES_ONLY, FEEDING, RIDING, Calls, close, draw, trained_adapte
 from torch import nn
 
 from interactdiff.attach import attach
+from interactdiff.interaction.phrases import encode_phrases
 from interactdiff.interaction.tokens import scene_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its schedulers with numpy 2
@@ -59,7 +60,7 @@ def test_unconditional_half_reads_the_same_tokens_with_every_mask_0(pipe, adapte
         handle.set_scene([RIDING])
         draw(pipe, num_inference_steps=1)
     ((sample, timestep), kwargs, (noise,)) = seen[0]
-    phrases = {p: handle._phrase_encoder([p])[p] for p in ("person", "riding", "bike")}
+    phrases = encode_phrases(pipe.tokenizer, pipe.text_encoder, ["person", "riding", "bike"])
     tensors = scene_tensors([[RIDING]], phrases, 3)
     conditional = adapter(**tensors)
     unconditional = adapter(**{**tensors, "masks": torch.zeros(1, 3), "action_masks": torch.zeros(1, 3)})
@@ -245,8 +246,8 @@ def test_training_keeps_float32_weights_on_a_half_precision_base(unet, adapter):
     unet.to(torch.bfloat16)
     with attach(unet, adapter.train()) as handle, torch.autocast("cpu", dtype=torch.bfloat16):
         handle.set_tokens(torch.randn(1, 9, 24, requires_grad=True))
-        half = {"dtype": torch.bfloat16}
-        out = unet(torch.randn(1, 4, 8, 8, **half), 1, torch.randn(1, 5, 24, **half)).sample
+        x, context = torch.randn(1, 4, 8, 8).bfloat16(), torch.randn(1, 5, 24).bfloat16()
+        out = unet(x, 1, context).sample
         out.float().sum().backward()
     gradients = [parameter.grad for fuser in adapter.fusers.values() for parameter in fuser.parameters()]
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)

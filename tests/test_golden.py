@@ -96,9 +96,8 @@ def test_fuser(golden: Golden):
 def test_whole_unet_through_the_converter(golden: Golden):
     params = json.loads(golden.metadata["config"])
     unet = unet_from_ldm(golden.state, params)
-    adapter = InteractionAdapter.from_published(
-        adapter_tensors_from_ldm(golden.state, unet.config.layers_per_block), unet
-    )
+    tensors = adapter_tensors_from_ldm(golden.state, params["num_res_blocks"])
+    adapter = InteractionAdapter.from_published(tensors, unet)
     scene = dict(golden.inputs)
     x, timesteps, context = (scene.pop(name) for name in ("x", "timesteps", "context"))
     with attach(unet, adapter) as handle:

@@ -3,11 +3,17 @@
 import inspect
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from interactdiff.pipelines import InteractionStableDiffusionPipeline
 from tiny import FEEDING, RIDING, draw, trained_adapter
 
@@ -114,6 +120,29 @@ def test_saved_base_is_free_of_the_adapter(ours, tmp_path):
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
     assert stock.unet.state_dict().keys() == ours.unet.state_dict().keys()
     assert not any("fuser" in name for name in stock.unet.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "inpaint"])
+def test_other_stock_pipelines_take_the_adapter(pipe, adapter, kind):
+    picture = {"image": torch.rand(1, 3, 16, 16), "num_inference_steps": 2, "output_type": "latent"}
+    if kind == "controlnet":
+        torch.manual_seed(8)
+        net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8))
+        other: Any = StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=net)
+    else:
+        other = StableDiffusionInpaintPipeline.from_pipe(pipe)
+        picture["mask_image"] = torch.ones(1, 1, 16, 16)
+    other.set_progress_bar_config(disable=True)
+
+    def run() -> torch.Tensor:
+        return other("a dog", generator=torch.Generator().manual_seed(9), **picture).images
+
+    base = run()
+    with attach(other, adapter) as handle:
+        assert torch.equal(run(), base)
+        handle.set_scene([RIDING])
+        assert not torch.allclose(run(), base, atol=1e-2)
+    assert torch.equal(run(), base)
 
 
 def test_bare_name_is_refused():

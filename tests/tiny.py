@@ -1,5 +1,7 @@
 """Things small enough to test with, shared by the tests: scenes, and an adapter that acts."""
 
+from typing import Any, cast
+
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ def draw(pipe: StableDiffusionPipeline, prompt: str | list[str] = "a dog", **arg
     images = (1 if isinstance(prompt, str) else len(prompt)) * arguments.get("num_images_per_prompt", 1)
     noise = torch.randn(images, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=pipe.unet.dtype)
     arguments = {"latents": noise, "num_inference_steps": 3, "guidance_scale": 3.0, **arguments}
-    return pipe(prompt, output_type="latent", **arguments).images
+    return cast(Any, pipe)(prompt, output_type="latent", **arguments).images
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:

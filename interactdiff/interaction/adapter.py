@@ -58,18 +58,33 @@ class InteractionConfig:
         if got != (METHOD, VERSION):
             raise AdapterError(f"expected an adapter of method and version {(METHOD, VERSION)}, got {got}")
         try:
-            sites = {path: (int(dim), int(heads)) for path, (dim, heads) in data["base"]["sites"].items()}
+            sites = {
+                _module_path(path): (_size(dim), _size(heads))
+                for path, (dim, heads) in data["base"]["sites"].items()
+            }
             return cls(
-                base=Base(int(data["base"]["cross_attention_dim"]), sites),
-                feature_dim=int(data["feature_dim"]),
-                max_interactions=int(data["max_interactions"]),
-                hidden=int(data["hidden"]),
+                base=Base(_size(data["base"]["cross_attention_dim"]), sites),
+                feature_dim=_size(data["feature_dim"]),
+                max_interactions=_size(data["max_interactions"]),
+                hidden=_size(data["hidden"]),
                 grid_positions=bool(data["grid_positions"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterError(
                 f"expected the sizes of an adapter in its configuration, got {type(error).__name__}: {error}"
             ) from None
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} where a size should be")
+    return value
+
+
+def _module_path(value: str) -> str:
+    if not all(part.isidentifier() or part.isdecimal() for part in value.split(".")):
+        raise ValueError(f"{value!r} where a module's path should be")
+    return value
 
 
 class InteractionAdapter(nn.Module):
