@@ -204,8 +204,11 @@ class Handle:
         features = {p: f.to(null.device) for p, f in self._phrase_encoder(scene_phrases(scenes)).items()}
         return self.adapter(**scene_tensors([*scenes, ()], features, limit))
 
-    @torch.compiler.disable  # bookkeeping, which reads the pipeline: nothing to compile
     def _before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # bookkeeping that reads the pipeline, which dynamo cannot trace: nothing to compile
+        cast(Any, torch.compiler.disable)(self._plan_call)(args, kwargs)
+
+    def _plan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = None
         if (control := self._control) is None:
             return
@@ -255,8 +258,14 @@ class Handle:
     def _halves(self, control: _Control) -> list[bool]:
         """For each part of the batch whether it is conditional, in diffusers' order."""
         guidance = control.guidance
-        if guidance is None:
-            guidance = getattr(self._pipeline, "do_classifier_free_guidance", False)
+        if guidance is None and self._pipeline is not None:
+            guidance = getattr(self._pipeline, "do_classifier_free_guidance", None)
+            if guidance is None:
+                name = type(self._pipeline).__name__
+                raise AdapterError(
+                    f"expected a pipeline with do_classifier_free_guidance, got {name} without it: "
+                    "give set_scene guidance=True or False"
+                )
         perturbed = getattr(self._pipeline, "do_perturbed_attention_guidance", False)
         return [False] * bool(guidance) + [True] + [True] * bool(perturbed)
 

@@ -1,5 +1,7 @@
 """Attaching: the base is itself again afterwards, other adapters go on working, errors are in words."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
@@ -186,6 +188,18 @@ def test_a_batch_that_scenes_cannot_explain(pipe, adapter):
         handle.set_tokens(torch.randn(3, 9, 24))
         with pytest.raises(SceneError, match=r"^expected tokens for 2 batch rows, got 3$"):
             draw(pipe)
+
+
+def test_a_pipeline_that_does_not_tell_of_guidance_has_to_be_told(pipe, adapter):
+    other = SimpleNamespace(**pipe.components, _execution_device="cpu")
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    with attach(other, adapter) as handle:
+        base = pipe.unet(x, 1, context).sample
+        handle.set_scene([RIDING])
+        with pytest.raises(AdapterError, match=r"got SimpleNamespace without it: give set_scene guidance="):
+            pipe.unet(x, 1, context)
+        handle.set_scene([RIDING], guidance=True)
+        assert not close(pipe.unet(x, 1, context).sample, base)
 
 
 @pytest.mark.parametrize(

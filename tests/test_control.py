@@ -192,6 +192,15 @@ def test_schedule_counts_the_steps_of_the_run(
             assert (fused_calls.count, all_calls.count) == (controlled * run, calls * run)
 
 
+def test_schedule_follows_each_run_s_number_of_steps(pipe, adapter):
+    fused = Calls(next(iter(adapter.fusers.values())).attn.to_q)
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING], schedule=0.5)
+        for steps, controlled in ((2, 1), (6, 1 + 3), (4, 1 + 3 + 2)):
+            draw(pipe, num_inference_steps=steps)
+            assert fused.count == controlled
+
+
 def test_bare_unet_counts_steps_if_told_how_many(unet, adapter):
     fused = Calls(next(iter(adapter.fusers.values())).attn.to_q)
     with attach(unet, adapter) as handle:

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,11 @@ def test_draws_what_attaching_draws(ours, pipe, adapter):
 def test_is_the_stock_pipeline_without_interactions(ours, pipe):
     """Also after a run with them, and after one that failed."""
     expected = draw(pipe)
+    neighbour = StableDiffusionPipeline(**ours.components, requires_safety_checker=False)
+    neighbour.set_progress_bar_config(disable=True)
     assert torch.equal(draw(ours), expected)
     assert not torch.equal(draw(ours, interactions=[RIDING]), expected)
+    assert torch.equal(draw(neighbour), expected), "the scene outlived the call"
     assert torch.equal(draw(ours), expected)
     with pytest.raises(SceneError):
         draw(ours, ["a dog", "a bike"], interactions=[[RIDING]] * 3)
@@ -147,8 +151,8 @@ def test_other_stock_pipelines_take_the_adapter(pipe, adapter, kind):
 
 def test_bare_name_is_refused():
     """Importing the folder by its bare name would load every class twice."""
-    run = subprocess.run(
-        [sys.executable, "-c", "import pipelines"], capture_output=True, text=True, check=False
-    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", "import pipelines"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert run.returncode != 0
     assert "import interactdiff.pipelines" in run.stderr
