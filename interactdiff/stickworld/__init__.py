@@ -1,1 +1,12 @@
-"""interactdiff.stickworld"""
+"""The embedded world: a seeded renderer with exact ground truth, and the small models that were trained on it."""
+
+from pathlib import Path
+
+
+def model_path(name: str) -> Path:
+    """Where a packaged model lies.
+
+    Args:
+        name: "stickworld" (diffusers folder), "stickworld-interaction" (adapter) or "detector".
+    """
+    return Path(__file__).parent / "models" / name

@@ -37,7 +37,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Rendering:
-    """`image` uint8 [S, S, 3]; `things[2 * i]` and `things[2 * i + 1]` are subject and object of triplet i."""
+    """`image` uint8 [S, S, 3]; things 2i and 2i + 1 are subject and object of triplet i."""
 
     image: np.ndarray
     things: tuple[Thing, ...]
@@ -185,8 +185,12 @@ def _paint_background(canvas: _Canvas, name: str, rng: random.Random) -> None:
         band(0, s, (214, 238, 248))
         band(horizon, s, (188, 222, 150))
         for x in (rng.uniform(0.08, 0.42) * s, rng.uniform(0.58, 0.92) * s):
-            draw.rectangle((x - 0.018 * s, horizon - 0.10 * s, x + 0.018 * s, horizon + 0.04 * s), fill=(170, 140, 110))
-            draw.ellipse((x - 0.11 * s, horizon - 0.32 * s, x + 0.11 * s, horizon - 0.06 * s), fill=(158, 200, 138))
+            draw.rectangle(
+                (x - 0.018 * s, horizon - 0.10 * s, x + 0.018 * s, horizon + 0.04 * s), fill=(170, 140, 110)
+            )
+            draw.ellipse(
+                (x - 0.11 * s, horizon - 0.32 * s, x + 0.11 * s, horizon - 0.06 * s), fill=(158, 200, 138)
+            )
     elif name == "street":
         band(0, s, (226, 228, 240))
         x = -rng.uniform(0.0, 0.12) * s

@@ -1,0 +1,188 @@
+"""The embedded text-to-image base: text encoder and U-Net, trained together on captions alone.
+
+Flow matching: x_s = (1 - s) x + s n with noise n; the U-Net predicts n - x at timestep 1000 s, which
+`DPMSolverMultistepScheduler` samples with `use_flow_sigmas`.
+"""
+
+import copy
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
+
+from interactdiff.stickworld.world import HELD_OUT, WorldScene, caption, sample_scene
+from interactdiff.training.recipe import Recipe
+from interactdiff.training.tokenizer import make_tokenizer
+from interactdiff.training.world_data import as_images, cached_renders, grid
+
+
+def flow_matching_loss(
+    denoiser: nn.Module,
+    latents: Tensor,
+    text: Tensor,
+    generator: torch.Generator,
+    sigma_mean: float,
+    sigma_std: float,
+) -> Tensor:
+    """Squared error of the predicted velocity n - x.
+
+    Args:
+        denoiser: a `UNet2DConditionModel`.
+        latents: x, [B, C, H, W].
+        text: [B, L, D] states of the text encoder.
+        generator: CPU source of the noise and of the noise levels.
+        sigma_mean: mean of the noise level's logit; above 0 leans to high noise, where layout is decided.
+        sigma_std: its standard deviation.
+    """
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    logits = torch.randn(len(latents), generator=generator) * sigma_std + sigma_mean
+    sigmas = logits.sigmoid().to(latents)
+    s = sigmas.view(-1, 1, 1, 1)
+    predicted = denoiser((1 - s) * latents + s * noise, sigmas * 1000, text).sample
+    return F.mse_loss(predicted.float(), noise - latents)
+
+
+def flow_scheduler() -> DPMSolverMultistepScheduler:
+    """The sampler that fits the flow-matching loss, as a stock Stable Diffusion pipeline can drive it."""
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=2
+    )
+
+
+@torch.no_grad()
+def cached_latents(folder: Path, vae: AutoencoderTiny, renders: np.ndarray) -> Tensor:
+    """Latents of renders, computed once for each autoencoder.
+
+    Returns:
+        [N, C, H, W] float16 on the CPU.
+    """
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
+    path = folder / f"latents-{len(renders)}-{hashlib.sha256(weights).hexdigest()[:12]}.npy"
+    if not path.exists():
+        parts = []
+        for first in range(0, len(renders), 250):
+            images = as_images(renders[first : first + 250]).to(vae.device)
+            parts.append(vae.encode(images).latents.half().cpu().numpy())
+        aside = path.with_suffix(".aside.npy")
+        np.save(aside, np.concatenate(parts))
+        aside.rename(path)
+    return torch.from_numpy(np.load(path))
+
+
+def varied_caption(scene: WorldScene, rng: random.Random, empty: float) -> str:
+    """A caption in random wording: at times without verbs, without colours, as keywords, or empty."""
+    draw = rng.random()
+    if draw < empty:
+        return ""
+    if draw > 0.95:
+        words = [f"{t.object_colour} {t.object}" for t in scene.triplets] + [scene.background]
+        return ", ".join(words)
+    verbs, colours = rng.random() < 0.85, rng.random() < 0.92
+    return caption(scene.background, scene.triplets, rng, verbs=verbs, colours=colours)
+
+
+def text_states(tokenizer: PreTrainedTokenizerBase, encoder: CLIPTextModel, texts: Sequence[str]) -> Tensor:
+    """[B, L, D] states of the prompts, padded to the encoder's length as Stable Diffusion pads them."""
+    tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+    return encoder(tokens.input_ids.to(encoder.device)).last_hidden_state
+
+
+class BaseRecipe(Recipe):
+    """Trains text encoder and U-Net on captions; it never sees a box.
+
+    Extra configuration keys: `cache_dir`, `renders`, `vae` (folder), `text_encoder` and `unet` (arguments
+    of their classes), `init_from` (pipeline folder to go on from, or null), `empty_caption` (probability),
+    `sigma_mean`, `sigma_std`, `guidance_scale` (of samples), `export_to`.
+    """
+
+    def build(self) -> nn.Module:
+        config = self.config
+        self.vae = AutoencoderTiny.from_pretrained(config["vae"]).float().to(self.device).eval()
+        self.vae.requires_grad_(False)
+        renders = cached_renders(Path(config["cache_dir"]), config["renders"])
+        self.latents = cached_latents(Path(config["cache_dir"]), self.vae, renders)
+        if config["init_from"]:
+            start = StableDiffusionPipeline.from_pretrained(config["init_from"], safety_checker=None)
+            self.tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
+            unet, text_encoder = unet.float(), text_encoder.float()
+        else:
+            self.tokenizer = make_tokenizer(config["text_encoder"]["max_position_embeddings"])
+            unet = UNet2DConditionModel(**config["unet"])
+            text_encoder = CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(self.tokenizer),
+                    bos_token_id=self.tokenizer.bos_token_id,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    **config["text_encoder"],
+                )
+            )
+        unet.to(memory_format=torch.channels_last)
+        return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+
+    def batch(self, step: int) -> dict[str, Any]:
+        rng = random.Random(self.config["seed"] * 1_000_003 + step)
+        chosen = [rng.randrange(len(self.latents)) for _ in range(self.config["batch_size"])]
+        empty = self.config["empty_caption"]
+        captions = [varied_caption(sample_scene(index), rng, empty) for index in chosen]
+        return {"latents": self.latents[chosen].float().to(self.device), "captions": captions}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        text = text_states(self.tokenizer, self.model["text_encoder"], batch["captions"])
+        return flow_matching_loss(
+            self.model["unet"],
+            batch["latents"],
+            text,
+            generator,
+            self.config["sigma_mean"],
+            self.config["sigma_std"],
+        )
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """The stock pipeline around the parts as they are now."""
+        model = self.accelerator.unwrap_model(self.model)
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=model["text_encoder"],
+            tokenizer=self.tokenizer,
+            unet=model["unet"],
+            scheduler=flow_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    @torch.no_grad()
+    def sample(self) -> Image.Image:
+        captions = [sample_scene(HELD_OUT + n).caption for n in range(16)]
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe(
+            captions,
+            num_inference_steps=20,
+            guidance_scale=self.config["guidance_scale"],
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        return grid(drawn.cpu() * 2 - 1, 8)
+
+    def export(self) -> None:
+        pipe = self.pipeline()
+        for name in ("vae", "text_encoder", "unet"):
+            half = copy.deepcopy(getattr(pipe, name)).to(torch.float16, memory_format=torch.contiguous_format)
+            setattr(pipe, name, half)
+        pipe.save_pretrained(self.config["export_to"], safe_serialization=True)

@@ -1,0 +1,194 @@
+"""One run: the loop that every recipe shares, on accelerate.
+
+A recipe builds a model, makes batches, and has one loss method. Batches and noise are pure functions of
+(seed, step), so a run that was cut off and resumed sees what the unbroken run saw.
+"""
+
+import json
+import math
+import shutil
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+CHECKPOINT = "checkpoint-"
+
+
+class RecipeError(ValueError):
+    """A configuration that cannot be run; the message is one sentence with expected and got."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first."""
+    found = [p for p in folder.glob(f"{CHECKPOINT}*") if p.name[len(CHECKPOINT) :].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[len(CHECKPOINT) :]))
+
+
+class Recipe(ABC):
+    """A training run read from a configuration.
+
+    Configuration keys shared by all recipes: `output_dir`, `seed`, `steps`, `batch_size`, `learning_rate`,
+    `warmup_steps`, `lr_scheduler`, `weight_decay`, `max_grad_norm`, `mixed_precision`, `ema_decay`,
+    `log_every`, `checkpoint_every`, `checkpoints_total_limit`, `sample_every`; `stop_after` (minutes) ends
+    a run early at a checkpoint.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+        self.output = Path(config["output_dir"])
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.accelerator = Accelerator(mixed_precision=config["mixed_precision"])
+        self.device = self.accelerator.device
+        set_seed(config["seed"])
+        self.model = self.build()
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trainable, lr=config["learning_rate"], weight_decay=config["weight_decay"], betas=(0.9, 0.99)
+        )
+        self.scheduler = get_scheduler(
+            config["lr_scheduler"],
+            self.optimizer,
+            num_warmup_steps=config["warmup_steps"],
+            num_training_steps=config["steps"],
+        )
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
+            self.model, self.optimizer, self.scheduler
+        )
+        self.ema = EMAModel(trainable, decay=config["ema_decay"], use_ema_warmup=True, power=0.75)
+        self.ema.to(self.device)
+        self.accelerator.register_for_checkpointing(self.ema)
+        self.step = 0
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The module whose trainable parameters are trained."""
+
+    @abstractmethod
+    def batch(self, step: int) -> dict[str, Any]:
+        """The examples of a step: a pure function of (seed, step)."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """The scalar that is minimised; noise comes from `generator`."""
+
+    @abstractmethod
+    def sample(self) -> Image.Image | None:
+        """A grid that shows what the (averaged) model does now."""
+
+    @abstractmethod
+    def export(self) -> None:
+        """Write the (averaged) model where `export_to` says."""
+
+    def generator(self, step: int) -> torch.Generator:
+        """The source of a step's noise, on the CPU."""
+        return torch.Generator().manual_seed(self.config["seed"] * 1_000_003 + step)
+
+    def train(self) -> list[float]:
+        """Run to the last step; returns the losses of the steps run here."""
+        config, losses = self.config, []
+        started = time.monotonic()
+        bar = tqdm(total=config["steps"], initial=self.step, desc=self.output.name, mininterval=5.0)
+        while self.step < config["steps"]:
+            self.model.train()
+            with self.accelerator.autocast():
+                loss = self.loss(self.batch(self.step), self.generator(self.step))
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config["max_grad_norm"])
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.ema.step(p for p in self.model.parameters() if p.requires_grad)
+            self.step += 1
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise RecipeError(f"expected a finite loss, got {losses[-1]} at step {self.step}")
+            bar.update()
+            if self.step % config["log_every"] == 0:
+                self._log(losses[-config["log_every"] :])
+            late = (time.monotonic() - started) / 60 > config.get("stop_after", math.inf)
+            if self.step % config["checkpoint_every"] == 0 or self.step == config["steps"] or late:
+                self.save_checkpoint()
+            if self.step % config["sample_every"] == 0 or self.step == config["steps"] or late:
+                self.save_sample()
+            if late:
+                break
+        bar.close()
+        with_average = self._averaged()
+        with with_average:
+            self.export()
+        return losses
+
+    def _log(self, recent: list[float]) -> None:
+        row = {"step": self.step, "loss": sum(recent) / len(recent), "lr": self.scheduler.get_last_lr()[0]}
+        with (self.output / "log.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        tqdm.write(f"step {self.step}: loss {row['loss']:.4f}")
+
+    def _averaged(self) -> "_Averaged":
+        return _Averaged(self.ema, [p for p in self.model.parameters() if p.requires_grad])
+
+    def save_sample(self) -> None:
+        """Write the sample grid of the averaged model to `samples/`."""
+        self.model.eval()
+        with torch.no_grad(), self._averaged():
+            picture = self.sample()
+        if picture is not None:
+            (self.output / "samples").mkdir(exist_ok=True)
+            picture.save(self.output / "samples" / f"{self.step:06d}.png")
+
+    def save_checkpoint(self) -> None:
+        """Write everything needed to go on: aside, then renamed; older ones beyond the limit go."""
+        folder = self.output / f"{CHECKPOINT}{self.step}"
+        aside = self.output / f".{folder.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.save_state(str(aside), safe_serialization=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        for old in checkpoints(self.output)[: -self.config["checkpoints_total_limit"]]:
+            shutil.rmtree(old)
+
+    def resume(self, which: str) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            which: "latest", or the path of a checkpoint folder.
+
+        Raises:
+            RecipeError: there is no such checkpoint.
+        """
+        if which == "latest":
+            found = checkpoints(self.output)
+            if not found:
+                return
+            folder = found[-1]
+        else:
+            folder = Path(which)
+        step = folder.name[len(CHECKPOINT) :]
+        if not folder.is_dir() or not step.isdigit():
+            raise RecipeError(f"expected a folder {CHECKPOINT}N to resume from, got {str(folder)!r}")
+        self.accelerator.load_state(str(folder))
+        self.step = int(step)
+
+
+class _Averaged:
+    """Inside the block, parameters hold their moving averages."""
+
+    def __init__(self, ema: EMAModel, parameters: list[nn.Parameter]):
+        self.ema, self.parameters = ema, parameters
+
+    def __enter__(self) -> None:
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *_: object) -> None:
+        self.ema.restore(self.parameters)

@@ -1,0 +1,59 @@
+"""Starts a recipe from its YAML file."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from interactdiff.training.recipe import Recipe, RecipeError
+
+RECIPES = {
+    "vae": "interactdiff.training.vae:VaeRecipe",
+    "base": "interactdiff.training.base:BaseRecipe",
+    "adapter": "interactdiff.training.adapter:AdapterRecipe",
+    "detector": "interactdiff.training.detector:DetectorRecipe",
+}
+
+
+def load_config(path: str | Path, overrides: list[str]) -> dict[str, Any]:
+    """Read a recipe's YAML file and lay `key=value` overrides over it (values are read as YAML).
+
+    Raises:
+        RecipeError: the file is not a mapping with a known `recipe`, or an override names an unknown key.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
+        raise RecipeError(f"expected {path} to be YAML, got a mistake{where}") from None
+    if not isinstance(config, dict) or config.get("recipe") not in RECIPES:
+        got = config.get("recipe") if isinstance(config, dict) else type(config).__name__
+        raise RecipeError(f"expected {path} to name a recipe ({', '.join(RECIPES)}), got {got!r}")
+    for pair in overrides:
+        key, _, value = pair.partition("=")
+        if key not in config:
+            raise RecipeError(f"expected an override of a key in {path} ({', '.join(config)}), got {key!r}")
+        config[key] = yaml.safe_load(value)
+    return config
+
+
+def make_recipe(config: dict[str, Any]) -> Recipe:
+    """The recipe that a configuration names, built and ready to train."""
+    module, _, name = RECIPES[config["recipe"]].partition(":")
+    return getattr(import_module(module), name)(config)
+
+
+def run(config_path: str | Path, overrides: list[str], resume: str | None) -> None:
+    """Train by a recipe.
+
+    Args:
+        config_path: the YAML file.
+        overrides: `key=value` pairs laid over it.
+        resume: "latest", the path of a checkpoint, or None to start anew.
+    """
+    recipe = make_recipe(load_config(config_path, overrides))
+    if resume is not None:
+        recipe.resume(resume)
+    recipe.train()

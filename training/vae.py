@@ -1,0 +1,66 @@
+"""The autoencoder of an embedded world: pictures to a small grid of latents and back."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from PIL import Image
+from torch import Tensor, nn
+
+from interactdiff.training.recipe import Recipe
+from interactdiff.training.world_data import as_images, cached_renders, grid
+
+
+class VaeRecipe(Recipe):
+    """Trains an `AutoencoderTiny` on renders, with latents of mean 0 and variance 1 that bear some noise.
+
+    Extra configuration keys: `cache_dir`, `renders`, `model` (arguments of `AutoencoderTiny`),
+    `latent_noise`, `edge_weight`, `export_to`.
+    """
+
+    def build(self) -> nn.Module:
+        self.renders = cached_renders(Path(self.config["cache_dir"]), self.config["renders"])
+        model = AutoencoderTiny(**self.config["model"])
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def batch(self, step: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.config["seed"], step))
+        chosen = np.sort(rng.integers(len(self.renders), size=self.config["batch_size"]))
+        images = as_images(self.renders[chosen]).to(self.device)
+        return {"images": images.contiguous(memory_format=torch.channels_last)}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        images = batch["images"]
+        latents = self.model.encode(images).latents.float()
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        drawn = self.model.decode(latents + self.config["latent_noise"] * noise).sample.float()
+        mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
+        spread = mean.square().mean() + (variance - 1).square().mean()
+        return reconstruction_loss(drawn, images, self.config["edge_weight"]) + 0.02 * spread
+
+    @torch.no_grad()
+    def sample(self) -> Image.Image:
+        images = as_images(self.renders[:8]).to(self.device)
+        drawn = self.model.decode(self.model.encode(images).latents).sample
+        return grid(torch.cat([images, drawn]).cpu(), 8)
+
+    def export(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        model.to(memory_format=torch.contiguous_format)
+        model.save_pretrained(self.config["export_to"])
+
+
+def reconstruction_loss(drawn: Tensor, images: Tensor, edge_weight: float) -> Tensor:
+    """Absolute and squared error of pixels, and absolute error of their differences, which keeps edges sharp.
+
+    Args:
+        drawn: [B, 3, S, S].
+        images: [B, 3, S, S].
+        edge_weight: weight of the differences.
+    """
+    error = drawn - images
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return F.l1_loss(drawn, images) + F.mse_loss(drawn, images) + edge_weight * edges
