@@ -1,0 +1,266 @@
+"""Scores a model and its adapter on held-out scenes of stickworld."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, with_interval
+from interactdiff.generate import Drawer
+from interactdiff.models import ModelError
+from interactdiff.scene import Interaction, Scene, SceneError
+from interactdiff.stickworld import model_path
+from interactdiff.stickworld.detector import Detections, Detector
+from interactdiff.stickworld.render import render
+from interactdiff.stickworld.world import GROUPS, HELD_OUT, WorldScene, sample_scene
+
+ROWS = {
+    "real": "real renders",
+    "base": "base, text only",
+    "boxes_only": "adapter, boxes only",
+    "adapter": "adapter",
+}
+SCORES = {"hoi_map": "HOI mAP", "box_acc": "boxes", "action_acc": "actions", "colour_acc": "colours"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """A picture to be drawn: of which scene, whose noise it takes, and what is asked.
+
+    `interactions` empty is the base alone.
+    """
+
+    scene: int
+    prompt: str
+    interactions: tuple[Interaction, ...] = ()
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Pictures of one scene that differ in the action of one triplet only.
+
+    Attributes:
+        scene: its number.
+        chosen: number of that triplet.
+        actions: the group's actions, which share their boxes.
+        pictures: one for each action.
+        without: the same with the action left null.
+    """
+
+    scene: int
+    chosen: int
+    actions: tuple[str, ...]
+    pictures: tuple[Order, ...]
+    without: Order
+
+
+def held_out_scenes(count: int, seed: int) -> list[WorldScene]:
+    """Scenes that no training recipe draws; other seeds give other ones."""
+    return [sample_scene(HELD_OUT + seed * 1_000_000 + i) for i in range(count)]
+
+
+def evaluate_world(
+    model: str,
+    adapter: str,
+    scenes: int,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    device: str,
+    progress: bool = True,
+    *,
+    drawer: Drawer | None = None,
+    detector: Detector | None = None,
+) -> dict[str, Any]:
+    """Draw held-out scenes and let the detector say what is in them.
+
+    real: renders of the scenes, the ceiling. base: the full caption, verbs included, and no adapter.
+    boxes_only: the caption without verbs, every box and phrase, and the actions left null; with the verbs,
+    the caption would tell the action. adapter: the full caption and everything.
+    action swap: the caption without verbs, the same boxes and noise, and one triplet's action set to each of
+    its group in turn; the share of pictures in which the person at that box does it. boxes_only is the
+    same with that action left null, compared with each action in turn; chance is what guessing would give.
+
+    Args:
+        model: packaged name, folder or Hub id.
+        adapter: likewise.
+        scenes: how many.
+        seed: which ones, and their noise; in [0, 2**32).
+        steps: denoising steps.
+        batch_size: pictures at a time; does not change which noise a scene gets.
+        device: a torch device or "auto".
+        progress: show a progress bar.
+        drawer: a loaded model with its adapter, in place of loading `model` and `adapter`.
+        detector: in place of the packaged one.
+
+    Returns:
+        {"rows": {row: {score: share}}, "action_swap": {...}, "intervals": the same two with the ends of
+        95% intervals, "scenes", "seed", "steps", "model", "adapter"}.
+
+    Raises:
+        SceneError: the seed is out of range.
+        ModelError: a model is missing or damaged.
+        AdapterError: the adapter is missing, damaged, or made for another base.
+    """
+    if not 0 <= seed < 2**32:
+        raise SceneError(f"expected a seed in [0, 2**32), got {seed}")
+    detector = detector if detector is not None else packaged_detector()
+    drawer = drawer if drawer is not None else Drawer.load(model, adapter, device)
+    detector = detector.to(drawer.pipeline.unet.device)
+    worlds = held_out_scenes(scenes, seed)
+    swaps = [swap(i, world, seed) for i, world in enumerate(worlds)]
+    orders = {
+        "base": [Order(i, world.caption) for i, world in enumerate(worlds)],
+        "boxes_only": [
+            Order(i, w.caption_without_verb, w.interactions(action=False)) for i, w in enumerate(worlds)
+        ],
+        "adapter": [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)],
+    }
+    wanted = [order for row in orders.values() for order in row]
+    wanted += [order for s in swaps for order in (*s.pictures, s.without)]
+    seen = look_at(wanted, drawer, detector, seed, steps, batch_size, progress)
+
+    asked = [world.triplets for world in worlds]
+    found = {"real": look_at_renders(worlds, detector, batch_size)}
+    found |= {row: [seen[order] for order in ordered] for row, ordered in orders.items()}
+    rows = {row: picture_scores(found[row], asked) for row in ROWS}
+    table: dict[str, Any] = {"rows": {}, "action_swap": {}, "intervals": {"rows": {}, "action_swap": {}}}
+    for row, scores in rows.items():
+        _enter(table["rows"], table["intervals"]["rows"], row, scores, scenes, seed)
+    followed = swap_scores(swaps, worlds, seen)
+    _enter(table, table["intervals"], "action_swap", followed, scenes, seed)
+    named = {"model": drawer.model, "adapter": drawer.adapter}
+    return {**table, "scenes": scenes, "seed": seed, "steps": steps, **named}
+
+
+def _enter(values: dict, intervals: dict, row: str, scores: dict[str, Score], scenes: int, seed: int) -> None:
+    entries = {name: with_interval(score, scenes, seed) for name, score in scores.items()}
+    values[row] = {name: value for name, (value, _) in entries.items()}
+    intervals[row] = {name: list(interval) for name, (_, interval) in entries.items()}
+
+
+def packaged_detector() -> Detector:
+    """The detector that ships with the package.
+
+    Raises:
+        ModelError: the install is incomplete.
+    """
+    folder = model_path("detector")
+    try:
+        return Detector.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"expected the packaged detector in {folder}, got {reason}") from error
+
+
+def swap(number: int, world: WorldScene, seed: int) -> Swap:
+    """Choose one of a scene's triplets, and order its pictures."""
+    chosen = int(np.random.default_rng((seed, number)).integers(len(world.triplets)))
+    actions = GROUPS[world.triplets[chosen].group]
+
+    def order(action: str | None) -> Order:
+        interactions = list(world.interactions())
+        interactions[chosen] = replace(interactions[chosen], action=action)
+        return Order(number, world.caption_without_verb, tuple(interactions))
+
+    return Swap(number, chosen, actions, tuple(order(action) for action in actions), order(None))
+
+
+def swap_scores(
+    swaps: Sequence[Swap], worlds: Sequence[WorldScene], seen: dict[Order, Detections]
+) -> dict[str, Score]:
+    """How often the detected action is the asked one: with it asked, with it null, and by chance."""
+    asked = np.array([len(s.actions) for s in swaps])
+    follows, stays = np.zeros(len(swaps)), np.zeros(len(swaps))
+    for n, s in enumerate(swaps):
+        box = worlds[s.scene].triplets[s.chosen].subject_box
+
+        def action_in(order: Order, box: tuple[float, float, float, float] = box) -> str | None:
+            person = at_box(seen[order].persons, "person", box)
+            return None if person is None else person.action
+
+        follows[n] = sum(action_in(o) == action for o, action in zip(s.pictures, s.actions, strict=True))
+        stays[n] = action_in(s.without) in s.actions  # it equals one of them at most
+    scores = {"adapter": Share(follows, asked), "boxes_only": Share(stays, asked)}
+    return {**scores, "chance": Share(np.ones(len(swaps)), asked)}
+
+
+def look_at(
+    orders: Sequence[Order],
+    drawer: Drawer,
+    detector: Detector,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    progress: bool,
+) -> dict[Order, Detections]:
+    """Draw pictures, each once however often it is ordered, and detect what is in them."""
+    seen: dict[Order, Detections] = {}
+    alone = dict.fromkeys(order for order in orders if not order.interactions)
+    controlled = dict.fromkeys(order for order in orders if order.interactions)
+    bar = tqdm(total=len(alone) + len(controlled), unit="picture", disable=not progress)
+    drawer.pipeline.set_progress_bar_config(disable=True)
+    for group in (list(alone), list(controlled)):
+        for first in range(0, len(group), batch_size):
+            batch = group[first : first + batch_size]
+            images = draw(batch, drawer, seed, steps)
+            seen |= zip(batch, detector.detect(images), strict=True)
+            bar.update(len(batch))
+    bar.close()
+    return seen
+
+
+def draw(orders: Sequence[Order], drawer: Drawer, seed: int, steps: int) -> Tensor:
+    """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1]."""
+    if drawer.handle is not None:
+        drawer.handle.set_scene([order.interactions for order in orders])
+    noise_seeds = [HELD_OUT + seed * 1_000_000 + order.scene for order in orders]
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        drawn = drawer.pipeline(
+            prompt=[order.prompt for order in orders],
+            num_inference_steps=steps,
+            guidance_scale=Scene.guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(s) for s in noise_seeds],
+            output_type="pt",
+        )
+    return drawn.images.float().clamp(0, 1)
+
+
+def look_at_renders(worlds: Sequence[WorldScene], detector: Detector, batch_size: int) -> list[Detections]:
+    """Detect what is in renders of the scenes: what the detector misses, no model can score."""
+    found: list[Detections] = []
+    for first in range(0, len(worlds), batch_size):
+        pixels = np.stack([render(world).image for world in worlds[first : first + batch_size]])
+        found += detector.detect(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+    return found
+
+
+def format_table(table: dict[str, Any]) -> str:
+    """The scores as text: percent, with 95% intervals."""
+
+    def cell(value: float, interval: Sequence[float]) -> str:
+        return f"{100 * value:5.1f} [{100 * interval[0]:3.0f}, {100 * interval[1]:3.0f}]"
+
+    lines = [f"{'%':20}" + "".join(f"{title:>19}" for title in SCORES.values())]
+    for row, title in ROWS.items():
+        values, intervals = table["rows"][row], table["intervals"]["rows"][row]
+        lines.append(f"{title:20}" + "".join(f"{cell(values[s], intervals[s]):>19}" for s in SCORES))
+    ceiling = table["rows"]["real"]["hoi_map"]
+    shares = [
+        f"{ROWS[row]} {table['rows'][row]['hoi_map'] / ceiling if ceiling else 0:.2f}"
+        for row in list(ROWS)[1:]
+    ]
+    lines += ["", "HOI mAP as a share of the ceiling: " + ", ".join(shares)]
+    swapped, ends = table["action_swap"], table["intervals"]["action_swap"]
+    lines.append(
+        f"action swap: adapter {cell(swapped['adapter'], ends['adapter'])}, boxes only "
+        f"{cell(swapped['boxes_only'], ends['boxes_only'])}, chance {100 * swapped['chance']:.1f}"
+    )
+    lines.append(
+        f"{table['scenes']} held-out scenes, seed {table['seed']}, {table['steps']} steps, 95% intervals"
+    )
+    return "\n".join(lines)
