@@ -59,7 +59,11 @@ def flow_matching_loss(
 def flow_scheduler() -> DPMSolverMultistepScheduler:
     """The sampler that fits the flow-matching loss, as a stock Stable Diffusion pipeline can drive it."""
     return DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=2
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=1.0,
+        solver_order=2,
+        steps_offset=1,  # not read with flow sigmas; Stable Diffusion pipelines warn without it
     )
 
 

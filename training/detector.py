@@ -119,7 +119,7 @@ def detection_loss(maps: Maps, truth: dict[str, Tensor]) -> Tensor:
         here = torch.cat([middles - box[:, :2], box[:, 2:] - middles], 1)
         loss = loss + 10 * (share * (maps.boxes[:, role] - here).abs().sum(1)).sum()
         colour = truth["colours"][batch, mine, role]
-        loss = loss + 0.5 * (share * F.cross_entropy(maps.colours[:, role], colour, reduction="none")).sum()
+        loss = loss + (share * F.cross_entropy(maps.colours[:, role], colour, reduction="none")).sum()
     share, mine = weight[:, 0], owner[:, 0]
     action = truth["actions"][batch, mine]
     loss = loss + (share * F.cross_entropy(maps.actions, action, reduction="none")).sum()

@@ -1,5 +1,6 @@
 """The autoencoder of an embedded world: pictures to a small grid of latents and back."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ class VaeRecipe(Recipe):
     def build(self) -> nn.Module:
         self.renders = cached_renders(Path(self.config["cache_dir"]), self.config["renders"])
         model = AutoencoderTiny(**self.config["model"])
+        keep_variance(model)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -48,9 +51,25 @@ class VaeRecipe(Recipe):
         return grid(torch.cat([images, drawn]).cpu(), 8)
 
     def export(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        model.to(memory_format=torch.contiguous_format)
+        model = copy.deepcopy(self.accelerator.unwrap_model(self.model))
+        model.to(torch.float16, memory_format=torch.contiguous_format)
         model.save_pretrained(self.config["export_to"])
+
+
+def keep_variance(model: AutoencoderTiny) -> None:
+    """Start convolutions so that signals neither fade nor grow on their way: the model has no norms.
+
+    He initialisation (arXiv 1502.01852), with the last convolution of each residual branch scaled down.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, AutoencoderTinyBlock):
+            with torch.no_grad():
+                module.conv[-1].weight.mul_(0.2)
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor, edge_weight: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,14 @@ def cached_renders(folder: Path, count: int, size: int = 96) -> np.ndarray:
         store = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
         firsts = range(0, count, _CHUNK)
         lasts = [min(first + _CHUNK, count) for first in firsts]
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            chunks = pool.map(_render_chunk, firsts, lasts, [size] * len(lasts))
-            for first, last, chunk in zip(firsts, lasts, chunks, strict=True):
-                store[first:last] = chunk
+        if len(lasts) == 1:
+            store[:] = _render_chunk(0, count, size)
+        else:
+            # Fresh processes: a fork of one that runs torch's threads may hang.
+            with ProcessPoolExecutor(min(os.cpu_count() or 1, len(lasts)), get_context("spawn")) as pool:
+                chunks = pool.map(_render_chunk, firsts, lasts, [size] * len(lasts))
+                for first, last, chunk in zip(firsts, lasts, chunks, strict=True):
+                    store[first:last] = chunk
         store.flush()
         aside.rename(path)
     return np.load(path, mmap_mode="r")
