@@ -120,8 +120,9 @@ def hoi_map(found: Sequence[Sequence[FoundTriplet]], asked: Sequence[Sequence[Tr
         right = []
         for _, scene, _, triplet in sure:
             best = max(left[scene], key=lambda t: _overlap(triplet, t), default=None)
-            right.append(best is not None and _overlap(triplet, best) > LEAST_IOU)
-            if right[-1]:
+            right.append(False)
+            if best is not None and _overlap(triplet, best) > LEAST_IOU:
+                right[-1] = True
                 left[scene].remove(best)
         classes[name] = Matched(
             np.array(right, dtype=bool),
