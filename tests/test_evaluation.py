@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from interactdiff.attach import attach
+from interactdiff.cli import main
 from interactdiff.evaluation.hoi import (
     Share,
     at_box,
@@ -250,6 +252,24 @@ def test_evaluate_world_gives_the_whole_table(drawer: Drawer, detector: Detector
     text = format_table(table)
     assert "real renders" in text
     assert f"chance {100 * table['action_swap']['chance']:.1f}" in text
+
+
+def test_evaluate_on_the_command_line_prints_the_table_and_writes_it(
+    pipe: StableDiffusionPipeline,
+    adapter: InteractionAdapter,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    adapter.save_pretrained(tmp_path / "adapter")
+    models = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter")]
+    out = tmp_path / "score.json"
+    sizes = ["--scenes", "2", "--steps", "1", "--batch-size", "2", "--device", "cpu"]
+    assert main(["evaluate", "--world", *sizes, *models, "--json", str(out)]) == 0
+    table = json.loads(out.read_text())
+    assert table["rows"]["real"]["box_acc"] == 1.0  # by the packaged detector
+    assert table["rows"]["base"]["hoi_map"] == 0.0
+    assert format_table(table) in capsys.readouterr().out
 
 
 def test_pictures_do_not_depend_on_the_batch(drawer: Drawer) -> None:
