@@ -15,11 +15,11 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from interactdiff.pipelines import InteractionStableDiffusionPipeline
 from tiny import FEEDING, RIDING, draw, trained_adapter
 
 from interactdiff.attach import attach
 from interactdiff.checkpoint import AdapterError
+from interactdiff.pipelines import InteractionStableDiffusionPipeline
 from interactdiff.scene import SceneError
 
 

@@ -1,4 +1,4 @@
-"""The embedded world: a seeded renderer with exact ground truth, and the small models that were trained on it."""
+"""The embedded world: a seeded renderer with exact ground truth, and the small models trained on it."""
 
 from pathlib import Path
 

@@ -141,7 +141,7 @@ def _paint_person(canvas: _Canvas, pose: Pose, triplet: Triplet) -> None:
     if pose.prop == "bowl":
         xs.append((pose.near_arm[1][0] + 0.10, bowl[0]))
     if pose.prop == "rope":
-        xs.append((1.0, 0.0))
+        xs.append((1.0, 0.015 * height + edge))
     (ax, bx), (ay, by) = _fit(xs, x0, x1), _fit(ys, y0, y1)
 
     def at(point: tuple[float, float]) -> tuple[float, float]:

@@ -1,0 +1,174 @@
+"""Six real steps of every recipe at tiny size, and the same losses after a resume."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from interactdiff import InteractionAdapter
+from interactdiff.stickworld.render import render
+from interactdiff.stickworld.world import sample_scene
+from interactdiff.training.base import flow_matching_loss
+from interactdiff.training.recipe import RecipeError, checkpoints
+from interactdiff.training.run import load_config, make_recipe, run
+from interactdiff.training.tokenizer import make_tokenizer, world_words
+from interactdiff.training.world_data import cached_renders
+
+CONFIGS = Path(__file__).parent.parent / "training" / "configs"
+SHORT = {
+    "renders": 12,
+    "steps": 6,
+    "batch_size": 2,
+    "warmup_steps": 1,
+    "log_every": 3,
+    "checkpoint_every": 3,
+    "sample_every": 6,
+    "mixed_precision": "no",
+}
+VAE = {
+    "latent_channels": 4,
+    "encoder_block_out_channels": [8] * 4,
+    "decoder_block_out_channels": [8] * 4,
+    "num_encoder_blocks": [0, 0, 0, 1],
+    "num_decoder_blocks": [1, 0, 0, 0],
+    "scaling_factor": 1.0,
+}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this module follow each other: autoencoder, base, adapter."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def short(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """The packaged configuration of a recipe, cut down to six tiny steps."""
+    config = load_config(CONFIGS / f"{name}.yaml", []) | SHORT | changes
+    return config | {"cache_dir": str(folder / "cache"), "output_dir": str(folder / name)}
+
+
+def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The three recipes, each reading what the one before it wrote."""
+    base = load_config(CONFIGS / "stickworld_base.yaml", [])
+    unet = base["unet"] | {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16}
+    unet |= {"block_out_channels": [16, 16], "norm_num_groups": 4, "attention_head_dim": 2}
+    adapter = {"max_interactions": 3, "hidden": 16, "grid_positions": True, "init": "open"}
+    world, made = folder / "world", folder / "adapter"
+    return {
+        "stickworld_vae": short(folder, "stickworld_vae", model=VAE, export_to=str(world / "vae")),
+        "stickworld_base": short(
+            folder,
+            "stickworld_base",
+            text_encoder=TEXT,
+            unet=unet,
+            vae=str(world / "vae"),
+            export_to=str(world),
+        ),
+        "stickworld_interaction": short(
+            folder, "stickworld_interaction", base=str(world), adapter=adapter, export_to=str(made)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["stickworld_vae", "stickworld_base", "stickworld_interaction"])
+def test_resumed_run_has_the_losses_of_the_unbroken_one(folder: Path, name: str) -> None:
+    config = recipe_configs(folder)[name]
+    unbroken = make_recipe(config)
+    losses = unbroken.train()
+    assert len(losses) == 6
+    assert (unbroken.output / "samples" / "000006.png").is_file()
+    logged = [json.loads(line) for line in (unbroken.output / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [3, 6]
+
+    shutil.rmtree(unbroken.output / "checkpoint-6")
+    resumed = make_recipe(config)
+    resumed.resume("latest")
+    assert resumed.train() == losses[3:]
+    for one, other in zip(unbroken.ema.shadow_params, resumed.ema.shadow_params, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_the_recipes_write_is_loaded_by_stock_classes(folder: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "world")
+    assert pipe("a person", num_inference_steps=1, output_type="np").images.shape == (1, 96, 96, 3)
+    for weights in (folder / "world").rglob("*.safetensors"):
+        assert {t.dtype for t in load_file(weights).values() if t.is_floating_point()} == {torch.float16}
+    adapter = InteractionAdapter.from_pretrained(folder / "adapter")
+    assert adapter.position_net.max_interactions == 3
+    assert any(p.abs().sum() > 0 for p in adapter.fusers.parameters())
+
+
+def test_base_stays_frozen_while_the_adapter_trains(folder: Path) -> None:
+    recipe = make_recipe(recipe_configs(folder)["stickworld_interaction"] | {"steps": 2})
+    before = {k: v.clone() for k, v in recipe.pipe.unet.state_dict().items()}
+    recipe.train()
+    after = recipe.pipe.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_only_so_many_checkpoints_are_kept(folder: Path) -> None:
+    config = recipe_configs(folder)["stickworld_vae"]
+    config |= {"checkpoint_every": 1, "steps": 4, "output_dir": str(folder / "many")}
+    recipe = make_recipe(config | {"export_to": str(folder / "many-out")})
+    recipe.train()
+    assert [p.name for p in checkpoints(recipe.output)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_flow_matching_loss_is_zero_for_the_true_velocity() -> None:
+    latents, text = torch.randn(3, 4, 2, 2), torch.zeros(3, 1, 1)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+
+    class Oracle(torch.nn.Module):
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> Any:
+            s = (timestep / 1000).view(-1, 1, 1, 1)
+            assert torch.allclose(x, (1 - s) * latents + s * noise, atol=1e-5)
+            return type("Output", (), {"sample": noise - latents})
+
+    loss = flow_matching_loss(Oracle(), latents, text, torch.Generator().manual_seed(5), 0.0, 1.0)
+    assert loss.item() == 0
+
+
+def test_renders_are_the_scenes_in_order(tmp_path: Path) -> None:
+    renders = cached_renders(tmp_path, 3)
+    assert renders.shape == (3, 96, 96, 3)
+    for seed in range(3):
+        assert np.array_equal(renders[seed], render(sample_scene(seed)).image)
+
+
+def test_every_word_of_the_world_is_one_token() -> None:
+    tokenizer = make_tokenizer(40)
+    for word in world_words():
+        assert len(tokenizer(word).input_ids) == 3, word
+    assert tokenizer.decode(tokenizer("quizzical").input_ids, skip_special_tokens=True) == "quizzical"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("recipe: [", [], "line 1, column"),
+        ("recipe: cake", [], "cake"),
+        ("- a", [], "list"),
+        ("recipe: vae", ["stepz=3"], "stepz"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        run(path, overrides, None)
