@@ -243,9 +243,14 @@ def _train(args: argparse.Namespace) -> None:
     for pair in args.set:
         if "=" not in pair:
             raise UsageError(f"--set: expected key=value, got {pair!r}")
-    from interactdiff.training.run import run
-
-    run(args.config, args.set, args.resume_from_checkpoint)
+    try:
+        from interactdiff.training.run import RecipeError, run
+    except ModuleNotFoundError as error:
+        raise UsageError(f"expected the packages of interactdiff[train], got no {error.name}") from None
+    try:
+        run(args.config, args.set, args.resume_from_checkpoint)
+    except RecipeError as error:
+        raise UsageError(str(error)) from None
 
 
 def _scene(args: argparse.Namespace, record: Record | None) -> Scene:

@@ -323,6 +323,10 @@ def test_evaluate_and_train_refuse_before_any_work(
     assert "--scenes: expected a whole number from 1 up" in refusal(capsys)
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "expected a YAML file" in refusal(capsys)
+    recipe = tmp_path / "cake.yaml"
+    recipe.write_text("recipe: cake")
+    assert main(["train", str(recipe)]) == 2
+    assert "'cake'" in refusal(capsys)
 
 
 def test_the_record_is_json_with_scene_seed_and_models(models: Path) -> None:
