@@ -1,7 +1,6 @@
 """Six real steps of every recipe at tiny size, and the same losses after a resume."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from interactdiff import InteractionAdapter
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import sample_scene
 from interactdiff.training.base import flow_matching_loss
-from interactdiff.training.recipe import RecipeError, checkpoints
+from interactdiff.training.recipe import Recipe, RecipeError, checkpoints
 from interactdiff.training.run import load_config, make_recipe, run
 from interactdiff.training.tokenizer import make_tokenizer, world_words
 from interactdiff.training.world_data import cached_renders
@@ -64,7 +63,8 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """The three recipes, each reading what the one before it wrote."""
     base = load_config(CONFIGS / "stickworld_base.yaml", [])
     unet = base["unet"] | {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16}
-    unet |= {"block_out_channels": [16, 16], "norm_num_groups": 4, "attention_head_dim": 2}
+    unet |= {"block_out_channels": [8, 16, 16], "norm_num_groups": 4, "attention_head_dim": 2}
+    unet |= {"sample_size": 12, "layers_per_block": 1}
     adapter = {"max_interactions": 3, "hidden": 16, "grid_positions": True, "init": "open"}
     world, made = folder / "world", folder / "adapter"
     return {
@@ -83,22 +83,32 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def state(recipe: Recipe) -> list[torch.Tensor]:
+    """Every number that training carries from step to step."""
+    moments = [v for s in recipe.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    rate = torch.tensor([*recipe.scheduler.get_last_lr(), recipe.step])
+    return [*recipe.model.state_dict().values(), *recipe.ema.shadow_params, *moments, rate]
+
+
 @pytest.mark.parametrize("name", ["stickworld_vae", "stickworld_base", "stickworld_interaction"])
 def test_resumed_run_has_the_losses_of_the_unbroken_one(folder: Path, name: str) -> None:
     config = recipe_configs(folder)[name]
-    unbroken = make_recipe(config)
-    losses = unbroken.train()
-    assert len(losses) == 6
-    assert (unbroken.output / "samples" / "000006.png").is_file()
-    logged = [json.loads(line) for line in (unbroken.output / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in logged] == [3, 6]
-
-    shutil.rmtree(unbroken.output / "checkpoint-6")
+    unbroken = make_recipe(config | {"stop_after": 0.0})
+    assert len(unbroken.train()) == 1
     resumed = make_recipe(config)
     resumed.resume("latest")
-    assert resumed.train() == losses[3:]
-    for one, other in zip(unbroken.ema.shadow_params, resumed.ema.shadow_params, strict=True):
+    for one, other in zip(state(unbroken), state(resumed), strict=True):
         assert torch.equal(one, other)
+
+    unbroken.config["stop_after"] = float("inf")
+    losses = unbroken.train()
+    assert len(losses) == 5
+    # Two runs in one process differ as well: memory alignment moves sums in the last bit, and Adam turns the
+    # gradient of a bias before a norm, which is nothing but such bits, into whole steps.
+    assert resumed.train() == pytest.approx(losses, rel=2e-3)
+    assert (unbroken.output / "samples" / "000006.png").is_file()
+    logged = [json.loads(line) for line in (unbroken.output / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [3, 6, 3, 6]
 
 
 def test_what_the_recipes_write_is_loaded_by_stock_classes(folder: Path) -> None:
@@ -108,7 +118,7 @@ def test_what_the_recipes_write_is_loaded_by_stock_classes(folder: Path) -> None
         assert {t.dtype for t in load_file(weights).values() if t.is_floating_point()} == {torch.float16}
     adapter = InteractionAdapter.from_pretrained(folder / "adapter")
     assert adapter.position_net.max_interactions == 3
-    assert any(p.abs().sum() > 0 for p in adapter.fusers.parameters())
+    assert all(f.attn.to_out[0].weight.abs().sum() > 0 for f in adapter.fusers.values())
 
 
 def test_base_stays_frozen_while_the_adapter_trains(folder: Path) -> None:

@@ -52,7 +52,7 @@ class AdapterRecipe(Recipe):
 
     def build(self) -> nn.Module:
         config = self.config
-        self.pipe = StableDiffusionPipeline.from_pretrained(config["base"], safety_checker=None)
+        self.pipe: Any = StableDiffusionPipeline.from_pretrained(config["base"], safety_checker=None)
         self.pipe.scheduler = flow_scheduler()
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(self.device, torch.float32)
@@ -126,5 +126,5 @@ class AdapterRecipe(Recipe):
 
     def export(self) -> None:
         adapter = self.accelerator.unwrap_model(self.model)
-        adapter.eval().to(torch.float16)
-        adapter.save_pretrained(self.config["export_to"])
+        half = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
+        InteractionAdapter.from_tensors(adapter.config, half).save_pretrained(self.config["export_to"])

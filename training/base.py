@@ -6,6 +6,7 @@ Flow matching: x_s = (1 - s) x + s n with noise n; the U-Net predicts n - x at t
 
 import copy
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from interactdiff.stickworld.world import HELD_OUT, WorldScene, caption, sample_
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.tokenizer import make_tokenizer
 from interactdiff.training.world_data import as_images, cached_renders, grid
+
+_SPECIAL = ("bos", "eos", "pad")
 
 
 def flow_matching_loss(
@@ -68,14 +71,16 @@ def flow_scheduler() -> DPMSolverMultistepScheduler:
 
 
 @torch.no_grad()
-def cached_latents(folder: Path, vae: AutoencoderTiny, renders: np.ndarray) -> Tensor:
-    """Latents of renders, computed once for each autoencoder.
+def cached_latents(folder: Path, vae: Any, renders: np.ndarray) -> Tensor:
+    """Latents of renders, computed once for each autoencoder and each look of the world.
 
     Returns:
         [N, C, H, W] float16 on the CPU.
     """
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
-    path = folder / f"latents-{len(renders)}-{hashlib.sha256(weights).hexdigest()[:12]}.npy"
+    made_of = hashlib.sha256(renders[:32].tobytes())
+    for parameter in vae.parameters():
+        made_of.update(parameter.detach().cpu().numpy().tobytes())
+    path = folder / f"latents-{len(renders)}-{made_of.hexdigest()[:12]}.npy"
     if not path.exists():
         parts = []
         for first in range(0, len(renders), 250):
@@ -120,20 +125,15 @@ class BaseRecipe(Recipe):
         renders = cached_renders(Path(config["cache_dir"]), config["renders"])
         self.latents = cached_latents(Path(config["cache_dir"]), self.vae, renders)
         if config["init_from"]:
-            start = StableDiffusionPipeline.from_pretrained(config["init_from"], safety_checker=None)
-            self.tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
-            unet, text_encoder = unet.float(), text_encoder.float()
+            start: Any = StableDiffusionPipeline.from_pretrained(config["init_from"], safety_checker=None)
+            self.tokenizer = start.tokenizer
+            unet, text_encoder = start.unet.float(), start.text_encoder.float()
         else:
             self.tokenizer = make_tokenizer(config["text_encoder"]["max_position_embeddings"])
-            unet = UNet2DConditionModel(**config["unet"])
+            unet: Any = UNet2DConditionModel(**config["unet"])
+            special = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in _SPECIAL}
             text_encoder = CLIPTextModel(
-                CLIPTextConfig(
-                    vocab_size=len(self.tokenizer),
-                    bos_token_id=self.tokenizer.bos_token_id,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    **config["text_encoder"],
-                )
+                CLIPTextConfig(vocab_size=len(self.tokenizer), **special, **config["text_encoder"])
             )
         unet.to(memory_format=torch.channels_last)
         return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
@@ -159,7 +159,8 @@ class BaseRecipe(Recipe):
     def pipeline(self) -> StableDiffusionPipeline:
         """The stock pipeline around the parts as they are now."""
         model = self.accelerator.unwrap_model(self.model)
-        return StableDiffusionPipeline(
+        make: Any = StableDiffusionPipeline  # annotated with one autoencoder and one kind of scheduler
+        return make(
             vae=self.vae,
             text_encoder=model["text_encoder"],
             tokenizer=self.tokenizer,
@@ -173,7 +174,7 @@ class BaseRecipe(Recipe):
     @torch.no_grad()
     def sample(self) -> Image.Image:
         captions = [sample_scene(HELD_OUT + n).caption for n in range(16)]
-        pipe = self.pipeline()
+        pipe: Any = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         drawn = pipe(
             captions,
@@ -190,3 +191,6 @@ class BaseRecipe(Recipe):
             half = copy.deepcopy(getattr(pipe, name)).to(torch.float16, memory_format=torch.contiguous_format)
             setattr(pipe, name, half)
         pipe.save_pretrained(self.config["export_to"], safe_serialization=True)
+        # Without it transformers would load the text encoder in float16 beside a float32 U-Net.
+        path = Path(self.config["export_to"], "text_encoder", "config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

@@ -50,7 +50,7 @@ class Recipe(ABC):
         self.accelerator = Accelerator(mixed_precision=config["mixed_precision"])
         self.device = self.accelerator.device
         set_seed(config["seed"])
-        self.model = self.build()
+        self.model: Any = self.build()  # accelerate may wrap it
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trainable, lr=config["learning_rate"], weight_decay=config["weight_decay"], betas=(0.9, 0.99)
@@ -177,6 +177,11 @@ class Recipe(ABC):
         if not folder.is_dir() or not step.isdigit():
             raise RecipeError(f"expected a folder {CHECKPOINT}N to resume from, got {str(folder)!r}")
         self.accelerator.load_state(str(folder))
+        # Loading lays moments out anew; where a layout differs from its parameter's, sums round differently.
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
         self.step = int(step)
 
 

@@ -20,14 +20,17 @@ class VaeRecipe(Recipe):
     """Trains an `AutoencoderTiny` on renders, with latents of mean 0 and variance 1 that bear some noise.
 
     Extra configuration keys: `cache_dir`, `renders`, `model` (arguments of `AutoencoderTiny`),
-    `latent_noise`, `edge_weight`, `export_to`.
+    `init_from` (folder of an autoencoder to go on from, or null), `latent_noise`, `edge_weight`, `export_to`.
     """
 
     def build(self) -> nn.Module:
         self.renders = cached_renders(Path(self.config["cache_dir"]), self.config["renders"])
-        model = AutoencoderTiny(**self.config["model"])
-        keep_variance(model)
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.config["init_from"]:
+            model: Any = AutoencoderTiny.from_pretrained(self.config["init_from"]).float()
+        else:
+            model = AutoencoderTiny(**self.config["model"])
+            keep_variance(model)
+        return model.to(memory_format=torch.channels_last)
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.config["seed"], step))
@@ -69,7 +72,7 @@ def keep_variance(model: AutoencoderTiny) -> None:
     for module in model.modules():
         if isinstance(module, AutoencoderTinyBlock):
             with torch.no_grad():
-                module.conv[-1].weight.mul_(0.2)
+                list(module.conv.children())[-1].get_parameter("weight").mul_(0.2)
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor, edge_weight: float) -> Tensor:

@@ -1,5 +1,6 @@
 """Renders of stickworld for the recipes, made once and mapped from disk."""
 
+import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -21,7 +22,7 @@ def _render_chunk(first: int, last: int, size: int) -> np.ndarray:
 
 
 def cached_renders(folder: Path, count: int, size: int = 96) -> np.ndarray:
-    """Renders of scenes 0 to `count` - 1, read from `folder` or drawn there first.
+    """Renders of scenes 0 to `count` - 1, kept in `folder`; drawn anew when the world looks different.
 
     Args:
         folder: where the cache is kept.
@@ -32,7 +33,8 @@ def cached_renders(folder: Path, count: int, size: int = 96) -> np.ndarray:
         [count, S, S, 3] uint8, mapped read-only from disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"renders-{count}-{size}.npy"
+    look = hashlib.sha256(_render_chunk(0, min(count, 32), size).tobytes()).hexdigest()[:12]
+    path = folder / f"renders-{count}-{size}-{look}.npy"
     if not path.exists():
         aside = path.with_suffix(".aside")
         store = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
