@@ -22,7 +22,7 @@ from interactdiff.interaction.tokens import scene_phrases, scene_tensors
 from interactdiff.picture import overlay
 from interactdiff.scene import Interaction
 from interactdiff.stickworld.world import HELD_OUT, WorldScene, sample_scene
-from interactdiff.training.base import cached_latents, flow_matching_loss, flow_scheduler, text_states
+from interactdiff.training.base import cached_latents, sampler, text_states, velocity_loss
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.world_data import cached_renders, grid
 
@@ -41,24 +41,38 @@ def varied_prompt(scene: WorldScene, rng: random.Random, keep: float, strip: flo
     return scene.caption_without_verb if draw < keep + strip else ""
 
 
+def in_random_slots(tensors: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Move each image's interactions to slots drawn anew: a world with few of them trains every slot.
+
+    Args:
+        tensors: the laid out scenes, [B, N, ...] each.
+        generator: CPU source of the draw.
+    """
+    rows, slots = tensors["masks"].shape
+    order = torch.rand(rows, slots, generator=generator).argsort(dim=1)
+    return {name: t[torch.arange(rows)[:, None], order] for name, t in tensors.items()}
+
+
 class AdapterRecipe(Recipe):
     """Trains an `InteractionAdapter` on a frozen pipeline.
 
     Extra configuration keys: `base` (pipeline folder), `cache_dir`, `renders`, `adapter` (arguments of
-    `InteractionAdapter.for_unet`), `init_from` (adapter folder to go on from, or null), `keep_caption`,
-    `strip_caption`, `null_all`, `null_action` (probabilities), `sigma_mean`, `sigma_std`, `guidance_scale`
+    `InteractionAdapter.for_unet`), `compile` (whether to compile the U-Net), `init_from` (adapter folder to go on from, or null), `keep_caption`,
+    `strip_caption`, `null_all`, `null_action` (probabilities), `timestep_mean`, `timestep_std`, `guidance_scale`
     (of samples), `export_to`.
     """
 
     def build(self) -> nn.Module:
         config = self.config
         self.pipe: Any = StableDiffusionPipeline.from_pretrained(config["base"], safety_checker=None)
-        self.pipe.scheduler = flow_scheduler()
+        self.pipe.scheduler = sampler()
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(self.device, torch.float32)
         for module in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
             module.requires_grad_(False).eval()
         self.pipe.unet.to(memory_format=torch.channels_last)
+        if config["compile"]:
+            self.pipe.unet.compile()
         renders = cached_renders(Path(config["cache_dir"]), config["renders"])
         self.latents = cached_latents(Path(config["cache_dir"]), self.pipe.vae, renders)
         if config["init_from"]:
@@ -91,9 +105,10 @@ class AdapterRecipe(Recipe):
         pipe, config = self.pipe, self.config
         with torch.no_grad():
             text = text_states(pipe.tokenizer, pipe.text_encoder, batch["prompts"])
-        self.handle.set_tokens(self.model(**self._scene_tensors(batch["interactions"])))
-        return flow_matching_loss(
-            pipe.unet, batch["latents"], text, generator, config["sigma_mean"], config["sigma_std"]
+        tensors = in_random_slots(self._scene_tensors(batch["interactions"]), generator)
+        self.handle.set_tokens(self.model(**tensors))
+        return velocity_loss(
+            pipe.unet, batch["latents"], text, generator, config["timestep_mean"], config["timestep_std"]
         )
 
     def _scene_tensors(self, scenes: Sequence[Sequence[Interaction]]) -> dict[str, Tensor]:

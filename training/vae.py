@@ -20,7 +20,8 @@ class VaeRecipe(Recipe):
     """Trains an `AutoencoderTiny` on renders, with latents of mean 0 and variance 1 that bear some noise.
 
     Extra configuration keys: `cache_dir`, `renders`, `model` (arguments of `AutoencoderTiny`),
-    `init_from` (folder of an autoencoder to go on from, or null), `latent_noise`, `edge_weight`, `export_to`.
+    `init_from` (folder of an autoencoder to go on from, or null), `freeze_encoder` (polish the decoder alone:
+    latents, and whatever was trained on them, stay as they are), `latent_noise`, `edge_weight`, `export_to`.
     """
 
     def build(self) -> nn.Module:
@@ -30,6 +31,7 @@ class VaeRecipe(Recipe):
         else:
             model = AutoencoderTiny(**self.config["model"])
             keep_variance(model)
+        model.encoder.requires_grad_(not self.config["freeze_encoder"])
         return model.to(memory_format=torch.channels_last)
 
     def batch(self, step: int) -> dict[str, Any]:

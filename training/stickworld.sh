@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Makes every packaged model of stickworld again, in the order and with the settings of the packaged ones:
+# `bash training/stickworld.sh` from the repository's root, some four hours on two CPU cores. What was cut off
+# goes on where it stopped. The models come to lie in runs/.
+set -euo pipefail
+
+train() {
+	.venv/bin/interactdiff train "training/configs/stickworld_$1.yaml" --resume_from_checkpoint latest --set "${@:2}"
+}
+
+# The autoencoder, in three stages of less and less noise.
+train vae output_dir=runs/vae1 export_to=runs/vae1/made seed=0 learning_rate=1.5e-3
+train vae output_dir=runs/vae2 export_to=runs/vae2/made seed=10 init_from=runs/vae1/made \
+	steps=4500 stop_at=3010 warmup_steps=100 learning_rate=1.0e-3 latent_noise=0.07
+train vae output_dir=runs/vae3 seed=20 init_from=runs/vae2/made \
+	steps=1600 stop_at=759 learning_rate=7.0e-4 latent_noise=0.07
+
+train base seed=0
+train interaction seed=1
+
+# The decoder alone, once more: latents, and so the base and the adapter, stay as they are.
+train vae output_dir=runs/vae4 seed=30 init_from=runs/stickworld/vae freeze_encoder=true
+
+# What scores the pictures; it has seen renders only.
+train detector seed=2
