@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from interactdiff.files import write_aside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +61,9 @@ def save_adapter_files(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    _write_aside(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    write_aside(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2) + "\n"
-    _write_aside(folder / CONFIG, lambda file: Path(file).write_text(text, encoding="utf-8"))
+    write_aside(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def read_safetensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -111,12 +113,3 @@ def _download(repo_id: str, name: str) -> Path:
             f"expected an adapter's folder or the id of one on the Hugging Face Hub, got {repo_id!r} "
             f"({type(error).__name__} for {name})"
         ) from None
-
-
-def _write_aside(file: Path, write: Callable[[str], object]) -> None:
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        write(str(aside))
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, SceneError, PictureError, ModelError, AdapterError) as error:
         print("interactdiff: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that fills up while it is written to
+        print(f"interactdiff: expected files that can be read and written, got {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny import trained_adapter
 
-from interactdiff.checkpoint import AdapterError, _write_aside, read_safetensors
+from interactdiff.checkpoint import AdapterError, read_safetensors
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.sites import Base
 
@@ -50,21 +50,6 @@ def test_saving_over_an_adapter_replaces_it(unet, tmp_path):
     adapter.save_pretrained(tmp_path)
     again = InteractionAdapter.from_pretrained(tmp_path)
     assert again.position_net.null_action_feature.eq(9.0).all()
-
-
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("old")
-
-    def half_write(aside: str) -> None:
-        with open(aside, "w") as opened:
-            opened.write("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        _write_aside(file, half_write)
-    assert os.listdir(tmp_path) == ["file"]
-    assert file.read_text() == "old"
 
 
 def remove_all(folder) -> None:

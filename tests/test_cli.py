@@ -1,5 +1,6 @@
 """The command line, run in this process on a tiny random model saved to a folder."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -309,6 +310,18 @@ def test_ctrl_c_is_quiet(
     monkeypatch.setattr(Drawer, "draw", interrupted)
     assert generate(models, "a person") == 130
     assert capsys.readouterr() == ("", "")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert generate(models, "a person") == 2
+    assert capsys.readouterr().err.endswith("got [Errno 28] No space left on device\n")
     assert list(Path().iterdir()) == []
 
 
