@@ -57,9 +57,9 @@ class AdapterRecipe(Recipe):
     """Trains an `InteractionAdapter` on a frozen pipeline.
 
     Extra configuration keys: `base` (pipeline folder), `cache_dir`, `renders`, `adapter` (arguments of
-    `InteractionAdapter.for_unet`), `compile` (whether to compile the U-Net), `init_from` (adapter folder to go on from, or null), `keep_caption`,
-    `strip_caption`, `null_all`, `null_action` (probabilities), `timestep_mean`, `timestep_std`, `guidance_scale`
-    (of samples), `export_to`.
+    `InteractionAdapter.for_unet`), `compile` (whether to compile the U-Net), `init_from` (adapter to go
+    on from, or null), `keep_caption`, `strip_caption`, `null_all`, `null_action` (probabilities),
+    `timestep_mean`, `timestep_std`, `guidance_scale` (of samples), `export_to`.
     """
 
     def build(self) -> nn.Module:

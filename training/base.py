@@ -1,7 +1,8 @@
 """The embedded text-to-image base: text encoder and U-Net, trained together on captions alone.
 
-The U-Net predicts v = a n - s x (arXiv 2202.00512) of noisy latents a x + s n, on a cosine schedule that ends in
-noise alone (arXiv 2305.08891). A narrow U-Net copies noise badly; this asks for none of it where layout is decided.
+The U-Net predicts v = a n - s x (arXiv 2202.00512) of noisy latents a x + s n, on a cosine schedule that ends
+in noise alone (arXiv 2305.08891). A narrow U-Net copies noise badly; this asks for none of it where layout is
+decided.
 """
 
 import copy
@@ -33,8 +34,6 @@ from interactdiff.training.tokenizer import make_tokenizer
 from interactdiff.training.world_data import as_images, cached_renders, grid
 
 _SPECIAL = ("bos", "eos", "pad")
-
-
 SCHEDULE: dict[str, Any] = {
     "beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
@@ -64,7 +63,8 @@ def velocity_loss(
         latents: x, [B, C, H, W].
         text: [B, L, D] states of the text encoder.
         generator: CPU source of the noise and of the timesteps.
-        timestep_mean: mean of the logit of timestep / 1000; above 0 leans to high noise, where layout is decided.
+        timestep_mean: mean of the logit of timestep / 1000; above 0 leans to high noise, where layout is
+            decided.
         timestep_std: its standard deviation.
     """
     noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -126,7 +126,8 @@ class BaseRecipe(Recipe):
 
     Extra configuration keys: `cache_dir`, `renders`, `vae` (folder), `text_encoder` and `unet` (arguments
     of their classes), `compile` (whether to compile the U-Net), `init_from` (pipeline folder to go on from,
-    or null), `empty_caption` (probability), `timestep_mean`, `timestep_std`, `guidance_scale` (of samples), `export_to`.
+    or null), `empty_caption` (probability), `timestep_mean`, `timestep_std`, `guidance_scale` (of samples),
+    `export_to`.
     """
 
     def build(self) -> nn.Module:
