@@ -59,7 +59,7 @@ class AdapterRecipe(Recipe):
     Extra configuration keys: `base` (pipeline folder), `cache_dir`, `renders`, `adapter` (arguments of
     `InteractionAdapter.for_unet`), `compile` (whether to compile the U-Net), `init_from` (adapter to go
     on from, or null), `keep_caption`, `strip_caption`, `null_all`, `null_action` (probabilities),
-    `timestep_mean`, `timestep_std`, `guidance_scale` (of samples), `export_to`.
+    `timestep_power`, `guidance_scale` (of samples), `export_to`.
     """
 
     def build(self) -> nn.Module:
@@ -107,9 +107,7 @@ class AdapterRecipe(Recipe):
             text = text_states(pipe.tokenizer, pipe.text_encoder, batch["prompts"])
         tensors = in_random_slots(self._scene_tensors(batch["interactions"]), generator)
         self.handle.set_tokens(self.model(**tensors))
-        return velocity_loss(
-            pipe.unet, batch["latents"], text, generator, config["timestep_mean"], config["timestep_std"]
-        )
+        return velocity_loss(pipe.unet, batch["latents"], text, generator, config["timestep_power"])
 
     def _scene_tensors(self, scenes: Sequence[Sequence[Interaction]]) -> dict[str, Tensor]:
         new = [phrase for phrase in scene_phrases(scenes) if phrase not in self.features]

@@ -53,8 +53,7 @@ def velocity_loss(
     latents: Tensor,
     text: Tensor,
     generator: torch.Generator,
-    timestep_mean: float,
-    timestep_std: float,
+    timestep_power: float,
 ) -> Tensor:
     """Squared error of the predicted v.
 
@@ -63,13 +62,12 @@ def velocity_loss(
         latents: x, [B, C, H, W].
         text: [B, L, D] states of the text encoder.
         generator: CPU source of the noise and of the timesteps.
-        timestep_mean: mean of the logit of timestep / 1000; above 0 leans to high noise, where layout is
-            decided.
-        timestep_std: its standard deviation.
+        timestep_power: timesteps are 1000 u^power with u uniform in [0, 1); below 1 leans to high noise,
+            where text and layout are decided.
     """
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    logits = torch.randn(len(latents), generator=generator) * timestep_std + timestep_mean
-    timesteps = (logits.sigmoid() * 1000).long().clamp(max=999).to(latents.device)
+    uniform = torch.rand(len(latents), generator=generator)
+    timesteps = (uniform**timestep_power * 1000).long().clamp(max=999).to(latents.device)
     noisy = schedule().add_noise(latents, noise, cast(Any, timesteps))
     predicted = denoiser(noisy, timesteps, text).sample
     return F.mse_loss(predicted.float(), schedule().get_velocity(latents, noise, cast(Any, timesteps)))
@@ -126,7 +124,7 @@ class BaseRecipe(Recipe):
 
     Extra configuration keys: `cache_dir`, `renders`, `vae` (folder), `text_encoder` and `unet` (arguments
     of their classes), `compile` (whether to compile the U-Net), `init_from` (pipeline folder to go on from,
-    or null), `empty_caption` (probability), `timestep_mean`, `timestep_std`, `guidance_scale` (of samples),
+    or null), `empty_caption` (probability), `timestep_power`, `guidance_scale` (of samples),
     `export_to`.
     """
 
@@ -166,8 +164,7 @@ class BaseRecipe(Recipe):
             batch["latents"],
             text,
             generator,
-            self.config["timestep_mean"],
-            self.config["timestep_std"],
+            self.config["timestep_power"],
         )
 
     def pipeline(self) -> StableDiffusionPipeline:
