@@ -36,7 +36,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[len(CHECKPOINT) :]))
 
 
-def attention_backend(device: torch.device) -> AbstractContextManager[None]:
+def attention_backend(device: torch.device) -> AbstractContextManager[object]:
     """On a CPU, torch's fused attention is slow backwards: a quarter of a step at 144 tokens."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
