@@ -123,7 +123,7 @@ class AdapterRecipe(Recipe):
         self.handle.set_scene(asked)
         drawn = self.pipe(
             [scene.caption_without_verb for scene in scenes],
-            num_inference_steps=20,
+            num_inference_steps=30,
             guidance_scale=self.config["guidance_scale"],
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
