@@ -155,7 +155,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser("train", help="run a training recipe")
     parser.set_defaults(run=_train)
-    parser.add_argument("config", help="a YAML file, such as training/configs/adapter.yaml")
+    parser.add_argument("config", help="a YAML file, such as training/configs/stickworld_base.yaml")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the file"
     )

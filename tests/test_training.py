@@ -1,6 +1,8 @@
 """Six real steps of every recipe at tiny size, and the same losses after a resume."""
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from safetensors.torch import load_file
 from interactdiff import InteractionAdapter
 from interactdiff.interaction.tokens import scene_phrases, scene_tensors
 from interactdiff.stickworld.render import render
-from interactdiff.stickworld.world import sample_scene
+from interactdiff.stickworld.world import COLOURS, PLACES, sample_scene
 from interactdiff.training.adapter import in_random_slots
 from interactdiff.training.base import velocity_loss
 from interactdiff.training.recipe import Recipe, RecipeError, checkpoints
 from interactdiff.training.run import load_config, make_recipe, run
+from interactdiff.training.text import QUESTIONS, told_caption, told_phrase
 from interactdiff.training.tokenizer import make_tokenizer, world_words
 from interactdiff.training.world_data import cached_renders
 
@@ -63,7 +66,7 @@ def short(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The three recipes, each reading what the one before it wrote."""
+    """The recipes, each reading what those before it wrote."""
     base = load_config(CONFIGS / "stickworld_base.yaml", [])
     unet = base["unet"] | {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16}
     unet |= {"block_out_channels": [8, 16, 16], "norm_num_groups": 4, "attention_head_dim": 2}
@@ -72,12 +75,13 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
     world, made = folder / "world", folder / "adapter"
     return {
         "stickworld_vae": short(folder, "stickworld_vae", model=VAE, export_to=str(world / "vae")),
+        "stickworld_text": short(folder, "stickworld_text", text_encoder=TEXT, export_to=str(world)),
         "stickworld_base": short(
             folder,
             "stickworld_base",
-            text_encoder=TEXT,
             unet=unet,
             vae=str(world / "vae"),
+            text=str(world),
             export_to=str(world),
         ),
         "stickworld_interaction": short(
@@ -93,7 +97,9 @@ def state(recipe: Recipe) -> list[torch.Tensor]:
     return [*recipe.model.state_dict().values(), *recipe.ema.shadow_params, *moments, rate]
 
 
-@pytest.mark.parametrize("name", ["stickworld_vae", "stickworld_base", "stickworld_interaction"])
+@pytest.mark.parametrize(
+    "name", ["stickworld_vae", "stickworld_text", "stickworld_base", "stickworld_interaction"]
+)
 def test_resumed_run_has_the_losses_of_the_unbroken_one(folder: Path, name: str) -> None:
     config = recipe_configs(folder)[name]
     unbroken = make_recipe(config | {"stop_after": 0.0})
@@ -109,7 +115,8 @@ def test_resumed_run_has_the_losses_of_the_unbroken_one(folder: Path, name: str)
     # Two runs in one process differ as well: memory alignment moves sums in the last bit, and Adam turns the
     # gradient of a bias before a norm, which is nothing but such bits, into whole steps.
     assert resumed.train() == pytest.approx(losses, rel=2e-3)
-    assert (unbroken.output / "samples" / "000006.png").is_file()
+    shown = "read.jsonl" if name == "stickworld_text" else "samples/000006.png"
+    assert (unbroken.output / shown).is_file()
     logged = [json.loads(line) for line in (unbroken.output / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged] == [3, 6, 3, 6]
 
@@ -168,6 +175,23 @@ def test_interactions_move_to_random_slots_whole() -> None:
             same = (scene["subject_boxes"][row] == moved["subject_boxes"][row, slot]).all(-1).nonzero()[0]
             for name, tensor in moved.items():
                 assert torch.equal(tensor[row, slot], scene[name][row, same[0]])
+
+
+def test_what_a_text_says_is_in_it() -> None:
+    """And nothing that is not: colours and verbs left out are not asked for."""
+    rng = random.Random(0)
+    lacking = Counter()
+    for seed in range(200):
+        for tell in (told_caption, told_phrase):
+            text, said = tell(sample_scene(seed), rng)
+            for question, answer in said.items():
+                words = PLACES[answer] if question == "background" else (answer,)
+                assert answer in QUESTIONS[question]
+                assert answer == "person" or any(word in text for word in words), (text, said)
+            colours = [word for word in text.replace(",", "").split() if word in COLOURS]
+            assert len(colours) == sum("colour" in question for question in said), (text, said)
+            lacking[tell, "colour" in str(said), "action" in str(said)] += 1
+    assert len(lacking) == 7  # a phrase that names a colour has no action
 
 
 def test_velocity_loss_is_zero_for_the_true_velocity() -> None:

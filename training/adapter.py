@@ -57,9 +57,9 @@ class AdapterRecipe(Recipe):
     """Trains an `InteractionAdapter` on a frozen pipeline.
 
     Extra configuration keys: `base` (pipeline folder), `cache_dir`, `renders`, `adapter` (arguments of
-    `InteractionAdapter.for_unet`), `compile` (whether to compile the U-Net), `init_from` (adapter to go
-    on from, or null), `keep_caption`, `strip_caption`, `null_all`, `null_action` (probabilities),
-    `timestep_power`, `guidance_scale` (of samples), `export_to`.
+    `InteractionAdapter.for_unet`), `init_from` (adapter to go on from, or null), `keep_caption`,
+    `strip_caption`, `null_all`, `null_action` (probabilities), `timestep_power`, `guidance_scale` (of
+    samples), `export_to`.
     """
 
     def build(self) -> nn.Module:
@@ -71,8 +71,6 @@ class AdapterRecipe(Recipe):
         for module in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
             module.requires_grad_(False).eval()
         self.pipe.unet.to(memory_format=torch.channels_last)
-        if config["compile"]:
-            self.pipe.unet.compile()
         renders = cached_renders(Path(config["cache_dir"]), config["renders"])
         self.latents = cached_latents(Path(config["cache_dir"]), self.pipe.vae, renders)
         if config["init_from"]:

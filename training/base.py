@@ -1,4 +1,4 @@
-"""The embedded text-to-image base: text encoder and U-Net, trained together on captions alone.
+"""The embedded text-to-image base: a U-Net, trained on pictures and their captions alone.
 
 The U-Net predicts v = a n - s x (arXiv 2202.00512) of noisy latents a x + s n, on a cosine schedule that ends
 in noise alone (arXiv 2305.08891). A narrow U-Net copies noise badly; this asks for none of it where layout is
@@ -7,7 +7,6 @@ decided.
 
 import copy
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -26,14 +25,13 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from interactdiff.stickworld.world import HELD_OUT, WorldScene, caption, sample_scene
 from interactdiff.training.recipe import Recipe
-from interactdiff.training.tokenizer import make_tokenizer
+from interactdiff.training.text import save_text_encoder
 from interactdiff.training.world_data import as_images, cached_renders, grid
 
-_SPECIAL = ("bos", "eos", "pad")
 SCHEDULE: dict[str, Any] = {
     "beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
@@ -120,12 +118,12 @@ def text_states(tokenizer: PreTrainedTokenizerBase, encoder: CLIPTextModel, text
 
 
 class BaseRecipe(Recipe):
-    """Trains text encoder and U-Net on captions; it never sees a box.
+    """Trains a U-Net on captions; it never sees a box.
 
-    Extra configuration keys: `cache_dir`, `renders`, `vae` (folder), `text_encoder` and `unet` (arguments
-    of their classes), `compile` (whether to compile the U-Net), `init_from` (pipeline folder to go on from,
-    or null), `empty_caption` (probability), `timestep_power`, `guidance_scale` (of samples),
-    `export_to`.
+    Extra configuration keys: `cache_dir`, `renders`, `vae` (folder), `text` (folder with `tokenizer` and
+    `text_encoder`), `unet` (arguments of its class), `compile` (whether to compile the U-Net), `init_from`
+    (pipeline folder to go on from, or null), `empty_caption` (probability), `timestep_power`,
+    `guidance_scale` (of samples), `export_to`.
     """
 
     def build(self) -> nn.Module:
@@ -134,21 +132,18 @@ class BaseRecipe(Recipe):
         self.vae.requires_grad_(False)
         renders = cached_renders(Path(config["cache_dir"]), config["renders"])
         self.latents = cached_latents(Path(config["cache_dir"]), self.vae, renders)
+        self.tokenizer: Any = CLIPTokenizer.from_pretrained(config["text"], subfolder="tokenizer")
+        self.text_encoder = CLIPTextModel.from_pretrained(config["text"], subfolder="text_encoder").eval()
+        self.text_encoder.float().to(self.device).requires_grad_(False)
+        make: Any = UNet2DConditionModel  # annotated with tuples of one
         if config["init_from"]:
-            start: Any = StableDiffusionPipeline.from_pretrained(config["init_from"], safety_checker=None)
-            self.tokenizer = start.tokenizer
-            unet, text_encoder = start.unet.float(), start.text_encoder.float()
+            unet = make.from_pretrained(config["init_from"], subfolder="unet").float()
         else:
-            self.tokenizer = make_tokenizer(config["text_encoder"]["max_position_embeddings"])
-            unet: Any = UNet2DConditionModel(**config["unet"])
-            special = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in _SPECIAL}
-            text_encoder = CLIPTextModel(
-                CLIPTextConfig(vocab_size=len(self.tokenizer), **special, **config["text_encoder"])
-            )
+            unet = make(**config["unet"])
         unet.to(memory_format=torch.channels_last)
         if config["compile"]:
             unet.compile()
-        return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+        return unet
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config["seed"] * 1_000_003 + step)
@@ -158,24 +153,18 @@ class BaseRecipe(Recipe):
         return {"latents": self.latents[chosen].float().to(self.device), "captions": captions}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        text = text_states(self.tokenizer, self.model["text_encoder"], batch["captions"])
-        return velocity_loss(
-            self.model["unet"],
-            batch["latents"],
-            text,
-            generator,
-            self.config["timestep_power"],
-        )
+        with torch.no_grad():
+            text = text_states(self.tokenizer, self.text_encoder, batch["captions"])
+        return velocity_loss(self.model, batch["latents"], text, generator, self.config["timestep_power"])
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The stock pipeline around the parts as they are now."""
-        model = self.accelerator.unwrap_model(self.model)
         make: Any = StableDiffusionPipeline  # annotated with one autoencoder and one kind of scheduler
         return make(
             vae=self.vae,
-            text_encoder=model["text_encoder"],
+            text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
-            unet=model["unet"],
+            unet=self.accelerator.unwrap_model(self.model),
             scheduler=sampler(),
             safety_checker=None,
             feature_extractor=None,
@@ -202,6 +191,4 @@ class BaseRecipe(Recipe):
             half = copy.deepcopy(getattr(pipe, name)).to(torch.float16, memory_format=torch.contiguous_format)
             setattr(pipe, name, half)
         pipe.save_pretrained(self.config["export_to"], safe_serialization=True)
-        # Without it transformers would load the text encoder in float16 beside a float32 U-Net.
-        path = Path(self.config["export_to"], "text_encoder", "config.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        save_text_encoder(pipe.text_encoder, Path(self.config["export_to"]))

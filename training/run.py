@@ -9,6 +9,7 @@ import yaml
 from interactdiff.training.recipe import Recipe, RecipeError
 
 RECIPES = {
+    "text": "interactdiff.training.text:TextRecipe",
     "vae": "interactdiff.training.vae:VaeRecipe",
     "base": "interactdiff.training.base:BaseRecipe",
     "adapter": "interactdiff.training.adapter:AdapterRecipe",

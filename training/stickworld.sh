@@ -15,9 +15,8 @@ train vae output_dir=runs/vae2 export_to=runs/vae2/made seed=10 init_from=runs/v
 train vae output_dir=runs/vae3 seed=20 init_from=runs/vae2/made \
 	steps=1600 stop_at=759 learning_rate=7.0e-4 latent_noise=0.07
 
-# The base, then with more of the high noise: below timestep 800 it soon is good.
-train base seed=0 stop_at=2750
-train base seed=0 timestep_power=0.2 steps=5000
+train text seed=3
+train base seed=0
 train interaction seed=1
 
 # The decoder alone, once more: latents, and so the base and the adapter, stay as they are.
