@@ -224,6 +224,11 @@ def test_every_word_of_the_world_is_one_token() -> None:
     assert tokenizer.decode(tokenizer("quizzical").input_ids, skip_special_tokens=True) == "quizzical"
 
 
+def test_every_tokenizer_is_the_same() -> None:
+    """A resumed run makes its own."""
+    assert make_tokenizer(40).get_vocab() == make_tokenizer(40).get_vocab()
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [

@@ -2,9 +2,11 @@
 
 import json
 import tempfile
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
 from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS, PLACES
@@ -19,19 +21,30 @@ def world_words() -> list[str]:
     return sorted({word for text in texts for word in text.split()})
 
 
+def merges_for(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte pairs, in order of rank, by which every one of these words becomes one token.
+
+    A trainer of byte pairs breaks ties at random, so that a run that is resumed would read another language.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        pieces = [*word[:-1], word[-1] + _END]
+        while len(pieces) > 1:
+            pairs = list(pairwise(pieces))
+            best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            ranks.setdefault(best, len(ranks))
+            at = pairs.index(best)
+            pieces[at : at + 2] = ["".join(best)]
+    return list(ranks)
+
+
 def make_tokenizer(max_length: int) -> CLIPTokenizer:
     """Build the tokenizer; other words are spelled in pieces.
 
     Args:
         max_length: tokens of a prompt, start and end included.
     """
-    pair_encoding = Tokenizer(models.BPE(end_of_word_suffix=_END))
-    pair_encoding.normalizer = normalizers.Lowercase()
-    pair_encoding.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix=_END, show_progress=False)
-    pair_encoding.train_from_iterator(world_words(), trainer)
-    merges = [tuple(pair) for pair in json.loads(pair_encoding.to_str())["model"]["merges"]]
-
+    merges = merges_for(world_words())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}{_END}" for letter in letters)]
     tokens += dict.fromkeys("".join(pair) for pair in merges)
