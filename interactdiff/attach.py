@@ -345,9 +345,13 @@ def attach(
             given.
 
     Raises:
-        AdapterError: there is no U-Net, it is not the adapter's base, or it has an adapter already; nothing
-            has been touched then.
+        AdapterError: there is no U-Net, it is not the adapter's base, it has an adapter already, or the
+            pipeline guides by a picture too; nothing has been touched then.
     """
+    if not isinstance(adapter, InteractionAdapter):
+        raise AdapterError(
+            f"expected an InteractionAdapter, such as from_pretrained loads, got {type(adapter).__name__}"
+        )
     unet = unet_of(pipeline_or_unet)
     adapter.config.base.check(unet)
     if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in unet._forward_pre_hooks.values()):
@@ -357,8 +361,18 @@ def attach(
     pipeline = pipeline_or_unet if hasattr(pipeline_or_unet, "scheduler") else None
     if phrase_encoder is None and pipeline is not None:
         phrase_encoder = _pipeline_phrases(pipeline, adapter)
+    if hasattr(type(pipeline), "image_guidance_scale"):
+        raise AdapterError(
+            f"expected guidance by the prompt alone, got {type(pipeline).__name__}: it guides by pictures too"
+        )
     handle = Handle(unet, adapter, pipeline, phrase_encoder)
-    handle._follow_unet(unet.device if pipeline is None else cast(Any, pipeline)._execution_device)
+    try:
+        if not adapter.training:
+            adapter.to(unet.dtype)  # every weight: a file may hold several dtypes
+        handle._follow_unet(unet.device if pipeline is None else cast(Any, pipeline)._execution_device)
+    except Exception:  # no memory left there, say
+        handle.detach()
+        raise
     return handle
 
 

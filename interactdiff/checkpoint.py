@@ -1,4 +1,4 @@
-"""Adapter files: our own format, and the names that published InteractDiffusion weights use.
+"""Adapter files.
 
 Ours is a folder with `adapter.safetensors` and `config.json`. No pickle is ever loaded, and no file is
 half-written. Nothing heavy is imported before it is needed, so that `AdapterError` costs nothing to import.
@@ -92,7 +92,7 @@ def check_tensors(whose: str, expected: Mapping[str, Tensor], got: Mapping[str, 
         got: those to be loaded.
 
     Raises:
-        AdapterError: naming the first that is missing, superfluous or of another shape.
+        AdapterError: naming the first that is missing, superfluous, of another shape or no floating point.
     """
     for name in sorted(expected.keys() | got.keys()):
         wanted, found = (
@@ -100,6 +100,8 @@ def check_tensors(whose: str, expected: Mapping[str, Tensor], got: Mapping[str, 
         )
         if wanted != found:
             raise AdapterError(f"expected {whose}'s {name} to be {wanted}, got {found}")
+        if not got[name].is_floating_point():
+            raise AdapterError(f"expected {whose}'s {name} in floating point, got {got[name].dtype}")
 
 
 def _download(repo_id: str, name: str) -> Path:

@@ -144,9 +144,10 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser("evaluate", help="score how well the adapter is followed")
     parser.set_defaults(run=_evaluate)
     parser.add_argument("--world", action="store_true", required=True, help="on held-out stickworld scenes")
-    parser.add_argument("--scenes", type=_positive, default=200, help="how many (default: %(default)s)")
+    parser.add_argument("--scenes", type=_positive, default=50, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=_whole, default=0, help="which ones, and their noise (default: 0)")
-    parser.add_argument("--steps", type=_positive, default=30, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=_number, default=2.0, help="default: %(default)g")
     parser.add_argument("--batch-size", type=_positive, default=16, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     _add_models(parser)
@@ -177,9 +178,10 @@ def _generate(args: argparse.Namespace) -> None:
     record = read_record(args.drawn) if args.drawn else None
     scene = _scene(args, record)
     out = args.out or (Path(args.drawn).with_suffix(".again.png") if args.drawn else Path("out.png"))
-    wanted = [out, out.with_suffix(".overlay.png")] if args.overlay else [out]
-    for path in wanted:
-        _check_picture_path(path)
+    _check_picture_path(out)
+    beside = out.with_suffix(".overlay.png") if args.overlay else None
+    if beside is not None:
+        _check_picture_path(beside)
     if record is not None:
         _note_other_versions(record)
         _take_over(args, record)
@@ -190,24 +192,24 @@ def _generate(args: argparse.Namespace) -> None:
     image = drawer.draw(scene)
     drawn_as = drawer.record(scene)
     save_picture(image, out, drawn_as)
-    if args.overlay:
-        save_picture(overlay(image, scene.interactions), wanted[1], drawn_as)
-    for path in wanted:
-        print(path)
+    print(out)
+    if beside is not None:
+        save_picture(overlay(image, scene.interactions), beside, drawn_as)
+        print(beside)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: expected a folder that can be made, got {error}") from None
-    _check_picture_path(args.out)
+    if args.out.parent.exists():
+        _check_picture_path(args.out)
+    else:
+        _check_picture_name(args.out)
     _quiet_libraries()
     from interactdiff.generate import Drawer
 
     drawer = Drawer.load()
     image = drawer.draw(DEMO)
     pair = side_by_side(enlarged(image), overlay(image, DEMO.interactions))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     save_picture(pair, args.out, drawer.record(DEMO))
     print(args.out)
 
@@ -233,6 +235,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         device=str(usable_device(args.device or "auto")),
         progress=True,
+        guidance_scale=args.guidance_scale,
     )
     print(format_table(table))
     if args.json is not None:
@@ -278,9 +281,13 @@ def _parsed(number: int, text: str) -> Interaction:
         raise SceneError(f"interaction {number}: {error}") from None
 
 
-def _check_picture_path(path: Path) -> None:
+def _check_picture_name(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out: expected a file name that ends in .png, got {str(path)!r}")
+
+
+def _check_picture_path(path: Path) -> None:
+    _check_picture_name(path)
     if reason := why_unwritable(path):
         raise UsageError(f"--out: expected a file that can be written, got {str(path)!r}: {reason}")
 

@@ -1,5 +1,6 @@
-"""From a scene to a picture: what the command line and the web app share."""
+"""From a scene to a picture: what the command line does, without its flags."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -53,6 +54,8 @@ class Drawer:
         adapter = adapter or default_adapter(model)
         place = usable_device(device)
         precision = dtype if dtype != "auto" else "float16" if place.type == "cuda" else "float32"
+        if precision not in DTYPES:
+            raise ModelError(f"expected a dtype of {', '.join(DTYPES)} or auto, got {precision!r}")
         pipeline_at = resolve("model", model)
         handle = weights = None
         if adapter is not None:  # first, since it is the quicker one to refuse
@@ -87,14 +90,16 @@ class Drawer:
             SceneError: as in `ask`.
         """
         self.ask(scene)
+        # Given one of the two, diffusers puts its own size in the place of both.
+        own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             drawn = self.pipeline(
                 prompt=scene.prompt,
                 negative_prompt=scene.negative_prompt,
                 num_inference_steps=scene.steps,
                 guidance_scale=scene.guidance_scale,
-                width=scene.width,
-                height=scene.height,
+                width=scene.width or own,
+                height=scene.height or own,
                 generator=torch.Generator("cpu").manual_seed(scene.seed),
             )
         return drawn.images[0]
@@ -130,10 +135,12 @@ def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> 
         raise ModelError(
             f"expected a diffusers model at {path_or_id}, got {type(error).__name__}: {reason}"
         ) from error
-    if not hasattr(pipeline, "unet"):
-        raise ModelError(
-            f"expected a pipeline with a U-Net at {path_or_id}, got a {type(pipeline).__name__} without one"
-        )
+    for part in ("unet", "tokenizer", "text_encoder"):
+        if getattr(pipeline, part, None) is None:
+            kind = type(pipeline).__name__
+            raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {kind} without a {part}")
+    if "image" in inspect.signature(pipeline.__call__).parameters:
+        raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {type(pipeline).__name__}")
     return pipeline
 
 

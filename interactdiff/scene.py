@@ -312,7 +312,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _phrase(name: str, value: Any) -> str:
-    phrase = _text(name, value).strip()
+    phrase = " ".join(_text(name, value).split())
     if not phrase:
         raise SceneError(f"{name}: expected a phrase, got {_shown(value)}")
     return phrase

@@ -81,7 +81,19 @@ class Base:
         """
         got = Base.of(unet)
         if got != self:
-            raise AdapterError(f"expected the base that the adapter is made for, {self}, got {got}")
+            wanted, found = str(self), str(got)
+            if wanted == found:  # the first site that tells them apart
+                paths = sorted(self.sites.keys() | got.sites.keys())
+                path = next(p for p in paths if self.sites.get(p) != got.sites.get(p))
+                wanted, found = (f"{b} with {b.site_words(path)}" for b in (self, got))
+            raise AdapterError(f"expected the base that the adapter is made for, {wanted}, got {found}")
+
+    def site_words(self, path: str) -> str:
+        """A site in words."""
+        if path not in self.sites:
+            return f"no {path}"
+        width, heads = self.sites[path]
+        return f"{path} of width {width} and {heads} heads"
 
 
 def unet_of(pipeline_or_unet: object) -> UNet2DConditionModel:

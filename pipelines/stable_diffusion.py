@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from interactdiff.attach import Handle, attach
 from interactdiff.checkpoint import AdapterError
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.scene import Interaction
+from interactdiff.scene import Interaction, SceneError
 from interactdiff.schedule import Schedule
 
 
@@ -56,9 +56,13 @@ class InteractionStableDiffusionPipeline(StableDiffusionPipeline):
         """
         if not isinstance(adapter, InteractionAdapter):
             adapter = InteractionAdapter.from_pretrained(adapter)
-        adapter.config.base.check(self.unet)
+        before = self.interaction
         self.unload_interaction_adapter()
-        self.interaction = attach(self, adapter)
+        try:
+            self.interaction = attach(self, adapter)
+        except AdapterError:
+            self.interaction = attach(self, before.adapter) if before is not None else None
+            raise
 
     def unload_interaction_adapter(self) -> None:
         """Detach the adapter, if there is one."""
@@ -92,8 +96,20 @@ class InteractionStableDiffusionPipeline(StableDiffusionPipeline):
             if interactions:
                 raise AdapterError("expected an adapter to be loaded for the interactions, got none")
             return super().__call__(*args, **kwargs)
+        prompts = args[0] if args else kwargs.get("prompt")
+        self._check_count(interactions, prompts, kwargs.get("prompt_embeds"))
         self.interaction.set_scene(interactions, interaction_strength, interaction_schedule)
         try:
             return super().__call__(*args, **kwargs)
         finally:
             self.interaction.clear()
+
+    @staticmethod
+    def _check_count(interactions: Sequence[Any], prompt: Any, prompt_embeds: Any) -> None:
+        """One scene for all prompts, or one for each."""
+        given = prompt if isinstance(prompt, list) else [prompt] if prompt_embeds is None else prompt_embeds
+        scenes = 1 if all(isinstance(i, Interaction) for i in interactions) else len(interactions)
+        if scenes not in (1, len(given)):
+            raise SceneError(
+                f"expected interactions for each of {len(given)} prompts, got {scenes} lists of them"
+            )

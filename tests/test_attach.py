@@ -96,6 +96,38 @@ def test_another_base_is_refused_untouched(pipe, adapter):
     assert state_of(pipe.unet) == before
 
 
+def test_a_base_that_differs_in_its_heads_alone_is_told_apart(pipe, adapter):
+    path = next(iter(adapter.config.base.sites))
+    width, heads = adapter.config.base.sites[path]
+    adapter.config.base.sites[path] = (width, 2 * heads)
+    with pytest.raises(AdapterError, match=rf"with {path} of width {width} and {2 * heads} heads, got"):
+        attach(pipe, adapter)
+
+
+def test_a_name_is_no_adapter(pipe):
+    with pytest.raises(AdapterError, match=r"expected an InteractionAdapter, .*, got str"):
+        attach(pipe, "stickworld-interaction")
+
+
+def test_an_adapter_that_cannot_move_leaves_nothing(pipe, adapter, monkeypatch):
+    def full(*_):
+        raise RuntimeError("out of memory")
+
+    before = state_of(pipe.unet)
+    monkeypatch.setattr(adapter, "to", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attach(pipe, adapter)
+    assert state_of(pipe.unet) == before
+
+
+def test_weights_of_several_dtypes_become_one(pipe, adapter):
+    next(iter(adapter.fusers.values())).half()
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        assert draw(pipe).isfinite().all()
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("other", ["pipe.vae", "pipe.text_encoder"])
 def test_what_has_no_unet_is_refused(pipe, adapter, other):
     with pytest.raises(AdapterError, match="expected a UNet2DConditionModel or a pipeline that has one, got"):

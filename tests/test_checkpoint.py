@@ -103,9 +103,15 @@ def drop_a_tensor(folder) -> None:
     save_file(tensors, folder / "adapter.safetensors")
 
 
+def make_whole_numbers(folder) -> None:
+    tensors = {name: tensor.int() for name, tensor in load_file(folder / "adapter.safetensors").items()}
+    save_file(tensors, folder / "adapter.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (make_whole_numbers, r"expected the adapter's .* in floating point, got torch\.int32"),
         (remove_all, r"expected an adapter's folder or the id of one on .*, got '.*adapter'"),
         (
             forget_config,

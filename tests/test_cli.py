@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,17 @@ def test_flags_override_the_scene_file(models: Path) -> None:
     assert drawn.interactions == scene.interactions
 
 
+def test_one_side_alone_keeps_the_models_own_other_side(models: Path) -> None:
+    assert generate(models, "a person", "--width", "24") == 0
+    assert Image.open("out.png").size == (24, 16)
+
+
+def test_a_phrase_of_two_lines_is_one_phrase(models: Path) -> None:
+    flags = ["--interaction", RIDING.replace("person", "a\nperson", 1), "--overlay"]
+    assert generate(models, "a person", *flags) == 0
+    assert read_record("out.overlay.png").scene.interactions[0].subject == "a person"
+
+
 @pytest.fixture
 def packaged(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny model and adapter in the place of the packaged ones."""
@@ -169,6 +181,7 @@ BAD_FLAGS = {
     "no png": (["a", "--out", "out.jpg"], "ends in .png"),
     "no folder": (["a", "--out", "missing/out.png"], "--out: expected a file that can be written"),
     "folder": (["a", "--out", "folder.png"], "a folder"),
+    "overlay of no name": (["a", "--out", ".", "--overlay"], "ends in .png"),
     "no model": (["a", "--model", "sd-1.5"], "expected as model a packaged one (stickworld), a folder"),
     "no adapter": (["a", "--adapter", "./missing"], "expected as adapter a packaged one"),
     "no device": (["a", "--device", "toaster"], "expected a device of this machine"),
@@ -292,6 +305,28 @@ def test_other_versions_are_named_when_drawing_again(
     capsys.readouterr()
     assert main(["generate", "--from", "old.png"]) == 0
     assert "drawn with torch 0.1, now" in capsys.readouterr().err
+
+
+def test_an_unknown_dtype_in_a_picture_is_refused(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(models, "a person") == 0
+    save_picture(Image.open("out.png"), "odd.png", replace(read_record("out.png"), dtype="float64"))
+    capsys.readouterr()
+    assert main(["generate", "--from", "odd.png"]) == 2
+    assert "expected a dtype of float32, float16, bfloat16 or auto, got 'float64'" in refusal(capsys)
+
+
+def test_a_model_that_does_not_draw_from_text_is_refused(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = models / "model/model_index.json"
+    saved = json.loads(index.read_text())
+    parts = {name: saved[name] for name in ("_diffusers_version", "unet", "scheduler")}
+    index.write_text(json.dumps(parts | {"_class_name": "DDPMPipeline"}))
+    assert generate(models, "a person") == 2
+    assert "without a tokenizer" in refusal(capsys)
+    index.write_text(json.dumps(saved | {"_class_name": "StableDiffusionImg2ImgPipeline"}))
+    assert generate(models, "a person") == 2
+    assert "expected a pipeline from text" in refusal(capsys)
 
 
 def test_help_needs_no_torch() -> None:

@@ -275,8 +275,8 @@ def test_evaluate_on_the_command_line_prints_the_table_and_writes_it(
 def test_pictures_do_not_depend_on_the_batch(drawer: Drawer) -> None:
     worlds = held_out_scenes(3, seed=0)
     orders = [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)]
-    together = draw(orders, drawer, seed=0, steps=2)
-    alone = torch.cat([draw([order], drawer, seed=0, steps=2) for order in orders])
+    together = draw(orders, drawer, seed=0, how={"num_inference_steps": 2})
+    alone = torch.cat([draw([order], drawer, seed=0, how={"num_inference_steps": 2}) for order in orders])
     assert together.shape == (3, 3, 16, 16)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
@@ -285,11 +285,15 @@ def test_the_base_row_is_the_base_and_the_others_are_not(
     drawer: Drawer, pipe: StableDiffusionPipeline
 ) -> None:
     world = held_out_scenes(1, seed=0)[0]
-    controlled = draw([Order(0, world.caption, world.interactions())], drawer, seed=0, steps=2)
-    uncontrolled = draw([Order(0, world.caption)], drawer, seed=0, steps=2)
+    controlled = draw(
+        [Order(0, world.caption, world.interactions())], drawer, seed=0, how={"num_inference_steps": 2}
+    )
+    uncontrolled = draw([Order(0, world.caption)], drawer, seed=0, how={"num_inference_steps": 2})
     assert drawer.handle is not None
     drawer.handle.detach()
-    without = draw([Order(0, world.caption)], Drawer(pipe, None, "tiny", None), seed=0, steps=2)
+    without = draw(
+        [Order(0, world.caption)], Drawer(pipe, None, "tiny", None), seed=0, how={"num_inference_steps": 2}
+    )
     assert torch.equal(uncontrolled, without)
     assert not torch.allclose(uncontrolled, controlled, atol=1e-3)
 
@@ -298,7 +302,9 @@ def test_a_picture_ordered_twice_is_drawn_once(drawer: Drawer, detector: Detecto
     drawn = []
     hook = drawer.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: drawn.append(len(args[0])))
     orders = [Order(0, "a person"), Order(1, "a person"), Order(0, "a person")]
-    found = look_at(orders, drawer, detector, seed=0, steps=1, batch_size=8, progress=False)
+    found = look_at(
+        orders, drawer, detector, seed=0, how={"num_inference_steps": 1}, batch_size=8, progress=False
+    )
     hook.remove()
     assert sum(drawn) == 2
     assert set(found) == set(orders)

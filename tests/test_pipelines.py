@@ -77,6 +77,11 @@ def test_draws_a_scene_for_each_prompt_to_an_image(ours):
     assert not np.allclose(images[0], images[1])
 
 
+def test_scenes_are_counted_by_prompts(ours):
+    with pytest.raises(SceneError, match="expected interactions for each of 4 prompts, got 2 lists of them"):
+        draw(ours, ["a dog"] * 4, interactions=[[RIDING], [FEEDING]])
+
+
 def test_positional_arguments_and_callbacks_reach_the_stock_call(ours):
     steps = []
 
@@ -104,10 +109,12 @@ def test_loading_another_adapter_replaces_the_first(ours, pipe):
     before = draw(ours, interactions=[RIDING])
     ours.load_interaction_adapter(other)
     assert not torch.equal(draw(ours, interactions=[RIDING]), before)
-    other.config.base.sites.clear()
+    misfit = trained_adapter(pipe.unet)
+    misfit.config.base.sites.clear()
     with pytest.raises(AdapterError, match="expected the base that"):
-        ours.load_interaction_adapter(other)
+        ours.load_interaction_adapter(misfit)
     assert ours.interaction is not None
+    assert ours.interaction.adapter is other
 
 
 def test_interactions_need_an_adapter(ours, pipe):

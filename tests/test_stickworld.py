@@ -1,5 +1,6 @@
 """The renderer's ground truth is exact, and within a group only pose and contact tell actions apart."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from interactdiff.stickworld.world import (
     GROUPS,
     HELD_OUT,
     OBJECTS,
+    PLACES,
     WorldScene,
     sample_scene,
 )
@@ -114,6 +116,21 @@ def test_captions_say_what_is_there() -> None:
             assert triplet.action not in scene.caption_without_verb
             assert triplet.object in scene.caption_without_verb
     assert len({sample_scene(seed).caption.split()[0] for seed in SEEDS}) > 2
+
+
+def test_the_wording_tells_neither_action_nor_group() -> None:
+    """As it would if what words the caption were seeded like what draws the scene."""
+    wordings: dict[str, Counter[str]] = {action: Counter() for action in ACTIONS}
+    places = set()
+    for seed in range(2000):
+        scene = sample_scene(seed, n_interactions=1)
+        place = max((p for p in PLACES[scene.background] if p in scene.caption), key=len)
+        places.add(place)
+        wordings[scene.triplets[0].action][f"{scene.background} {PLACES[scene.background].index(place)}"] += 1
+    assert places == {place for ways in PLACES.values() for place in ways}
+    for counts in wordings.values():  # some 200 scenes an action, half of them of each wording
+        second = sum(n for way, n in counts.items() if not way.endswith("0"))
+        assert 0.3 < second / counts.total() < 0.7
 
 
 def test_a_scene_is_asked_for_in_its_own_words() -> None:

@@ -18,7 +18,7 @@ from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import COLOURS, PLACES, sample_scene
 from interactdiff.training.adapter import in_random_slots
 from interactdiff.training.base import velocity_loss
-from interactdiff.training.recipe import Recipe, RecipeError, checkpoints
+from interactdiff.training.recipe import Recipe, RecipeError, checkpoints, make_optimizers
 from interactdiff.training.run import load_config, make_recipe, run
 from interactdiff.training.text import QUESTIONS, told_caption, told_phrase
 from interactdiff.training.tokenizer import make_tokenizer, world_words
@@ -92,8 +92,9 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
 
 def state(recipe: Recipe) -> list[torch.Tensor]:
     """Every number that training carries from step to step."""
-    moments = [v for s in recipe.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-    rate = torch.tensor([*recipe.scheduler.get_last_lr(), recipe.step])
+    states = [s for optimizer in recipe.optimizers for s in optimizer.state.values()]
+    moments = [v for s in states for v in s.values() if torch.is_tensor(v)]
+    rate = torch.tensor([rate for s in recipe.schedulers for rate in (*s.get_last_lr(), recipe.step)])
     return [*recipe.model.state_dict().values(), *recipe.ema.shadow_params, *moments, rate]
 
 
@@ -236,6 +237,8 @@ def test_every_tokenizer_is_the_same() -> None:
         ("recipe: cake", [], "cake"),
         ("- a", [], "list"),
         ("recipe: vae", ["stepz=3"], "stepz"),
+        ("recipe: vae", ["recipe=["], "the value of recipe"),
+        ("recipe: vae", [], "the key output_dir"),
     ],
 )
 def test_a_wrong_configuration_is_refused(
@@ -245,3 +248,17 @@ def test_a_wrong_configuration_is_refused(
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         run(path, overrides, None)
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    config = {"optimizer": "muon", "learning_rate": 0.1, "weight_decay": 0.0}
+    layer = torch.nn.Linear(3, 4)
+    muon, adamw = make_optimizers(list(layer.parameters()), config)
+    layer.weight.grad, layer.bias.grad = torch.randn(4, 3), torch.randn(4)
+    before = layer.weight.detach().clone()
+    muon.step()
+    singular = torch.linalg.svdvals(before - layer.weight) / (0.1 * 0.2 * 4**0.5)
+    assert 0.5 < singular.min() <= singular.max() < 1.5  # near the orthogonal matrix, whatever the gradient
+    assert [p.shape for group in adamw.param_groups for p in group["params"]] == [(4,)]
+    with pytest.raises(RecipeError, match="expected optimizer adamw or muon, got 'sgd'"):
+        make_optimizers([], config | {"optimizer": "sgd"})

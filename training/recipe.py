@@ -41,13 +41,33 @@ def attention_backend(device: torch.device) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
+def make_optimizers(parameters: list[nn.Parameter], config: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or ("muon") Muon for the matrices and AdamW for the rest.
+
+    Muon (Jordan et al. 2024) steps along the nearest orthogonal matrix to the momentum; its steps are scaled
+    to the size of AdamW's (arXiv 2502.16982, section 2.2), so that both go by one learning rate.
+    """
+    shared = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
+    if config["optimizer"] == "adamw":
+        return [torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=True, **shared)]
+    if config["optimizer"] != "muon" or not hasattr(torch.optim, "Muon"):
+        known = "adamw or muon" if hasattr(torch.optim, "Muon") else "adamw (muon needs torch 2.9)"
+        raise RecipeError(f"expected optimizer {known}, got {config['optimizer']!r}")
+    matrices = [p for p in parameters if p.ndim == 2]
+    others = [p for p in parameters if p.ndim != 2]
+    return [
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared),
+        torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True, **shared),
+    ]
+
+
 class Recipe(ABC):
     """A training run read from a configuration.
 
-    Configuration keys shared by all recipes: `output_dir`, `seed`, `steps`, `batch_size`, `learning_rate`,
-    `warmup_steps`, `lr_scheduler`, `weight_decay`, `max_grad_norm`, `mixed_precision`, `ema_decay`,
-    `log_every`, `checkpoint_every`, `checkpoints_total_limit`, `sample_every`; `stop_after` (minutes)
-    and `stop_at` (step) end a run early at a checkpoint, with the learning rate planned for all `steps`.
+    Configuration keys shared by all recipes: `output_dir`, `seed`, `steps`, `batch_size`, `optimizer`,
+    `learning_rate`, `warmup_steps`, `lr_scheduler`, `weight_decay`, `max_grad_norm`, `mixed_precision`,
+    `ema_decay`, `log_every`, `checkpoint_every`, `checkpoints_total_limit`, `sample_every`; `stop_after`
+    (minutes) and `stop_at` (step) end a run early at a checkpoint, its learning rate planned for all `steps`.
     """
 
     def __init__(self, config: dict[str, Any]):
@@ -59,22 +79,18 @@ class Recipe(ABC):
         set_seed(config["seed"])
         self.model: Any = self.build()  # accelerate may wrap it
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trainable,
-            lr=config["learning_rate"],
-            weight_decay=config["weight_decay"],
-            betas=(0.9, 0.99),
-            fused=True,
-        )
-        self.scheduler = get_scheduler(
-            config["lr_scheduler"],
-            self.optimizer,
-            num_warmup_steps=config["warmup_steps"],
-            num_training_steps=config["steps"],
-        )
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
-            self.model, self.optimizer, self.scheduler
-        )
+        optimizers = make_optimizers(trainable, config)
+        schedulers = [
+            get_scheduler(
+                config["lr_scheduler"],
+                optimizer,
+                num_warmup_steps=config["warmup_steps"],
+                num_training_steps=config["steps"],
+            )
+            for optimizer in optimizers
+        ]
+        self.model, *prepared = self.accelerator.prepare(self.model, *optimizers, *schedulers)
+        self.optimizers, self.schedulers = prepared[: len(optimizers)], prepared[len(optimizers) :]
         self.ema = EMAModel(trainable, decay=config["ema_decay"], use_ema_warmup=True, power=0.75)
         self.ema.to(self.device)
         self.accelerator.register_for_checkpointing(self.ema)
@@ -116,9 +132,10 @@ class Recipe(ABC):
                 loss = self.loss(self.batch(self.step), self.generator(self.step))
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(self.model.parameters(), config["max_grad_norm"])
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
             self.ema.step(p for p in self.model.parameters() if p.requires_grad)
             self.step += 1
             losses.append(loss.item())
@@ -140,7 +157,11 @@ class Recipe(ABC):
         return losses
 
     def _log(self, recent: list[float]) -> None:
-        row = {"step": self.step, "loss": sum(recent) / len(recent), "lr": self.scheduler.get_last_lr()[0]}
+        row = {
+            "step": self.step,
+            "loss": sum(recent) / len(recent),
+            "lr": self.schedulers[0].get_last_lr()[0],
+        }
         with (self.output / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
         tqdm.write(f"step {self.step}: loss {row['loss']:.4f}")
@@ -190,10 +211,11 @@ class Recipe(ABC):
             raise RecipeError(f"expected a folder {CHECKPOINT}N to resume from, got {str(folder)!r}")
         self.accelerator.load_state(str(folder))
         # Loading lays moments out anew; where a layout differs from its parameter's, sums round differently.
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                        state[name] = torch.empty_like(parameter).copy_(value)
         self.step = int(step)
 
 

@@ -17,18 +17,25 @@ RECIPES = {
 }
 
 
+class Config(dict[str, Any]):
+    """A recipe's keys and values; a key that the file lacks is refused in words."""
+
+    def __missing__(self, key: str) -> Any:
+        raise RecipeError(f"expected the key {key} in the recipe's file, got only {', '.join(self)}")
+
+
 def load_config(path: str | Path, overrides: list[str]) -> dict[str, Any]:
     """Read a recipe's YAML file and lay `key=value` overrides over it (values are read as YAML).
 
     Raises:
-        RecipeError: the file is not a mapping with a known `recipe`, or an override names an unknown key.
+        RecipeError: the file is not a mapping with a known `recipe`, or an override names an unknown key or
+            is no YAML.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
-        raise RecipeError(f"expected {path} to be YAML, got a mistake{where}") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"expected {path} to be YAML in UTF-8, got other bytes") from None
+    config = _parsed(str(path), text)
     if not isinstance(config, dict) or config.get("recipe") not in RECIPES:
         got = config.get("recipe") if isinstance(config, dict) else type(config).__name__
         raise RecipeError(f"expected {path} to name a recipe ({', '.join(RECIPES)}), got {got!r}")
@@ -36,14 +43,23 @@ def load_config(path: str | Path, overrides: list[str]) -> dict[str, Any]:
         key, _, value = pair.partition("=")
         if key not in config:
             raise RecipeError(f"expected an override of a key in {path} ({', '.join(config)}), got {key!r}")
-        config[key] = yaml.safe_load(value)
+        config[key] = _parsed(f"the value of {key}", value)
     return config
+
+
+def _parsed(what: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
+        raise RecipeError(f"expected {what} to be YAML, got a mistake{where}") from None
 
 
 def make_recipe(config: dict[str, Any]) -> Recipe:
     """The recipe that a configuration names, built and ready to train."""
     module, _, name = RECIPES[config["recipe"]].partition(":")
-    return getattr(import_module(module), name)(config)
+    return getattr(import_module(module), name)(Config(config))
 
 
 def run(config_path: str | Path, overrides: list[str], resume: str | None) -> None:

@@ -17,10 +17,8 @@ train vae output_dir=runs/vae3 seed=20 init_from=runs/vae2/made \
 
 train text seed=3
 train base seed=0
+train interaction seed=1 steps=3000 stop_at=300
 train interaction seed=1
-
-# The decoder alone, once more: latents, and so the base and the adapter, stay as they are.
-train vae output_dir=runs/vae4 seed=30 init_from=runs/stickworld/vae freeze_encoder=true
 
 # What scores the pictures; it has seen renders only.
 train detector seed=2

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, with_interval
 from interactdiff.generate import Drawer
 from interactdiff.models import ModelError
-from interactdiff.scene import Interaction, Scene, SceneError
+from interactdiff.scene import Interaction, SceneError
 from interactdiff.stickworld import model_path
 from interactdiff.stickworld.detector import Detections, Detector
 from interactdiff.stickworld.render import render
@@ -73,6 +73,7 @@ def evaluate_world(
     device: str,
     progress: bool = True,
     *,
+    guidance_scale: float = 2.0,
     drawer: Drawer | None = None,
     detector: Detector | None = None,
 ) -> dict[str, Any]:
@@ -94,12 +95,13 @@ def evaluate_world(
         batch_size: pictures at a time; does not change which noise a scene gets.
         device: a torch device or "auto".
         progress: show a progress bar.
+        guidance_scale: of every row; 2 is what suits the packaged model.
         drawer: a loaded model with its adapter, in place of loading `model` and `adapter`.
         detector: in place of the packaged one.
 
     Returns:
         {"rows": {row: {score: share}}, "action_swap": {...}, "intervals": the same two with the ends of
-        95% intervals, "scenes", "seed", "steps", "model", "adapter"}.
+        95% intervals, "scenes", "seed", "steps", "guidance_scale", "model", "adapter"}.
 
     Raises:
         SceneError: the seed is out of range.
@@ -122,7 +124,8 @@ def evaluate_world(
     }
     wanted = [order for row in orders.values() for order in row]
     wanted += [order for s in swaps for order in (*s.pictures, s.without)]
-    seen = look_at(wanted, drawer, detector, seed, steps, batch_size, progress)
+    how = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    seen = look_at(wanted, drawer, detector, seed, how, batch_size, progress)
 
     asked = [world.triplets for world in worlds]
     found = {"real": look_at_renders(worlds, detector, batch_size)}
@@ -134,7 +137,9 @@ def evaluate_world(
     followed = swap_scores(swaps, worlds, seen)
     _enter(table, table["intervals"], "action_swap", followed, scenes, seed)
     named = {"model": drawer.model, "adapter": drawer.adapter}
-    return {**table, "scenes": scenes, "seed": seed, "steps": steps, **named}
+    return {
+        **table, "scenes": scenes, "seed": seed, "steps": steps, "guidance_scale": guidance_scale, **named
+    }  # fmt: skip
 
 
 def _enter(values: dict, intervals: dict, row: str, scores: dict[str, Score], scenes: int, seed: int) -> None:
@@ -194,7 +199,7 @@ def look_at(
     drawer: Drawer,
     detector: Detector,
     seed: int,
-    steps: int,
+    how: dict[str, Any],
     batch_size: int,
     progress: bool,
 ) -> dict[Order, Detections]:
@@ -207,25 +212,27 @@ def look_at(
     for group in (list(alone), list(controlled)):
         for first in range(0, len(group), batch_size):
             batch = group[first : first + batch_size]
-            images = draw(batch, drawer, seed, steps)
+            images = draw(batch, drawer, seed, how)
             seen |= zip(batch, detector.detect(images), strict=True)
             bar.update(len(batch))
     bar.close()
     return seen
 
 
-def draw(orders: Sequence[Order], drawer: Drawer, seed: int, steps: int) -> Tensor:
-    """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1]."""
+def draw(orders: Sequence[Order], drawer: Drawer, seed: int, how: dict[str, Any]) -> Tensor:
+    """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1].
+
+    `how` goes to the pipeline's call.
+    """
     if drawer.handle is not None:
         drawer.handle.set_scene([order.interactions for order in orders])
     noise_seeds = [HELD_OUT + seed * 1_000_000 + order.scene for order in orders]
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         drawn = drawer.pipeline(
             prompt=[order.prompt for order in orders],
-            num_inference_steps=steps,
-            guidance_scale=Scene.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(s) for s in noise_seeds],
             output_type="pt",
+            **how,
         )
     return drawn.images.float().clamp(0, 1)
 
@@ -261,6 +268,7 @@ def format_table(table: dict[str, Any]) -> str:
         f"{cell(swapped['boxes_only'], ends['boxes_only'])}, chance {100 * swapped['chance']:.1f}"
     )
     lines.append(
-        f"{table['scenes']} held-out scenes, seed {table['seed']}, {table['steps']} steps, 95% intervals"
+        f"{table['scenes']} held-out scenes, seed {table['seed']}, {table['steps']} steps, guidance "
+        f"{table['guidance_scale']:g}, 95% intervals"
     )
     return "\n".join(lines)

@@ -12,8 +12,7 @@ Point = tuple[float, float]
 class Pose:
     """Joints of a body; limbs are (root, joint, end) with the root on the torso.
 
-    `near` limbs are drawn in front of the torso, `far` limbs behind it. `over` draws the near arm in front of
-    the object as well. `prop` is "rope", "bowl" or None.
+    `near` limbs are drawn in front of the torso, `far` limbs behind it. `prop` is "rope", "bowl" or None.
     """
 
     head: Point

@@ -79,7 +79,7 @@ class WorldScene:
     @property
     def caption_without_verb(self) -> str:
         """The same content with no action word: what the action swap prompts with."""
-        return caption(self.background, self.triplets, random.Random(self.seed), verbs=False)
+        return caption(self.background, self.triplets, wording(self.seed), verbs=False)
 
     def interactions(self, colours: bool = True, action: bool = True) -> tuple[Interaction, ...]:
         """The scene as a user would ask for it.
@@ -98,6 +98,11 @@ class WorldScene:
             )
             for t in self.triplets
         )
+
+
+def wording(seed: int) -> random.Random:
+    """What words a scene's caption: apart from what draws the scene, or the wording would tell the action."""
+    return random.Random(f"wording {seed}")
 
 
 def article(phrase: str) -> str:
@@ -208,4 +213,4 @@ def sample_scene(seed: int, n_interactions: int | None = None) -> WorldScene:
         )
     rng.shuffle(triplets)
     triplets = tuple(triplets)
-    return WorldScene(background, triplets, caption(background, triplets, random.Random(seed)), seed)
+    return WorldScene(background, triplets, caption(background, triplets, wording(seed)), seed)

@@ -1,0 +1,64 @@
+"""The packaged models: their size, that stock classes load them, and that the adapter does what is asked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from interactdiff.cli import main
+from interactdiff.evaluation.world import evaluate_world
+from interactdiff.generate import Drawer
+from interactdiff.picture import read_record
+from interactdiff.stickworld import model_path
+
+MODELS = ["stickworld", "stickworld-interaction"]
+
+
+def test_the_drawing_models_are_float16_safetensors_of_24_mb_together() -> None:
+    files = [path for name in MODELS for path in model_path(name).rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+    assert sum(path.stat().st_size for path in files) <= 24_000_000
+    for path in files:
+        if path.suffix == ".safetensors":
+            assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}
+
+
+def test_the_base_is_a_stock_pipeline_without_a_safety_checker() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(model_path("stickworld"))
+    assert pipe.safety_checker is None
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a person", num_inference_steps=2).images[0].size == (96, 96)
+
+
+def test_the_demo_draws_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().out == "out/demo.png\n"
+    with Image.open("out/demo.png") as picture:
+        assert picture.width > 2 * picture.height
+    assert read_record("out/demo.png").model == "stickworld"
+
+
+def test_control_beats_the_caption() -> None:
+    drawer = Drawer.load(device="cpu")
+    table = evaluate_world(
+        "stickworld", "stickworld-interaction", scenes=6, seed=3, steps=8, batch_size=12, device="cpu",
+        progress=False, drawer=drawer,
+    )  # fmt: skip
+    rows = table["rows"]
+    assert rows["real"]["box_acc"] > 0.9
+    assert rows["adapter"]["box_acc"] > 0.6 > 0.3 > rows["base"]["box_acc"]
+    assert rows["adapter"]["action_acc"] > rows["boxes_only"]["action_acc"]
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example = readme.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert Image.open("out.png").size == (96, 96)
