@@ -17,7 +17,7 @@ from typing import NoReturn
 from interactdiff import __version__
 from interactdiff.checkpoint import AdapterError
 from interactdiff.files import why_unwritable, write_aside
-from interactdiff.models import MODEL, ModelError
+from interactdiff.models import GUIDANCE_SCALES, MODEL, ModelError
 from interactdiff.picture import (
     PictureError,
     Record,
@@ -147,7 +147,9 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--scenes", type=_positive, default=50, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=_whole, default=0, help="which ones, and their noise (default: 0)")
     parser.add_argument("--steps", type=_positive, default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=_number, default=2.0, help="default: %(default)g")
+    parser.add_argument(
+        "--guidance-scale", type=_number, default=GUIDANCE_SCALES[MODEL], help="default: %(default)g"
+    )
     parser.add_argument("--batch-size", type=_positive, default=16, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     _add_models(parser)

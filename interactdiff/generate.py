@@ -12,7 +12,15 @@ from PIL import Image
 
 from interactdiff.attach import Handle, attach
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.models import MODEL, ModelError, check_model_folder, default_adapter, lasting, resolve
+from interactdiff.models import (
+    GUIDANCE_SCALES,
+    MODEL,
+    ModelError,
+    check_model_folder,
+    default_adapter,
+    lasting,
+    resolve,
+)
 from interactdiff.picture import Record
 from interactdiff.scene import Scene, SceneError
 
@@ -92,15 +100,17 @@ class Drawer:
         self.ask(scene)
         # Given one of the two, diffusers puts its own size in the place of both.
         own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        guidance = GUIDANCE_SCALES.get(self.model) if scene.guidance_scale is None else scene.guidance_scale
+        guided = {} if guidance is None else {"guidance_scale": guidance}
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             drawn = self.pipeline(
                 prompt=scene.prompt,
                 negative_prompt=scene.negative_prompt,
                 num_inference_steps=scene.steps,
-                guidance_scale=scene.guidance_scale,
                 width=scene.width or own,
                 height=scene.height or own,
                 generator=torch.Generator("cpu").manual_seed(scene.seed),
+                **guided,
             )
         return drawn.images[0]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 MODEL = "stickworld"
 ADAPTERS = {"stickworld": "stickworld-interaction"}  # the packaged adapter of each packaged model
+GUIDANCE_SCALES = {"stickworld": 2.0}  # what suits a packaged model; any other has its pipeline's default
 
 
 class ModelError(ValueError):

@@ -116,7 +116,7 @@ class Scene:
         negative_prompt: what the guidance steers away from.
         seed: of the starting noise, 0 to 2**63 - 1.
         steps: denoising steps, 1 to 1000.
-        guidance_scale: classifier-free guidance, 0 to 100; up to 1 is off.
+        guidance_scale: classifier-free guidance, 0 to 100; up to 1 is off; None for the model's own.
         strength: how strongly the interactions act, 0 (not at all) to 2.
         schedule: the share of the steps, from the first, during which they act, 0 to 1.
         width: pixels, a multiple of 8 up to 4096, or None for the model's own size.
@@ -131,7 +131,7 @@ class Scene:
     negative_prompt: str = ""
     seed: int = 0
     steps: int = 30
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     strength: float = 1.0
     schedule: float = 1.0
     width: int | None = None
@@ -144,7 +144,9 @@ class Scene:
             "negative_prompt": _text("negative_prompt", self.negative_prompt),
             "seed": _whole("seed", self.seed, 0, MAX_SEED),
             "steps": _whole("steps", self.steps, 1, MAX_STEPS),
-            "guidance_scale": _number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE),
+            "guidance_scale": None
+            if self.guidance_scale is None
+            else _number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE),
             "strength": _number("strength", self.strength, 0.0, MAX_STRENGTH),
             "schedule": _number("schedule", self.schedule, 0.0, 1.0),
             "width": _side("width", self.width),

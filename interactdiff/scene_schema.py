@@ -53,7 +53,7 @@ def json_schema() -> dict[str, Any]:
         "negative_prompt": {"type": "string"},
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
         "steps": {"type": "integer", "minimum": 1, "maximum": MAX_STEPS},
-        "guidance_scale": {"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE},
+        "guidance_scale": {"type": ["number", "null"], "minimum": 0, "maximum": MAX_GUIDANCE},
         "strength": {"type": "number", "minimum": 0, "maximum": MAX_STRENGTH},
         "schedule": {"type": "number", "minimum": 0, "maximum": 1},
         "width": side,

@@ -1,5 +1,6 @@
 """The packaged models: their size, that stock classes load them, and that the adapter does what is asked."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from interactdiff.cli import main
 from interactdiff.evaluation.world import evaluate_world
 from interactdiff.generate import Drawer
 from interactdiff.picture import read_record
+from interactdiff.scene import Scene
 from interactdiff.stickworld import model_path
 
 MODELS = ["stickworld", "stickworld-interaction"]
@@ -42,6 +44,15 @@ def test_the_demo_draws_offline(
     with Image.open("out/demo.png") as picture:
         assert picture.width > 2 * picture.height
     assert read_record("out/demo.png").model == "stickworld"
+
+
+def test_guidance_is_what_suits_the_packaged_model() -> None:
+    drawer = Drawer.load(device="cpu")
+    drawer.pipeline.set_progress_bar_config(disable=True)
+    own, asked, stock = (drawer.draw(Scene("a dog", steps=2, guidance_scale=g)) for g in (None, 2.0, 7.5))
+    assert own.tobytes() == asked.tobytes() != stock.tobytes()
+    elsewhere = replace(drawer, model="/a/folder")
+    assert elsewhere.draw(Scene("a dog", steps=2)).tobytes() == stock.tobytes()
 
 
 def test_control_beats_the_caption() -> None:

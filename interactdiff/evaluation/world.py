@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, with_interval
 from interactdiff.generate import Drawer
-from interactdiff.models import ModelError
+from interactdiff.models import GUIDANCE_SCALES, MODEL, ModelError
 from interactdiff.scene import Interaction, SceneError
 from interactdiff.stickworld import model_path
 from interactdiff.stickworld.detector import Detections, Detector
@@ -73,7 +73,7 @@ def evaluate_world(
     device: str,
     progress: bool = True,
     *,
-    guidance_scale: float = 2.0,
+    guidance_scale: float = GUIDANCE_SCALES[MODEL],
     drawer: Drawer | None = None,
     detector: Detector | None = None,
 ) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def evaluate_world(
         batch_size: pictures at a time; does not change which noise a scene gets.
         device: a torch device or "auto".
         progress: show a progress bar.
-        guidance_scale: of every row; 2 is what suits the packaged model.
+        guidance_scale: of every row.
         drawer: a loaded model with its adapter, in place of loading `model` and `adapter`.
         detector: in place of the packaged one.
 
