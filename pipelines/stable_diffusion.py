@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x that takes interactions."""
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,11 @@ class InteractionStableDiffusionPipeline(StableDiffusionPipeline):
         if self.interaction is not None:
             self.interaction.detach()
         self.interaction = None
+
+    def to_json_string(self) -> str:
+        """`model_index.json`'s text: names the stock class, so that any diffusers reads what is saved."""
+        stock = json.loads(super().to_json_string()) | {"_class_name": StableDiffusionPipeline.__name__}
+        return json.dumps(stock, indent=2, sort_keys=True) + "\n"
 
     def __call__(
         self,

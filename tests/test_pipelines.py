@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -126,9 +127,12 @@ def test_interactions_need_an_adapter(ours, pipe):
 
 
 def test_saved_base_is_free_of_the_adapter(ours, tmp_path):
-    """The stock class reads what ours saved."""
+    """A person without interactdiff reads what ours saved, and so does ours."""
     ours.save_pretrained(tmp_path / "saved")
-    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    assert type(stock) is StableDiffusionPipeline
+    again = InteractionStableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    assert type(again) is InteractionStableDiffusionPipeline
     assert stock.unet.state_dict().keys() == ours.unet.state_dict().keys()
     assert not any("fuser" in name for name in stock.unet.state_dict())
 
