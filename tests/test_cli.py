@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from tiny import trained_adapter
 
-import interactdiff.cli
+import interactdiff.commands.demo
 import interactdiff.stickworld
 from interactdiff.cli import main
 from interactdiff.generate import Drawer
@@ -117,7 +117,9 @@ def packaged(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_demo_shows_the_picture_beside_what_was_asked(
     packaged: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interactdiff.cli, "DEMO", Scene("a person", (Interaction.parse(RIDING),), steps=2))
+    monkeypatch.setattr(
+        interactdiff.commands.demo, "DEMO", Scene("a person", (Interaction.parse(RIDING),), steps=2)
+    )
     assert main(["demo"]) == 0
     assert capsys.readouterr().out == "out/demo.png\n"
     with Image.open("out/demo.png") as image:
@@ -130,7 +132,7 @@ def test_the_demo_shows_the_picture_beside_what_was_asked(
 
 def test_the_bundled_scene_uses_words_of_stickworld() -> None:
     words = {*ACTIONS, *OBJECTS, *COLOURS}
-    one = interactdiff.cli.DEMO.interactions[0]
+    one = interactdiff.commands.demo.DEMO.interactions[0]
     assert one.action in words
     assert set(one.object.split()) <= words
 

@@ -1,0 +1,83 @@
+"""What the commands share: the parser, kinds of arguments, and checks made before heavy imports."""
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+from interactdiff.files import why_unwritable
+from interactdiff.models import MODEL
+
+Commands = argparse._SubParsersAction  # what `add_subparsers` returns, for which argparse has no public name
+
+
+class UsageError(ValueError):
+    """A command line that asks for nothing that can be done; the message is one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line by raising `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Flags that name the model, the adapter and the device."""
+    where = "packaged name, folder or Hugging Face Hub id"
+    parser.add_argument("--model", metavar="PATH_OR_ID", help=f"{where} (default: {MODEL})")
+    parser.add_argument(
+        "--adapter",
+        metavar="PATH_OR_ID",
+        help=f"{where} (default: the packaged one of a packaged model)",
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda, mps (default: auto)")
+
+
+def check_picture_name(path: Path) -> None:
+    """Refuse a picture that would not be a PNG."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--out: expected a file name that ends in .png, got {str(path)!r}")
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse a picture that could not be written."""
+    check_picture_name(path)
+    if reason := why_unwritable(path):
+        raise UsageError(f"--out: expected a file that can be written, got {str(path)!r}: {reason}")
+
+
+def quiet_libraries() -> None:
+    """Keep advice for programmers off the user's terminal; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()  # of loading; the one of drawing stays
+
+
+def whole(text: str) -> int:
+    """A flag's whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def positive(text: str) -> int:
+    """A flag's whole number from 1 up."""
+    if (value := whole(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return value
+
+
+def number(text: str) -> float:
+    """A flag's number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
