@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from interactdiff.attach import Handle, attach
     from interactdiff.checkpoint import AdapterError
     from interactdiff.interaction.adapter import InteractionAdapter
-    from interactdiff.scene import Interaction, Scene, SceneError, interactions_from_lists
+    from interactdiff.scene import Entity, Interaction, Scene, SceneError
+    from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
 
 __version__ = metadata.version("interactdiff")
 __all__ = [
     "AdapterError",
+    "Entity",
     "Handle",
     "Interaction",
     "InteractionAdapter",
@@ -25,17 +27,20 @@ __all__ = [
     "__version__",
     "attach",
     "interactions_from_lists",
+    "interactions_from_text",
 ]
 
 _HOMES = {
     "AdapterError": "interactdiff.checkpoint",
+    "Entity": "interactdiff.scene",
     "Handle": "interactdiff.attach",
     "Interaction": "interactdiff.scene",
     "InteractionAdapter": "interactdiff.interaction.adapter",
     "Scene": "interactdiff.scene",
     "SceneError": "interactdiff.scene",
     "attach": "interactdiff.attach",
-    "interactions_from_lists": "interactdiff.scene",
+    "interactions_from_lists": "interactdiff.scene_forms",
+    "interactions_from_text": "interactdiff.scene_forms",
 }
 
 

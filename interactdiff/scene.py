@@ -1,33 +1,43 @@
 """What a user asks for: who does what to what, and where.
 
-Everything that comes from a user becomes an `Interaction` or a `Scene` here and is checked as it is made, so
-that nothing unchecked reaches a tensor. No torch in this module: it is quick to import.
+Everything that comes from a user becomes an `Interaction`, an `Entity` or a `Scene` here and is checked as it
+is made, so that nothing unchecked reaches a tensor. No torch in this module: it is quick to import.
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
+from dataclasses import MISSING, asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-Box = tuple[float, float, float, float]
-"""xyxy in [0, 1]: left, top, right, bottom, as shares of the picture's width and height."""
+from interactdiff.scene_checks import (
+    Box,
+    SceneError,
+    Schedule,
+    checked_box,
+    checked_flag,
+    checked_number,
+    checked_phrase,
+    checked_schedule,
+    checked_side,
+    checked_text,
+    checked_whole,
+    json_object,
+    malformed,
+    parse_box,
+    shown,
+    unique_keys,
+)
+
+ActionRegion = Literal["between", "union"]
 
 NULL_ACTION = "-"  # how the command line says "boxes only"; an empty phrase is an error, not a wish
+ACTION_REGIONS = ("between", "union")
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_STRENGTH = 2.0
-MAX_SIDE = 4096  # pixels
-SIDE_MULTIPLE = 8  # pixels per latent of the usual VAEs
-_EDGES = ("x0", "y0", "x1", "y1")
-
-
-class SceneError(ValueError):
-    """A scene that cannot be drawn; the message is one sentence with what was expected and what came."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,12 @@ class Interaction:
         object: phrase for what it is done to ("red bike").
         subject_box: where the subject is, xyxy in [0, 1] with x0 < x1 and y0 < y1.
         object_box: where the object is, likewise. Boxes are stored as tuples of four floats.
+        strength: how strongly this one acts: 0 as if it were not there, 1 as trained, up to 2.
+        action_region: where the action is: "between" the boxes as published, or their "union" (OneHOI).
 
     Raises:
-        SceneError: on construction, if a phrase is empty or no text, or if a box is no such box.
+        SceneError: on construction, if a phrase is empty or no text, a box is no such box, the strength is
+            out of range, or there is no such region.
     """
 
     subject: str
@@ -50,14 +63,19 @@ class Interaction:
     object: str
     subject_box: Box
     object_box: Box
+    strength: float = 1.0
+    action_region: ActionRegion = "between"
 
     def __post_init__(self) -> None:
         for name in ("subject", "object"):
-            object.__setattr__(self, name, _phrase(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_phrase(name, getattr(self, name)))
         if self.action is not None:
-            object.__setattr__(self, "action", _phrase("action", self.action))
+            object.__setattr__(self, "action", checked_phrase("action", self.action))
         for name in ("subject_box", "object_box"):
-            object.__setattr__(self, name, _box(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_box(name, getattr(self, name)))
+        object.__setattr__(self, "strength", checked_number("strength", self.strength, 0.0, MAX_STRENGTH))
+        if self.action_region not in ACTION_REGIONS:
+            raise SceneError(f"action_region: expected between or union, got {shown(self.action_region)}")
 
     @property
     def between_box(self) -> Box:
@@ -71,39 +89,92 @@ class Interaction:
         _, y0, y1, _ = sorted((s[1], s[3], o[1], o[3]))
         return (x0, y0, x1, y1)
 
+    @property
+    def action_box(self) -> Box:
+        """The action's region, xyxy in [0, 1]: the between box, or the smallest box around both."""
+        if self.action_region == "between":
+            return self.between_box
+        s, o = self.subject_box, self.object_box
+        return (min(s[0], o[0]), min(s[1], o[1]), max(s[2], o[2]), max(s[3], o[3]))
+
     @classmethod
     def parse(cls, text: str) -> "Interaction":
         """Read the command line's form, `subject|action|object|x0,y0,x1,y1|x0,y0,x1,y1`.
 
-        The first box is the subject's. An action of `-` means boxes only.
+        The first box is the subject's. An action of `-` means boxes only. `|strength=0.5` and
+        `|action_region=union` may follow.
 
         Raises:
             SceneError: if there are not five parts, or a part is not what it should be.
         """
-        parts = [part.strip() for part in text.split("|")]
+        parts, options = _parts_and_options(text, ("strength", "action_region"))
         if len(parts) != 5:
             raise SceneError(
                 f"expected five parts, subject|action|object|x0,y0,x1,y1|x0,y0,x1,y1, "
-                f"got {len(parts)} in {_shown(text)}"
+                f"got {len(parts)} in {shown(text)}"
             )
         subject, action, thing, subject_box, object_box = parts
         return cls(
-            subject=subject,
-            action=None if action == NULL_ACTION else action,
-            object=thing,
-            subject_box=_parse_box("subject_box", subject_box),
-            object_box=_parse_box("object_box", object_box),
+            subject,
+            None if action == NULL_ACTION else action,
+            thing,
+            parse_box("subject_box", subject_box),
+            parse_box("object_box", object_box),
+            **options,
         )
 
     @classmethod
     def from_dict(cls, values: Any) -> "Interaction":
-        """Make one from a JSON object with exactly the five fields (`action` may be null).
+        """Make one from a JSON object; `action` may be null, `strength` and `action_region` may be left out.
 
         Raises:
             SceneError: if it is no object, a key is missing or unknown, or a value is not what it should be.
         """
-        names = tuple(field.name for field in fields(cls))
-        return cls(**_object(values, required=names, optional=()))
+        return cls(**json_object(values, *_keys(cls)))
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A thing in its box that does nothing to anything (GLIGEN's grounded entity).
+
+    Attributes:
+        phrase: what it is ("red ball").
+        box: where it is, xyxy in [0, 1] with x0 < x1 and y0 < y1.
+        strength: how strongly it acts: 0 as if it were not there, 1 as trained, up to 2.
+
+    Raises:
+        SceneError: on construction, as for an `Interaction`.
+    """
+
+    phrase: str
+    box: Box
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phrase", checked_phrase("phrase", self.phrase))
+        object.__setattr__(self, "box", checked_box("box", self.box))
+        object.__setattr__(self, "strength", checked_number("strength", self.strength, 0.0, MAX_STRENGTH))
+
+    @classmethod
+    def parse(cls, text: str) -> "Entity":
+        """Read the command line's form, `phrase|x0,y0,x1,y1`; `|strength=0.5` may follow.
+
+        Raises:
+            SceneError: if there are not two parts, or a part is not what it should be.
+        """
+        parts, options = _parts_and_options(text, ("strength",))
+        if len(parts) != 2:
+            raise SceneError(f"expected two parts, phrase|x0,y0,x1,y1, got {len(parts)} in {shown(text)}")
+        return cls(parts[0], parse_box("box", parts[1]), **options)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Entity":
+        """Make one from a JSON object; `strength` may be left out.
+
+        Raises:
+            SceneError: if it is no object, a key is missing or unknown, or a value is not what it should be.
+        """
+        return cls(**json_object(values, *_keys(cls)))
 
 
 @dataclass(frozen=True)
@@ -113,12 +184,15 @@ class Scene:
     Attributes:
         prompt: caption of the whole picture; may be empty.
         interactions: who does what to what, and where; may be empty.
+        entities: what else is where; may be empty.
         negative_prompt: what the guidance steers away from.
         seed: of the starting noise, 0 to 2**63 - 1.
         steps: denoising steps, 1 to 1000.
         guidance_scale: classifier-free guidance, 0 to 100; up to 1 is off; None for the model's own.
-        strength: how strongly the interactions act, 0 (not at all) to 2.
-        schedule: the share of the steps, from the first, during which they act, 0 to 1.
+        strength: how strongly interactions and entities act, 0 (not at all) to 2.
+        schedule: the share of the steps, from the first, during which they act, 0 to 1; or the shares
+            [on, linear decay, off], which add up to 1.
+        fast: whether the adapter saves time at a small cost in control.
         width: pixels, a multiple of 8 up to 4096, or None for the model's own size.
         height: likewise.
 
@@ -128,41 +202,46 @@ class Scene:
 
     prompt: str
     interactions: tuple[Interaction, ...] = ()
+    entities: tuple[Entity, ...] = ()
     negative_prompt: str = ""
     seed: int = 0
     steps: int = 30
     guidance_scale: float | None = None
     strength: float = 1.0
-    schedule: float = 1.0
+    schedule: Schedule = 1.0
+    fast: bool = False
     width: int | None = None
     height: int | None = None
 
     def __post_init__(self) -> None:
+        shares = checked_schedule(self.schedule)
         checked = {
-            "prompt": _text("prompt", self.prompt),
-            "interactions": _interactions(self.interactions),
-            "negative_prompt": _text("negative_prompt", self.negative_prompt),
-            "seed": _whole("seed", self.seed, 0, MAX_SEED),
-            "steps": _whole("steps", self.steps, 1, MAX_STEPS),
+            "prompt": checked_text("prompt", self.prompt),
+            "interactions": _all_of(Interaction, "interactions", self.interactions),
+            "entities": _all_of(Entity, "entities", self.entities),
+            "negative_prompt": checked_text("negative_prompt", self.negative_prompt),
+            "seed": checked_whole("seed", self.seed, 0, MAX_SEED),
+            "steps": checked_whole("steps", self.steps, 1, MAX_STEPS),
             "guidance_scale": None
             if self.guidance_scale is None
-            else _number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE),
-            "strength": _number("strength", self.strength, 0.0, MAX_STRENGTH),
-            "schedule": _number("schedule", self.schedule, 0.0, 1.0),
-            "width": _side("width", self.width),
-            "height": _side("height", self.height),
+            else checked_number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE),
+            "strength": checked_number("strength", self.strength, 0.0, MAX_STRENGTH),
+            "schedule": shares if shares[1] else shares[0],
+            "fast": checked_flag("fast", self.fast),
+            "width": checked_side("width", self.width),
+            "height": checked_side("height", self.height),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def items(self) -> tuple[Interaction | Entity, ...]:
+        """Everything that is asked for somewhere: interactions, then entities."""
+        return (*self.interactions, *self.entities)
+
     def to_dict(self) -> dict[str, Any]:
         """The scene as plain JSON values; `Scene.from_dict` reads it back to an equal scene."""
-        values = asdict(self)
-        values["interactions"] = [
-            {name: list(value) if isinstance(value, tuple) else value for name, value in one.items()}
-            for one in values["interactions"]
-        ]
-        return values
+        return json.loads(json.dumps(asdict(self)))  # tuples become lists
 
     def to_json(self) -> str:
         """The scene as indented JSON text; `Scene.from_json` reads it back to an equal scene."""
@@ -177,17 +256,18 @@ class Scene:
         Raises:
             SceneError: if it is no object, a key is missing or unknown, or a value is not what it should be.
         """
-        names = tuple(field.name for field in fields(cls))
-        given = _object(values, required=("prompt",), optional=(*names, "$schema"))
+        required, optional = _keys(cls)
+        given = json_object(values, required, (*optional, "$schema"))
         given.pop("$schema", None)
-        listed = given.get("interactions", [])
-        if not isinstance(listed, list):
-            raise SceneError(f"interactions: expected a list, got {_shown(listed)}")
-        made = tuple(
-            _numbered(number, lambda one=one: Interaction.from_dict(one))
-            for number, one in enumerate(listed, start=1)
-        )
-        return cls(**{**given, "interactions": made})
+        for name, kind in (("interactions", Interaction), ("entities", Entity)):
+            listed = given.get(name, [])
+            if not isinstance(listed, list):
+                raise SceneError(f"{name}: expected a list, got {shown(listed)}")
+            given[name] = tuple(
+                numbered(kind, number, lambda one=one, kind=kind: kind.from_dict(one))
+                for number, one in enumerate(listed, start=1)
+            )
+        return cls(**given)
 
     @classmethod
     def from_json(cls, text: str, source: str = "scene") -> "Scene":
@@ -201,10 +281,10 @@ class Scene:
             SceneError: if the text is no JSON (with line and column) or no scene.
         """
         try:
-            return cls.from_dict(json.loads(text, object_pairs_hook=_unique_keys))
+            return cls.from_dict(json.loads(text, object_pairs_hook=unique_keys))
         except json.JSONDecodeError as error:
             raise SceneError(
-                f"{source}, line {error.lineno}, column {error.colno}: expected JSON, got {_malformed(error)}"
+                f"{source}, line {error.lineno}, column {error.colno}: expected JSON, got {malformed(error)}"
             ) from None
         except SceneError as error:
             raise SceneError(f"{source}: {error}") from None
@@ -223,7 +303,7 @@ class Scene:
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except OSError as error:
-            raise SceneError(f"expected a scene file, got {_shown(str(path))}: {error.strerror}") from None
+            raise SceneError(f"expected a scene file, got {shown(str(path))}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise SceneError(
                 f"{path}: expected JSON text in UTF-8, got other bytes at byte {error.start}"
@@ -231,162 +311,37 @@ class Scene:
         return cls.from_json(text, source=str(path))
 
 
-def interactions_from_lists(
-    subject_phrases: Sequence[str],
-    action_phrases: Sequence[str | None],
-    object_phrases: Sequence[str],
-    subject_boxes: Sequence[Sequence[float]],
-    object_boxes: Sequence[Sequence[float]],
-) -> tuple[Interaction, ...]:
-    """Make interactions from five parallel lists, the form in which earlier ports of the method take them.
-
-    Raises:
-        SceneError: if the lists differ in length, or an entry is not what it should be.
-    """
-    lists = {
-        "subject_phrases": subject_phrases,
-        "action_phrases": action_phrases,
-        "object_phrases": object_phrases,
-        "subject_boxes": subject_boxes,
-        "object_boxes": object_boxes,
-    }
-    for name, value in lists.items():
-        if isinstance(value, str) or not hasattr(value, "__len__"):
-            raise SceneError(f"{name}: expected a list, got {_shown(value)}")
-    if len({len(value) for value in lists.values()}) > 1:
-        lengths = ", ".join(f"{len(value)} {name}" for name, value in lists.items())
-        raise SceneError(f"expected lists of equal length, got {lengths}")
-    rows = zip(*lists.values(), strict=True)
-    return tuple(_numbered(n, lambda row=row: Interaction(*row)) for n, row in enumerate(rows, start=1))
-
-
-def _numbered(number: int, make: Callable[[], Interaction]) -> Interaction:
-    """Make an interaction whose errors say which one it is, counted from 1."""
+def numbered(kind: type, number: int, make: Callable[[], Any]) -> Any:
+    """Make an interaction or entity whose errors say which one it is, counted from 1."""
     try:
         return make()
     except SceneError as error:
-        raise SceneError(f"interaction {number}: {error}") from None
+        raise SceneError(f"{kind.__name__.lower()} {number}: {error}") from None
 
 
-def _shown(value: Any) -> str:
-    """A value as a message shows it: on one line and not too long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+def _keys(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys that its JSON object must have, and those that it may."""
+    required = tuple(field.name for field in fields(kind) if field.default is MISSING)
+    return required, tuple(field.name for field in fields(kind) if field.name not in required)
 
 
-def _malformed(error: json.JSONDecodeError) -> str:
-    """What stands where JSON breaks off, and the parser's reason for stopping there."""
-    rest = error.doc[error.pos : error.pos + 12].split("\n")[0]
-    return f"{_shown(rest) if rest else 'the end of the line'} ({error.msg})"
+def _parts_and_options(text: str, names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `|name=value` off the end of the command line's form."""
+    parts, options = [part.strip() for part in text.split("|")], {}
+    while parts and (split := parts[-1].split("=", 1))[0].strip() in names and len(split) == 2:
+        name, value = split[0].strip(), split[1].strip()
+        try:
+            options[name] = float(value) if name == "strength" else value
+        except ValueError:
+            raise SceneError(f"{name}: expected a number, got {shown(value)}") from None
+        parts.pop()
+    return parts, options
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an object that has a key twice, of which json would silently keep the last."""
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise SceneError(f"expected each key once, got {_shown(key)} twice")
-        values[key] = value
-    return values
-
-
-def _object(values: Any, required: Sequence[str], optional: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise SceneError(f"expected an object with {', '.join(required)}, got {_shown(values)}")
-    known = list(dict.fromkeys((*required, *optional)))
-    for key in values:
-        if key not in known:
-            raise SceneError(f"expected only the keys {', '.join(known)}, got {_shown(key)}")
-    for key in required:
-        if key not in values:
-            raise SceneError(f"expected the key {key}, got only {_shown(list(values))}")
-    return dict(values)
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise SceneError(f"{name}: expected text, got {_shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise SceneError(f"{name}: expected text that UTF-8 can hold, got {_shown(value)}") from None
-    return value
-
-
-def _phrase(name: str, value: Any) -> str:
-    phrase = " ".join(_text(name, value).split())
-    if not phrase:
-        raise SceneError(f"{name}: expected a phrase, got {_shown(value)}")
-    return phrase
-
-
-def _float(value: Any) -> float | None:
-    """The value as a float, or None if it is no number (bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    number = _float(value)
-    if number is None or not low <= number <= high:
-        raise SceneError(f"{name}: expected a number from {low:g} to {high:g}, got {_shown(value)}")
-    return number
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
-        raise SceneError(f"{name}: expected a whole number from {low} to {high}, got {_shown(value)}")
-    return int(value)
-
-
-def _side(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    side = _whole(name, value, SIDE_MULTIPLE, MAX_SIDE)
-    if side % SIDE_MULTIPLE:
-        raise SceneError(f"{name}: expected a multiple of {SIDE_MULTIPLE} pixels, got {side}")
-    return side
-
-
-def _box(name: str, value: Any) -> Box:
-    """Check a box; lists, tuples and (through `tolist`) arrays and tensors are taken."""
-    edges = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(edges, (list, tuple)) or len(edges) != 4:
-        raise SceneError(f"{name}: expected four numbers x0, y0, x1, y1, got {_shown(value)}")
-    numbers: list[float] = []
-    for edge, given in zip(_EDGES, edges, strict=True):
-        number = _float(given)
-        if number is None or not 0.0 <= number <= 1.0:
-            raise SceneError(
-                f"{name}: expected {edge} to be a number in [0, 1], got {_shown(given)} in {_shown(edges)}"
-            )
-        numbers.append(number)
-    x0, y0, x1, y1 = numbers
-    for low, high, start, end in (("x0", "x1", x0, x1), ("y0", "y1", y0, y1)):
-        if not start < end:
-            raise SceneError(f"{name}: expected {low} < {high}, got {low} = {start} and {high} = {end}")
-    return (x0, y0, x1, y1)
-
-
-def _parse_box(name: str, text: str) -> Box:
-    parts = text.split(",")
-    if len(parts) != 4:
-        raise SceneError(f"{name}: expected four numbers x0,y0,x1,y1, got {len(parts)} in {_shown(text)}")
-    try:
-        x0, y0, x1, y1 = (float(part) for part in parts)
-    except ValueError:
-        raise SceneError(f"{name}: expected four numbers x0,y0,x1,y1, got {_shown(text)}") from None
-    return (x0, y0, x1, y1)
-
-
-def _interactions(value: Any) -> tuple[Interaction, ...]:
+def _all_of(kind: type, name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise SceneError(f"interactions: expected a list of Interaction, got {_shown(value)}")
+        raise SceneError(f"{name}: expected a list of {kind.__name__}, got {shown(value)}")
     for one in value:
-        if not isinstance(one, Interaction):
-            raise SceneError(f"interactions: expected a list of Interaction, got {_shown(one)} in it")
+        if not isinstance(one, kind):
+            raise SceneError(f"{name}: expected a list of {kind.__name__}, got {shown(one)} in it")
     return tuple(value)

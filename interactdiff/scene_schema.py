@@ -4,15 +4,14 @@ from dataclasses import fields
 from typing import Any
 
 from interactdiff.scene import (
+    ACTION_REGIONS,
     MAX_GUIDANCE,
     MAX_SEED,
-    MAX_SIDE,
     MAX_STEPS,
     MAX_STRENGTH,
-    SIDE_MULTIPLE,
-    Interaction,
     Scene,
 )
+from interactdiff.scene_checks import MAX_SIDE, SIDE_MULTIPLE
 
 
 def json_schema() -> dict[str, Any]:
@@ -29,6 +28,8 @@ def json_schema() -> dict[str, Any]:
         "maxItems": 4,
         "description": "x0, y0, x1, y1 as shares of width and height, x0 < x1 and y0 < y1",
     }
+    strength = {"type": "number", "minimum": 0, "maximum": MAX_STRENGTH, "default": 1.0}
+    share = {"type": "number", "minimum": 0, "maximum": 1}
     interaction = {
         "type": "object",
         "properties": {
@@ -37,8 +38,16 @@ def json_schema() -> dict[str, Any]:
             "object": phrase,
             "subject_box": box,
             "object_box": box,
+            "strength": strength,
+            "action_region": {"enum": list(ACTION_REGIONS), "default": ACTION_REGIONS[0]},
         },
-        "required": [field.name for field in fields(Interaction)],
+        "required": ["subject", "action", "object", "subject_box", "object_box"],
+        "additionalProperties": False,
+    }
+    entity = {
+        "type": "object",
+        "properties": {"phrase": phrase, "box": box, "strength": strength},
+        "required": ["phrase", "box"],
         "additionalProperties": False,
     }
     side = {
@@ -50,17 +59,22 @@ def json_schema() -> dict[str, Any]:
     properties: dict[str, dict[str, Any]] = {
         "prompt": {"type": "string"},
         "interactions": {"type": "array", "items": interaction},
+        "entities": {"type": "array", "items": entity},
         "negative_prompt": {"type": "string"},
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
         "steps": {"type": "integer", "minimum": 1, "maximum": MAX_STEPS},
         "guidance_scale": {"type": ["number", "null"], "minimum": 0, "maximum": MAX_GUIDANCE},
-        "strength": {"type": "number", "minimum": 0, "maximum": MAX_STRENGTH},
-        "schedule": {"type": "number", "minimum": 0, "maximum": 1},
+        "strength": strength,
+        "schedule": {
+            "oneOf": [share, {"type": "array", "items": share, "minItems": 3, "maxItems": 3}],
+            "description": "a share of the steps, or shares on, linear decay, off, which add up to 1",
+        },
+        "fast": {"type": "boolean"},
         "width": side,
         "height": side,
     }
     for name, schema in properties.items():
-        if name not in ("prompt", "interactions"):
+        if name not in ("prompt", "interactions", "entities"):
             properties[name] = {**schema, "default": defaults[name]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -2,33 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
-
-from interactdiff.scene import SceneError
-
-Schedule = float | tuple[float, float, float]  # beta; or the shares [on, linear decay, off], together 1
-
-
-def checked_schedule(schedule: Schedule) -> tuple[float, float, float]:
-    """The general form [on, decay, off] of a schedule.
-
-    Args:
-        schedule: the share of steps in [0, 1] that come first and are controlled, or three shares that add up
-            to 1.
-
-    Raises:
-        SceneError: it is neither.
-    """
-    shares = schedule if isinstance(schedule, tuple | list) else (schedule,)
-    if all(isinstance(share, Real) and 0 <= share <= 1 for share in shares):
-        if len(shares) == 1:
-            return float(shares[0]), 0.0, 1.0 - shares[0]
-        if len(shares) == 3 and abs(sum(shares) - 1) < 1e-6:
-            return float(shares[0]), float(shares[1]), float(shares[2])
-    raise SceneError(f"expected a schedule in [0, 1], or three shares that add up to 1, got {schedule!r}")
 
 
 def scheduled(step: int, steps: int, shares: tuple[float, float, float]) -> float:
@@ -43,6 +19,15 @@ def scheduled(step: int, steps: int, shares: tuple[float, float, float]) -> floa
     if step < on:
         return 1.0
     return max(0.0, 1 - (step - on + 1) / decay) if decay else 0.0
+
+
+def refreshes(step: int) -> bool:
+    """Whether fast control computes anew at a step rather than reusing what it computed before.
+
+    It does at steps 0, 1, 3, 6, 10, 15 ...: the gaps grow by one, since a picture is decided early and what
+    the fusers add changes less and less. Of 20 steps that is 6, of 50 it is 10.
+    """
+    return math.isqrt(8 * step + 1) ** 2 == 8 * step + 1
 
 
 def steps_of_calls(timesteps: Sequence[float], num_inference_steps: int | None, order: int) -> list[int]:
@@ -96,18 +81,22 @@ class StepClock:
             return min(self._counted, self._steps - 1), self._steps
         if self._pipeline is None:
             return None
-        self._read_scheduler()
+        self._read_scheduler(now)
         step = min(self._table, key=lambda entry: abs(entry[0] - now))[1]
         first, last = self._table[0][1], self._table[-1][1]
         return step - first, last - first + 1
 
-    def _read_scheduler(self) -> None:
-        """Lay out the pipeline's run, which starts late in the scheduler's timesteps for image to image."""
+    def _read_scheduler(self, now: float) -> None:
+        """Lay out the pipeline's run from its first call on.
+
+        Image to image starts late in the scheduler's timesteps; SDXL's `denoising_end` ends early.
+        """
         scheduler = self._pipeline.scheduler
         calls = getattr(self._pipeline, "num_timesteps", None) or len(scheduler.timesteps)
         if self._run is not None and self._run[0] is scheduler.timesteps and self._run[1] == calls:
             return
         timesteps = [float(t) for t in scheduler.timesteps.tolist()]
         steps = steps_of_calls(timesteps, getattr(scheduler, "num_inference_steps", None), scheduler.order)
-        self._table = list(zip(timesteps, steps, strict=True))[-calls:]
+        first = min(range(len(timesteps)), key=lambda call: abs(timesteps[call] - now))
+        self._table = list(zip(timesteps, steps, strict=True))[first : first + calls]
         self._run = (scheduler.timesteps, calls)

@@ -1,12 +1,12 @@
 """Finds where a denoiser can be controlled, by what its modules are and never by what they are called."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
 
 from interactdiff.checkpoint import AdapterError
 
@@ -20,12 +20,17 @@ class Site:
     Attributes:
         path: the block's name in the U-Net, such as "mid_block.attentions.0.transformer_blocks.0".
         block: the block.
-        transformer: the model around it, whose input still has height and width.
+        level: how often the latents have been halved there.
     """
 
     path: str
     block: BasicTransformerBlock
-    transformer: Transformer2DModel
+    level: int
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the block's tokens, for latents of this height and width."""
+        scale = 2**self.level
+        return -(-height // scale), -(-width // scale)
 
     @property
     def dim(self) -> int:
@@ -112,10 +117,21 @@ def unet_of(pipeline_or_unet: object) -> UNet2DConditionModel:
 
 def find_sites(unet: UNet2DConditionModel) -> list[Site]:
     """Every transformer block of a U-Net, in the order of its modules."""
+    levels = {id(module): level for part, level in _levels(unet) for module in part.modules()}
     return [
-        Site(f"{prefix}.{name}", block, transformer)
-        for prefix, transformer in unet.named_modules()
-        if isinstance(transformer, Transformer2DModel)
-        for name, block in transformer.named_modules()
+        Site(name, block, levels[id(block)])
+        for name, block in unet.named_modules()
         if isinstance(block, BasicTransformerBlock)
     ]
+
+
+def _levels(unet: UNet2DConditionModel) -> Iterator[tuple[nn.Module, int]]:
+    level = 0
+    for block in unet.down_blocks:
+        yield block, level
+        level += bool(getattr(block, "downsamplers", None))
+    if unet.mid_block is not None:
+        yield unet.mid_block, level
+    for block in unet.up_blocks:
+        yield block, level
+        level -= bool(getattr(block, "upsamplers", None))

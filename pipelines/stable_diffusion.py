@@ -12,7 +12,7 @@ from interactdiff.attach import Handle, attach
 from interactdiff.checkpoint import AdapterError
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.scene import Interaction, SceneError
-from interactdiff.schedule import Schedule
+from interactdiff.scene_checks import Schedule
 
 
 class InteractionStableDiffusionPipeline(StableDiffusionPipeline):

@@ -238,12 +238,18 @@ def test_a_pipeline_that_does_not_tell_of_guidance_has_to_be_told(pipe, adapter)
     ("arguments", "message"),
     [
         (([RIDING] * 4,), "^expected at most 3 interactions an image, got 4$"),
-        (([RIDING], 2.5), r"^expected a strength in \[0, 2\], got 2.5$"),
-        (([RIDING], float("nan")), r"^expected a strength in \[0, 2\], got nan$"),
-        (([RIDING], 1.0, 1.5), "^expected a schedule in"),
-        ((["person|riding|bike"],), "^expected Interactions, or a sequence of them for each prompt, got"),
-        (([RIDING, [FEEDING]],), "^expected Interactions, or a sequence of them for each prompt, got"),
-        ((None,), "^expected Interactions, or a sequence of them for each prompt, got None$"),
+        (([RIDING], 2.5), r"^strength: expected a number from 0 to 2, got 2.5$"),
+        (([RIDING], float("nan")), r"^strength: expected a number from 0 to 2, got nan$"),
+        (([RIDING], 1.0, 1.5), "^schedule: expected a share in"),
+        (
+            (["person|riding|bike"],),
+            "^expected Interactions or Entities, or a sequence of them for each prompt, got",
+        ),
+        (
+            ([RIDING, [FEEDING]],),
+            "^expected Interactions or Entities, or a sequence of them for each prompt, got",
+        ),
+        ((None,), "^expected Interactions or Entities, or a sequence of them for each prompt, got None$"),
     ],
 )
 def test_a_bad_scene_is_refused_and_the_last_one_stays(pipe, adapter, arguments, message):

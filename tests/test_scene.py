@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interactdiff.scene import Box, Interaction, Scene, SceneError, interactions_from_lists
+from interactdiff.scene import Box, Interaction, Scene, SceneError
+from interactdiff.scene_forms import interactions_from_lists
 from interactdiff.scene_schema import json_schema
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)

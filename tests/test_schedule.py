@@ -11,7 +11,8 @@ from diffusers import (
 )
 
 from interactdiff.scene import SceneError
-from interactdiff.schedule import StepClock, checked_schedule, scheduled, steps_of_calls
+from interactdiff.scene_checks import checked_schedule
+from interactdiff.schedule import StepClock, scheduled, steps_of_calls
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' schedulers with numpy 2
 
@@ -39,7 +40,7 @@ def test_shares_survive_floating_point():
 
 @pytest.mark.parametrize("schedule", [-0.1, 1.1, float("nan"), (0.5, 0.6, 0.2), (0.5, 0.5), "0.5", None])
 def test_other_schedules_are_refused(schedule):
-    with pytest.raises(SceneError, match="expected a schedule in"):
+    with pytest.raises(SceneError, match="schedule: expected a share in"):
         checked_schedule(schedule)
 
 

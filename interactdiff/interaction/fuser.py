@@ -121,13 +121,18 @@ class GatedSelfAttention(nn.Module):
             return 0.0
         return self.grid_positions(grid.to(self.grid_positions.weight.dtype))
 
-    def residual(self, x: Tensor, objects: KeysValues, scale: float, positions: Tensor | float) -> Tensor:
+    def residual(
+        self, x: Tensor, objects: KeysValues, scale: Tensor | float, positions: Tensor | float
+    ) -> Tensor:
         """What the fuser adds to x: both gated terms of the formula above, [B, L, dim]."""
+        attended = scale * self.alpha_attn.tanh() * self._attend(x, objects, positions)
+        return attended + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x + attended))
+
+    def _attend(self, x: Tensor, objects: KeysValues, positions: Tensor | float) -> Tensor:
         visual = self.norm1(x) + positions
         keys = torch.cat([self.attn.to_k(visual), objects.keys], dim=1)
         values = torch.cat([self.attn.to_v(visual), objects.values], dim=1)
-        attended = scale * self.alpha_attn.tanh() * self.attn(self.attn.to_q(visual), keys, values)
-        return attended + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x + attended))
+        return self.attn(self.attn.to_q(visual), keys, values)
 
 
 def gated_self_attention_oracle(

@@ -5,13 +5,15 @@ Fourier features of a box; the action's box is the *between box*, the region the
 interaction.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox
 from torch import Tensor, nn
 
-from interactdiff.scene import Interaction, SceneError
+from interactdiff.scene import Box, Entity, Interaction, SceneError
+
+Item = Interaction | Entity  # what takes a slot
 
 FREQUENCIES = 8
 BOX_FEATURES = FREQUENCIES * 2 * 4  # sine and cosine of the four edges, at every frequency
@@ -120,6 +122,9 @@ class InteractionTokenizer(nn.Module):
         object_embeddings: Tensor,
         action_embeddings: Tensor,
         action_masks: Tensor | None = None,
+        object_masks: Tensor | None = None,
+        action_boxes: Tensor | None = None,
+        strengths: Tensor | None = None,
     ) -> Tensor:
         """Make the tokens of a batch.
 
@@ -131,23 +136,37 @@ class InteractionTokenizer(nn.Module):
             object_embeddings: [B, N, feature_dim].
             action_embeddings: [B, N, feature_dim].
             action_masks: [B, N], 0 makes only the action's token null ("boxes only"); `masks` if not given.
+            object_masks: [B, N], 0 makes only the object's token null; `masks` if not given.
+            action_boxes: [B, N, 4] regions of the actions; the between boxes if not given.
+            strengths: [B, N], how far each slot's tokens go from those of an empty slot (0) to those that it
+                would have (1), and on in that direction; 1 if not given.
 
         Returns:
             [B, 3N, token_dim]: all subjects, then all actions, then all objects. Empty slots have tokens too,
             made of the null features.
         """
+        if action_boxes is None:
+            action_boxes = between_boxes(subject_boxes, object_boxes)
         action_masks = masks if action_masks is None else masks * action_masks
-        action_boxes = between_boxes(subject_boxes, object_boxes)
+        object_masks = masks if object_masks is None else masks * object_masks
         null_thing, null_action = self.null_positive_feature, self.null_action_feature
-        subjects = self.linears(self._masked(subject_embeddings, subject_boxes, masks, null_thing))
-        objects = self.linears(self._masked(object_embeddings, object_boxes, masks, null_thing))
-        actions = self.linear_action(self._masked(action_embeddings, action_boxes, action_masks, null_action))
+        parts = [
+            self.linears(self._masked(subject_embeddings, subject_boxes, masks, null_thing)),
+            self.linear_action(self._masked(action_embeddings, action_boxes, action_masks, null_action)),
+            self.linears(self._masked(object_embeddings, object_boxes, object_masks, null_thing)),
+        ]
+        if strengths is not None:
+            thing = self.linears(torch.cat([null_thing, self.null_position_feature]))
+            action = self.linear_action(torch.cat([null_action, self.null_position_feature]))
+            share = strengths.unsqueeze(-1).to(thing.dtype)
+            parts = [
+                torch.lerp(null.expand_as(part), part, share)
+                for null, part in zip((thing, action, thing), parts, strict=True)
+            ]
         slots = self.interaction_embedding.emb.weight[: masks.shape[1]]
         subject_role, object_role, action_role = self.position_embedding.emb.weight
-        return torch.cat(
-            [subjects + slots + subject_role, actions + slots + action_role, objects + slots + object_role],
-            dim=1,
-        )
+        roles = (subject_role, action_role, object_role)
+        return torch.cat([part + slots + role for part, role in zip(parts, roles, strict=True)], dim=1)
 
     def _masked(self, features: Tensor, boxes: Tensor, masks: Tensor, null_feature: Tensor) -> Tensor:
         """[B, N, feature_dim + 64]: features and box where the mask is 1, the learned nulls where it is 0."""
@@ -158,55 +177,76 @@ class InteractionTokenizer(nn.Module):
         return torch.cat([features, positions], dim=-1)
 
 
-def scene_phrases(scenes: Sequence[Sequence[Interaction]]) -> list[str]:
+def scene_phrases(scenes: Sequence[Sequence[Item]]) -> list[str]:
     """Every phrase of some scenes, each once, in order of appearance."""
-    phrases = (p for scene in scenes for i in scene for p in (i.subject, i.action, i.object))
+    phrases = (p for scene in scenes for item in scene for p in _phrases_of(item))
     return list(dict.fromkeys(p for p in phrases if p is not None))
 
 
+def _phrases_of(item: Item) -> tuple[str | None, ...]:
+    return (item.phrase,) if isinstance(item, Entity) else (item.subject, item.action, item.object)
+
+
+def check_count(scenes: Sequence[Sequence[Item]], max_interactions: int) -> None:
+    """Make sure that each scene's interactions and entities find a slot.
+
+    Raises:
+        SceneError: a scene has more than there are slots.
+    """
+    for scene in scenes:
+        if len(scene) > max_interactions:
+            named = "interactions" + " and entities" * any(isinstance(item, Entity) for item in scene)
+            raise SceneError(f"expected at most {max_interactions} {named} an image, got {len(scene)}")
+
+
 def scene_tensors(
-    scenes: Sequence[Sequence[Interaction]], features: Mapping[str, Tensor], max_interactions: int
+    scenes: Sequence[Sequence[Item]], features: Mapping[str, Tensor], max_interactions: int
 ) -> dict[str, Tensor]:
     """Lay out scenes as the keyword arguments of `InteractionTokenizer.forward`.
 
+    An entity takes the subject's place in a slot of its own, whose action and object are null.
+
     Args:
-        scenes: B scenes of at most `max_interactions` interactions each.
+        scenes: B scenes of at most `max_interactions` interactions and entities each.
         features: a [feature_dim] vector for every phrase in the scenes, all on one device.
         max_interactions: N, the slots of an image; unused ones are zero and masked.
 
     Returns:
-        Boxes [B, N, 4] and masks [B, N] in float32, features [B, N, feature_dim] in the features' dtype.
+        Boxes [B, N, 4], masks and strengths [B, N] in float32, features [B, N, feature_dim] in the features'
+        dtype. Strengths are left out where all of them are 1.
 
     Raises:
-        SceneError: a scene has more than N interactions.
+        SceneError: a scene has more than N interactions and entities.
     """
+    check_count(scenes, max_interactions)
     some_feature = next(iter(features.values()), torch.zeros(0))
     slots = (len(scenes), max_interactions)
-    boxes = {role: torch.zeros(*slots, 4) for role in ("subject", "object")}
-    masks, action_masks = torch.zeros(slots), torch.zeros(slots)
-    embeddings = {
-        role: some_feature.new_zeros(*slots, some_feature.shape[-1])
-        for role in ("subject", "object", "action")
-    }
+    roles = ("subject", "object", "action")
+    boxes = {role: torch.zeros(*slots, 4) for role in roles}
+    masks = {role: torch.zeros(slots) for role in roles}
+    embeddings = {role: some_feature.new_zeros(*slots, some_feature.shape[-1]) for role in roles}
+    strengths = torch.ones(slots)
     for row, scene in enumerate(scenes):
-        if len(scene) > max_interactions:
-            raise SceneError(f"expected at most {max_interactions} interactions an image, got {len(scene)}")
-        for slot, interaction in enumerate(scene):
-            boxes["subject"][row, slot] = torch.tensor(interaction.subject_box)
-            boxes["object"][row, slot] = torch.tensor(interaction.object_box)
-            masks[row, slot] = 1
-            embeddings["subject"][row, slot] = features[interaction.subject]
-            embeddings["object"][row, slot] = features[interaction.object]
-            if interaction.action is not None:
-                action_masks[row, slot] = 1
-                embeddings["action"][row, slot] = features[interaction.action]
+        for slot, item in enumerate(scene):
+            strengths[row, slot] = item.strength
+            for role, phrase, box in _placed(item):
+                masks[role][row, slot] = 1
+                embeddings[role][row, slot] = features[phrase]
+                boxes[role][row, slot] = torch.tensor(box)
     device = some_feature.device
-    return {
-        "subject_boxes": boxes["subject"].to(device),
-        "object_boxes": boxes["object"].to(device),
-        "masks": masks.to(device),
-        "subject_embeddings": embeddings["subject"],
-        "object_embeddings": embeddings["object"],
-        "action_embeddings": embeddings["action"],
-        "action_masks": action_masks.to(device),
-    }
+    tensors = {f"{role}_boxes": boxes[role].to(device) for role in roles}
+    tensors |= {f"{role}_embeddings": embeddings[role] for role in roles}
+    tensors |= {"masks": masks["subject"].to(device)}
+    tensors |= {f"{role}_masks": masks[role].to(device) for role in ("object", "action")}
+    return tensors if strengths.eq(1).all() else tensors | {"strengths": strengths.to(device)}
+
+
+def _placed(item: Item) -> Iterator[tuple[str, str, Box]]:
+    """Role, phrase and box of each token that an item has."""
+    if isinstance(item, Entity):
+        yield "subject", item.phrase, item.box
+        return
+    yield "subject", item.subject, item.subject_box
+    yield "object", item.object, item.object_box
+    if item.action is not None:
+        yield "action", item.action, item.action_box
