@@ -83,10 +83,11 @@ class Drawer:
         for name in ("prompt", "negative_prompt"):
             self._check_length(name, getattr(scene, name))
         if self.handle is not None:
-            self.handle.set_scene(scene.interactions, scene.strength, scene.schedule)
-        elif scene.interactions:
+            self.handle.set_scene(scene.items, scene.strength, scene.schedule, fast=scene.fast)
+        elif scene.items:
             raise SceneError(
-                f"expected an adapter for {len(scene.interactions)} interactions, got none for {self.model}"
+                f"expected an adapter for {len(scene.interactions)} interactions and {len(scene.entities)} "
+                f"entities, got none for {self.model}"
             )
 
     def draw(self, scene: Scene) -> Image.Image:

@@ -10,12 +10,13 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from interactdiff.files import write_aside
-from interactdiff.scene import Box, Interaction, Scene, SceneError
+from interactdiff.scene import Box, Entity, Interaction, Scene, SceneError
 
 METADATA_KEY = "interactdiff"  # of the PNG's text chunk
 LEGIBLE_SIDE = 480  # pixels: smaller pictures are enlarged before anything is written on them
 _PACKAGES = ("interactdiff", "torch", "diffusers", "transformers")
-_SUBJECT, _OBJECT, _ACTION = "#d6006c", "#0057d9", "#222222"  # white text is legible on each of them
+# white text is legible on each of them
+_SUBJECT, _OBJECT, _ACTION, _ENTITY = "#d6006c", "#0057d9", "#222222", "#00743a"
 _GAP = 16  # pixels between pictures that stand side by side
 _Rectangle = tuple[int, int, int, int]
 
@@ -120,28 +121,33 @@ def enlarged(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
-def overlay(image: Image.Image, interactions: tuple[Interaction, ...]) -> Image.Image:
+def overlay(
+    image: Image.Image, interactions: tuple[Interaction, ...], entities: tuple[Entity, ...] = ()
+) -> Image.Image:
     """Draw the asked boxes and labels over a picture, enlarged if it is small.
 
-    Subjects are pink, objects blue, actions dark between them; where there are several interactions each
-    label has its number.
+    Subjects are pink, objects blue, entities green, actions dark in their region; where there are several
+    interactions each label has its number.
     """
     picture = enlarged(image)
     canvas = ImageDraw.Draw(picture)
     line = max(2, max(picture.size) // 200)
     labels: list[tuple[str, str, _Rectangle, bool]] = []
+
+    def draw_box(label: str, box: Box, colour: str) -> None:
+        rectangle = _in_pixels(box, picture.size)
+        canvas.rectangle(_grown(rectangle, line // 2), outline="white", width=2 * line)
+        canvas.rectangle(rectangle, outline=colour, width=line)
+        labels.append((label, colour, rectangle, False))
+
     for number, one in enumerate(interactions, start=1):
         mark = f"{number} " if len(interactions) > 1 else ""
-        for phrase, box, colour in (
-            (one.subject, one.subject_box, _SUBJECT),
-            (one.object, one.object_box, _OBJECT),
-        ):
-            rectangle = _in_pixels(box, picture.size)
-            canvas.rectangle(_grown(rectangle, line // 2), outline="white", width=2 * line)
-            canvas.rectangle(rectangle, outline=colour, width=line)
-            labels.append((mark + phrase, colour, rectangle, False))
+        draw_box(mark + one.subject, one.subject_box, _SUBJECT)
+        draw_box(mark + one.object, one.object_box, _OBJECT)
         if one.action is not None:
-            labels.append((mark + one.action, _ACTION, _in_pixels(one.between_box, picture.size), True))
+            labels.append((mark + one.action, _ACTION, _in_pixels(one.action_box, picture.size), True))
+    for entity in entities:
+        draw_box(entity.phrase, entity.box, _ENTITY)
     taken: list[_Rectangle] = []
     for text, colour, rectangle, centred in labels:
         _draw_label(canvas, picture.size, text, colour, rectangle, centred, taken)

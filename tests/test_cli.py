@@ -174,7 +174,7 @@ BAD_FLAGS = {
     "seed text": (["a", "--seed", "x"], "argument --seed: expected a whole number, got 'x'"),
     "steps": (["a", "--steps", "0"], "steps: expected a whole number from 1"),
     "strength": (["a", "--strength", "2.5"], "strength: expected a number from 0 to 2"),
-    "schedule": (["a", "--schedule", "nan"], "schedule: expected a number from 0 to 1"),
+    "schedule": (["a", "--schedule", "nan"], "schedule: expected a share in [0, 1]"),
     "width": (["a", "--width", "30"], "width: expected a multiple of 8"),
     "flag": (["a", "--colour", "red"], "unrecognized arguments: --colour"),
     "both sources": (["--scene", "a.json", "--from", "a.png"], "not allowed with"),

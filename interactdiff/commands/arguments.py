@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from interactdiff.files import why_unwritable
 from interactdiff.models import MODEL
+from interactdiff.scene_checks import Schedule
 
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns, for which argparse has no public name
 
@@ -73,6 +74,17 @@ def positive(text: str) -> int:
     if (value := whole(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
     return value
+
+
+def schedule(text: str) -> Schedule:
+    """A flag's share of the steps, or three shares."""
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if len(shares) not in (1, 3):
+        raise argparse.ArgumentTypeError(f"expected a share, or three as on,decay,off, got {text!r}")
+    return shares if len(shares) == 3 else shares[0]
 
 
 def number(text: str) -> float:

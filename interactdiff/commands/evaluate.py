@@ -28,6 +28,7 @@ def add_to(commands: Commands) -> None:
         "--guidance-scale", type=number, default=GUIDANCE_SCALES[MODEL], help="default: %(default)g"
     )
     parser.add_argument("--batch-size", type=positive, default=16, help="default: %(default)s")
+    parser.add_argument("--fast", action="store_true", help="also score fast control")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     add_models(parser)
 
@@ -54,6 +55,7 @@ def _run(args: argparse.Namespace) -> None:
         device=str(usable_device(args.device or "auto")),
         progress=True,
         guidance_scale=args.guidance_scale,
+        fast=args.fast,
     )
     print(format_table(table))
     if args.json is not None:

@@ -12,16 +12,17 @@ from interactdiff.commands.arguments import (
     check_picture_path,
     number,
     quiet_libraries,
+    schedule,
     whole,
 )
 from interactdiff.models import MODEL
 from interactdiff.picture import Record, installed_versions, overlay, read_record, save_picture
-from interactdiff.scene import Interaction, Scene, SceneError
+from interactdiff.scene import Entity, Interaction, Scene, numbered
 
 INTERACTION_HELP = (
     'who does what to what, and where: "person|riding|bike|0.30,0.20,0.62,0.80|0.28,0.55,0.70,0.92"; boxes '
     "are x0,y0,x1,y1 as shares of width and height, the subject's first; an action of - leaves the action "
-    "open (boxes only); may be repeated"
+    "open (boxes only); |strength=0.5 and |action_region=union may follow; may be repeated"
 )
 
 
@@ -38,12 +39,22 @@ def add_to(commands: Commands) -> None:
     source.add_argument("--scene", metavar="FILE", help="take the scene from a JSON file")
     source.add_argument("--from", dest="drawn", metavar="PNG", help="draw a picture again, bit for bit")
     parser.add_argument("--interaction", action="append", metavar="S|A|O|BOX|BOX", help=INTERACTION_HELP)
+    parser.add_argument(
+        "--entity",
+        action="append",
+        metavar="PHRASE|BOX",
+        help='what else is where: "red ball|0.70,0.60,0.90,0.80"; |strength=0.5 may follow; may be repeated',
+    )
     defaults = {field.name: field.default for field in fields(Scene)}
     for name, kind, what in (
         ("seed", whole, "of the starting noise"),
         ("steps", whole, "denoising steps"),
         ("strength", number, "how strongly the interactions act, 0 to 2"),
-        ("schedule", number, "share of the steps, from the first, in which they act, 0 to 1"),
+        (
+            "schedule",
+            schedule,
+            "share of the steps in which they act, from the first; or on,decay,off",
+        ),
         ("guidance_scale", number, "how strongly the prompt guides; up to 1 is off"),
         ("negative_prompt", str, "what to steer away from"),
         ("width", whole, "pixels, a multiple of 8"),
@@ -56,6 +67,11 @@ def add_to(commands: Commands) -> None:
         parser.add_argument(flag, dest=name, type=kind, metavar=metavar, help=f"{what} (default: {shown})")
     parser.add_argument(
         "--out", type=Path, metavar="PNG", help="what to write (default: out.png; with --from NAME.again.png)"
+    )
+    parser.add_argument(
+        "--fast",
+        action=argparse.BooleanOptionalAction,
+        help="nearly as quick as the base alone, at a small cost in control (default: no)",
     )
     parser.add_argument("--overlay", action="store_true", help="also write OUT.overlay.png, with boxes drawn")
     add_models(parser)
@@ -86,16 +102,21 @@ def _run(args: argparse.Namespace) -> None:
     save_picture(image, out, drawn_as)
     print(out)
     if beside is not None:
-        save_picture(overlay(image, scene.interactions), beside, drawn_as)
+        save_picture(overlay(image, scene.interactions, scene.entities), beside, drawn_as)
         print(beside)
 
 
 def _scene(args: argparse.Namespace, record: Record | None) -> Scene:
     """The scene of the file or the picture, if there is one, and over it what the flags say."""
-    names = {field.name for field in fields(Scene)} - {"interactions"}
+    names = {field.name for field in fields(Scene)} - {"interactions", "entities"}
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.interaction is not None:
-        given["interactions"] = tuple(_parsed(n, text) for n, text in enumerate(args.interaction, start=1))
+    for name, kind, texts in (
+        ("interactions", Interaction, args.interaction),
+        ("entities", Entity, args.entity),
+    ):
+        if texts is not None:
+            made = (numbered(kind, n, lambda t=t, k=kind: k.parse(t)) for n, t in enumerate(texts, start=1))
+            given[name] = tuple(made)
     if record is not None:
         return replace(record.scene, **given)
     if args.scene is not None:
@@ -103,13 +124,6 @@ def _scene(args: argparse.Namespace, record: Record | None) -> Scene:
     if args.prompt is None:
         raise UsageError("expected a prompt, --scene FILE or --from PNG, got none of them")
     return Scene(**given)
-
-
-def _parsed(number: int, text: str) -> Interaction:
-    try:
-        return Interaction.parse(text)
-    except SceneError as error:
-        raise SceneError(f"interaction {number}: {error}") from None
 
 
 def _take_over(args: argparse.Namespace, record: Record) -> None:

@@ -23,13 +23,14 @@ ROWS = {
     "base": "base, text only",
     "boxes_only": "adapter, boxes only",
     "adapter": "adapter",
+    "adapter_fast": "adapter, fast",
 }
 SCORES = {"hoi_map": "HOI mAP", "box_acc": "boxes", "action_acc": "actions", "colour_acc": "colours"}
 
 
 @dataclass(frozen=True)
 class Order:
-    """A picture to be drawn: of which scene, whose noise it takes, and what is asked.
+    """A picture to be drawn: of which scene, whose noise it takes, what is asked, and whether fast.
 
     `interactions` empty is the base alone.
     """
@@ -37,6 +38,7 @@ class Order:
     scene: int
     prompt: str
     interactions: tuple[Interaction, ...] = ()
+    fast: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def evaluate_world(
     progress: bool = True,
     *,
     guidance_scale: float = GUIDANCE_SCALES[MODEL],
+    fast: bool = False,
     drawer: Drawer | None = None,
     detector: Detector | None = None,
 ) -> dict[str, Any]:
@@ -81,7 +84,8 @@ def evaluate_world(
 
     real: renders of the scenes, the ceiling. base: the full caption, verbs included, and no adapter.
     boxes_only: the caption without verbs, every box and phrase, and the actions left null; with the verbs,
-    the caption would tell the action. adapter: the full caption and everything.
+    the caption would tell the action. adapter: the full caption and everything. adapter_fast, if asked for:
+    the same with fast control.
     action swap: the caption without verbs, the same boxes and noise, and one triplet's action set to each of
     its group in turn; the share of pictures in which the person at that box does it. boxes_only is the
     same with that action left null, compared with each action in turn; chance is what guessing would give.
@@ -96,6 +100,7 @@ def evaluate_world(
         device: a torch device or "auto".
         progress: show a progress bar.
         guidance_scale: of every row.
+        fast: whether there is a row for fast control.
         drawer: a loaded model with its adapter, in place of loading `model` and `adapter`.
         detector: in place of the packaged one.
 
@@ -122,6 +127,8 @@ def evaluate_world(
         ],
         "adapter": [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)],
     }
+    if fast:
+        orders["adapter_fast"] = [replace(order, fast=True) for order in orders["adapter"]]
     wanted = [order for row in orders.values() for order in row]
     wanted += [order for s in swaps for order in (*s.pictures, s.without)]
     how = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
@@ -130,7 +137,7 @@ def evaluate_world(
     asked = [world.triplets for world in worlds]
     found = {"real": look_at_renders(worlds, detector, batch_size)}
     found |= {row: [seen[order] for order in ordered] for row, ordered in orders.items()}
-    rows = {row: picture_scores(found[row], asked) for row in ROWS}
+    rows = {row: picture_scores(found[row], asked) for row in ROWS if row in found}
     table: dict[str, Any] = {"rows": {}, "action_swap": {}, "intervals": {"rows": {}, "action_swap": {}}}
     for row, scores in rows.items():
         _enter(table["rows"], table["intervals"]["rows"], row, scores, scenes, seed)
@@ -206,10 +213,12 @@ def look_at(
     """Draw pictures, each once however often it is ordered, and detect what is in them."""
     seen: dict[Order, Detections] = {}
     alone = dict.fromkeys(order for order in orders if not order.interactions)
-    controlled = dict.fromkeys(order for order in orders if order.interactions)
-    bar = tqdm(total=len(alone) + len(controlled), unit="picture", disable=not progress)
+    controlled = dict.fromkeys(order for order in orders if order.interactions and not order.fast)
+    fast = dict.fromkeys(order for order in orders if order.interactions and order.fast)
+    groups = [list(group) for group in (alone, controlled, fast)]
+    bar = tqdm(total=sum(map(len, groups)), unit="picture", disable=not progress)
     drawer.pipeline.set_progress_bar_config(disable=True)
-    for group in (list(alone), list(controlled)):
+    for group in groups:
         for first in range(0, len(group), batch_size):
             batch = group[first : first + batch_size]
             images = draw(batch, drawer, seed, how)
@@ -222,10 +231,10 @@ def look_at(
 def draw(orders: Sequence[Order], drawer: Drawer, seed: int, how: dict[str, Any]) -> Tensor:
     """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1].
 
-    `how` goes to the pipeline's call.
+    All of them are fast, or none is. `how` goes to the pipeline's call.
     """
     if drawer.handle is not None:
-        drawer.handle.set_scene([order.interactions for order in orders])
+        drawer.handle.set_scene([order.interactions for order in orders], fast=orders[0].fast)
     noise_seeds = [HELD_OUT + seed * 1_000_000 + order.scene for order in orders]
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         drawn = drawer.pipeline(
@@ -253,13 +262,14 @@ def format_table(table: dict[str, Any]) -> str:
         return f"{100 * value:5.1f} [{100 * interval[0]:3.0f}, {100 * interval[1]:3.0f}]"
 
     lines = [f"{'%':20}" + "".join(f"{title:>19}" for title in SCORES.values())]
-    for row, title in ROWS.items():
+    titles = {row: title for row, title in ROWS.items() if row in table["rows"]}
+    for row, title in titles.items():
         values, intervals = table["rows"][row], table["intervals"]["rows"][row]
         lines.append(f"{title:20}" + "".join(f"{cell(values[s], intervals[s]):>19}" for s in SCORES))
     ceiling = table["rows"]["real"]["hoi_map"]
     shares = [
         f"{ROWS[row]} {table['rows'][row]['hoi_map'] / ceiling if ceiling else 0:.2f}"
-        for row in list(ROWS)[1:]
+        for row in list(titles)[1:]
     ]
     lines += ["", "HOI mAP as a share of the ceiling: " + ", ".join(shares)]
     swapped, ends = table["action_swap"], table["intervals"]["action_swap"]

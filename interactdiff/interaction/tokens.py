@@ -122,7 +122,6 @@ class InteractionTokenizer(nn.Module):
         object_embeddings: Tensor,
         action_embeddings: Tensor,
         action_masks: Tensor | None = None,
-        object_masks: Tensor | None = None,
         action_boxes: Tensor | None = None,
         strengths: Tensor | None = None,
     ) -> Tensor:
@@ -136,7 +135,6 @@ class InteractionTokenizer(nn.Module):
             object_embeddings: [B, N, feature_dim].
             action_embeddings: [B, N, feature_dim].
             action_masks: [B, N], 0 makes only the action's token null ("boxes only"); `masks` if not given.
-            object_masks: [B, N], 0 makes only the object's token null; `masks` if not given.
             action_boxes: [B, N, 4] regions of the actions; the between boxes if not given.
             strengths: [B, N], how far each slot's tokens go from those of an empty slot (0) to those that it
                 would have (1), and on in that direction; 1 if not given.
@@ -148,12 +146,11 @@ class InteractionTokenizer(nn.Module):
         if action_boxes is None:
             action_boxes = between_boxes(subject_boxes, object_boxes)
         action_masks = masks if action_masks is None else masks * action_masks
-        object_masks = masks if object_masks is None else masks * object_masks
         null_thing, null_action = self.null_positive_feature, self.null_action_feature
         parts = [
             self.linears(self._masked(subject_embeddings, subject_boxes, masks, null_thing)),
             self.linear_action(self._masked(action_embeddings, action_boxes, action_masks, null_action)),
-            self.linears(self._masked(object_embeddings, object_boxes, object_masks, null_thing)),
+            self.linears(self._masked(object_embeddings, object_boxes, masks, null_thing)),
         ]
         if strengths is not None:
             thing = self.linears(torch.cat([null_thing, self.null_position_feature]))
@@ -204,7 +201,8 @@ def scene_tensors(
 ) -> dict[str, Tensor]:
     """Lay out scenes as the keyword arguments of `InteractionTokenizer.forward`.
 
-    An entity takes the subject's place in a slot of its own, whose action and object are null.
+    An entity has a slot of its own, in which it is subject and object of no action: no adapter was trained on
+    entities, and this is what it follows best (docs/interaction.md).
 
     Args:
         scenes: B scenes of at most `max_interactions` interactions and entities each.
@@ -236,8 +234,7 @@ def scene_tensors(
     device = some_feature.device
     tensors = {f"{role}_boxes": boxes[role].to(device) for role in roles}
     tensors |= {f"{role}_embeddings": embeddings[role] for role in roles}
-    tensors |= {"masks": masks["subject"].to(device)}
-    tensors |= {f"{role}_masks": masks[role].to(device) for role in ("object", "action")}
+    tensors |= {"masks": masks["subject"].to(device), "action_masks": masks["action"].to(device)}
     return tensors if strengths.eq(1).all() else tensors | {"strengths": strengths.to(device)}
 
 
@@ -245,6 +242,7 @@ def _placed(item: Item) -> Iterator[tuple[str, str, Box]]:
     """Role, phrase and box of each token that an item has."""
     if isinstance(item, Entity):
         yield "subject", item.phrase, item.box
+        yield "object", item.phrase, item.box
         return
     yield "subject", item.subject, item.subject_box
     yield "object", item.object, item.object_box
