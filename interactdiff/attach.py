@@ -127,6 +127,10 @@ class Handle:
             num_inference_steps=num_inference_steps,
         )
 
+    def asked(self) -> str:
+        """What is asked for at present, in words; empty if nothing is."""
+        return str(self._control) if self._control is not None else ""
+
     def clear(self) -> None:
         """Ask for nothing: the base draws as it always did."""
         self._control = None

@@ -49,6 +49,13 @@ class Control:
         self._rows: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self._kept_for: tuple[Any, ...] | None = None
 
+    def __str__(self) -> str:
+        """What was asked for, in words."""
+        scenes = "tokens" if self._occupied is None else f"{len(self._occupied)} scenes"
+        shares = ", ".join(f"{share:g}" for share in self._shares)
+        fast = ", fast" if self._fast else ""
+        return f"{scenes} at strength {self._strength:g}, schedule [{shares}]{fast}"
+
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow the adapter to another device or dtype."""
         self.tokens = self.tokens.to(device, dtype)

@@ -1,0 +1,29 @@
+"""interactdiff doctor: what is installed, what can run here, what is attached."""
+
+import argparse
+
+from interactdiff.commands.arguments import Commands, add_models, quiet_libraries
+
+
+def add_to(commands: Commands) -> None:
+    """Add `doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is installed and what can run",
+        description="Versions, devices, backends; with --model or --adapter, what a pipeline has attached.",
+    )
+    parser.set_defaults(run=_run)
+    add_models(parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    quiet_libraries()
+    from interactdiff.doctor import doctor
+
+    pipeline = None
+    if args.model or args.adapter:
+        from interactdiff.generate import Drawer
+        from interactdiff.models import MODEL
+
+        pipeline = Drawer.load(args.model or MODEL, args.adapter, args.device or "auto").pipeline
+    print(doctor(pipeline), end="")

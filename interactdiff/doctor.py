@@ -1,0 +1,131 @@
+"""What is installed, what can run here and why not, and what is attached to a pipeline."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from interactdiff.attach import attached_handle
+from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.sites import unet_of
+
+PACKAGES = ("interactdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors")
+OPTIONAL = {
+    "peft": "LoRA",
+    "gradio": "the web page",
+    "yaml": "training recipes",
+    "torchmetrics": "training recipes",
+    "torchsde": "the DPM++ SDE scheduler",
+    "xformers": "diffusers' xformers attention",
+}
+
+
+def doctor(pipeline: Any = None) -> str:
+    """A report in plain text.
+
+    Args:
+        pipeline: a diffusers pipeline or U-Net, of which the report says what is attached; may be None.
+    """
+    sections = {
+        "versions": [
+            f"Python {platform.python_version()}",
+            *(f"{name} {metadata.version(name)}" for name in PACKAGES),
+        ],
+        "devices": devices(),
+        "backends": [f"{name}: {why or 'can run'}" for name, why in backends().items()],
+        "optional packages": [
+            f"{name}: {'installed' if importlib.util.find_spec(name) else 'not installed'} (for {use})"
+            for name, use in OPTIONAL.items()
+        ],
+        "attached": attached(pipeline) if pipeline is not None else ["no pipeline was given"],
+    }
+    texts = (title + "".join(f"\n  {line}" for line in lines) for title, lines in sections.items())
+    return "\n\n".join(texts) + "\n"
+
+
+def devices() -> list[str]:
+    """Each device that torch can use here, with its memory or its threads."""
+    found = [
+        f"cuda:{i} {p.name}, {p.total_memory / 1e9:.0f} GB, compute capability {p.major}.{p.minor}"
+        for i in range(torch.cuda.device_count())
+        for p in [torch.cuda.get_device_properties(i)]
+    ]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return [*found, f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores"]
+
+
+def backends() -> dict[str, str | None]:
+    """For each way to compute, None if it can run here, or why not."""
+    return {name: why_not() for name, why_not in _BACKENDS.items()}
+
+
+def attached(pipeline: Any) -> list[str]:
+    """What acts in a pipeline or U-Net besides its base."""
+    unet = unet_of(pipeline)
+    lines = [f"base: {type(pipeline).__name__}, U-Net on {unet.device} in {_dtype(unet.dtype)}"]
+    handle = attached_handle(unet)
+    if handle is None:
+        lines.append("interaction adapter: none")
+    else:
+        lines.append(f"interaction adapter: {describe(handle.adapter)}")
+        lines.append(f"asked of it: {handle.asked() or 'nothing'}")
+    loras = getattr(unet, "peft_config", None)
+    lines.append(f"LoRA: {', '.join(loras) if loras else 'none'}")
+    kinds = sorted({type(processor).__name__ for processor in unet.attn_processors.values()})
+    lines.append(f"attention processors: {', '.join(kinds)}")
+    compiled = hasattr(getattr(pipeline, "unet", None), "_orig_mod") or unet._compiled_call_impl is not None
+    lines.append(f"compiled: {'yes' if compiled else 'no'}")
+    return lines
+
+
+def describe(adapter: InteractionAdapter) -> str:
+    """An adapter in a line: what for, how large, where."""
+    parameter = next(adapter.parameters())
+    count = sum(p.numel() for p in adapter.parameters())
+    grid = ", with grid positions" if adapter.config.grid_positions else ""
+    return (
+        f"for {adapter.config.base}, {count / 1e6:.1f} M parameters, up to {adapter.config.max_interactions} "
+        f"interactions{grid}, on {parameter.device} in {_dtype(parameter.dtype)}"
+    )
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _why_no_cuda() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    built = torch.version.cuda
+    return "no CUDA device was found" if built else f"torch {torch.__version__} was built without CUDA"
+
+
+def _why_no_compile() -> str | None:
+    if torch.cuda.is_available():
+        return None if importlib.util.find_spec("triton") else "no triton was found"
+    compiler = os.environ.get("CXX", "g++")
+    found = shutil.which(compiler) or shutil.which("clang++")
+    return None if found else f"no C++ compiler was found ({compiler})"
+
+
+def _why_no_bfloat16() -> str | None:
+    if torch.cuda.is_available():
+        return None if torch.cuda.is_bf16_supported() else "emulated on this GPU, and slow"
+    fast = torch.backends.cpu.get_cpu_capability()
+    quick = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return None if quick else f"runs, but slower than float32: a CPU of {fast} has no instructions for it"
+
+
+_BACKENDS: dict[str, Callable[[], str | None]] = {
+    "scaled dot product attention": lambda: None,
+    "bfloat16": _why_no_bfloat16,
+    "torch.compile": _why_no_compile,
+    "cuda": _why_no_cuda,
+    "mps": lambda: None if torch.backends.mps.is_available() else "not a Mac, or a torch built without it",
+}
