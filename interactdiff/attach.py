@@ -5,6 +5,7 @@ let the fuser act (`interaction.unet`). Nothing else of the base is touched.
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -228,7 +229,7 @@ def attach(
     pipeline = pipeline_or_unet if hasattr(pipeline_or_unet, "scheduler") else None
     if phrase_encoder is None and pipeline is not None:
         phrase_encoder = pipeline_phrases(pipeline, adapter.config.feature_dim)
-    if hasattr(type(pipeline), "image_guidance_scale"):
+    if pipeline is not None and "image_guidance_scale" in signature(type(pipeline).__call__).parameters:
         raise AdapterError(
             f"expected guidance by the prompt alone, got {type(pipeline).__name__}: it guides by pictures too"
         )

@@ -1,7 +1,7 @@
-"""Adapter files.
+"""Our adapter files: a folder with `adapter.safetensors` and `config.json`.
 
-Ours is a folder with `adapter.safetensors` and `config.json`. No pickle is ever loaded, and no file is
-half-written. Nothing heavy is imported before it is needed, so that `AdapterError` costs nothing to import.
+No file is half-written. Nothing heavy is imported before it is needed, so that `AdapterError` costs nothing
+to import.
 """
 
 from __future__ import annotations
@@ -17,35 +17,13 @@ from interactdiff.files import write_aside
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from interactdiff.lazy_tensors import LazyTensor
+
 WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
 
 
 class AdapterError(ValueError):
     """An adapter, or the base it should act on, is not what is needed; the message is one sentence."""
-
-
-def load_adapter_files(path_or_id: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an adapter.
-
-    Args:
-        path_or_id: a folder, or the id of a repository on the Hugging Face Hub.
-
-    Returns:
-        What `config.json` says, and the tensors of `adapter.safetensors`.
-
-    Raises:
-        AdapterError: nothing is there, or a file is missing or damaged.
-    """
-    folder = Path(path_or_id)
-    files = {n: folder / n if folder.is_dir() else _download(str(path_or_id), n) for n in (CONFIG, WEIGHTS)}
-    try:
-        config = json.loads(files[CONFIG].read_text(encoding="utf-8"))
-    except OSError as error:
-        got = f"no {CONFIG} that can be read ({error.strerror})"
-        raise AdapterError(f"expected {CONFIG} and {WEIGHTS} in {folder}, got {got}") from None
-    except ValueError as error:
-        raise AdapterError(f"expected JSON in {files[CONFIG]}, got {error}") from None
-    return config, read_safetensors(files[WEIGHTS])
 
 
 def save_adapter_files(
@@ -66,24 +44,11 @@ def save_adapter_files(
     write_aside(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def read_safetensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file.
-
-    Raises:
-        AdapterError: the file is missing, truncated, or something else.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise AdapterError(f"expected safetensors weights at {file}, got no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"expected a whole safetensors file at {file}, got {error}") from None
-
-
-def check_tensors(whose: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    whose: str,
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor] | Mapping[str, LazyTensor],
+) -> None:
     """Make sure that tensors have the names and shapes that a module's `state_dict` has.
 
     Args:
@@ -102,16 +67,3 @@ def check_tensors(whose: str, expected: Mapping[str, Tensor], got: Mapping[str, 
             raise AdapterError(f"expected {whose}'s {name} to be {wanted}, got {found}")
         if not got[name].is_floating_point():
             raise AdapterError(f"expected {whose}'s {name} in floating point, got {got[name].dtype}")
-
-
-def _download(repo_id: str, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo_id, name))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise AdapterError(
-            f"expected an adapter's folder or the id of one on the Hugging Face Hub, got {repo_id!r} "
-            f"({type(error).__name__} for {name})"
-        ) from None

@@ -6,8 +6,8 @@ which has nothing but the adapter is read as well.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
@@ -16,6 +16,7 @@ from torch import Tensor
 from interactdiff.checkpoint import AdapterError, check_tensors
 
 ADAPTER_KEY = re.compile(r"(position_net|.*\.fuser)\.")
+Weight = TypeVar("Weight")  # a tensor, or where one can be read
 SITE = re.compile(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?1\.(.*)")
 
 
@@ -73,7 +74,7 @@ def unet_from_ldm(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> U
     return unet.eval()
 
 
-def adapter_tensors_from_ldm(tensors: Mapping[str, Tensor], layers_per_block: int) -> dict[str, Tensor]:
+def adapter_tensors_from_ldm(tensors: Mapping[str, Weight], layers_per_block: int) -> dict[str, Weight]:
     """The adapter's tensors of an LDM checkpoint, whole or adapter only, under diffusers' names.
 
     Args:
@@ -85,6 +86,25 @@ def adapter_tensors_from_ldm(tensors: Mapping[str, Tensor], layers_per_block: in
         for name, tensor in tensors.items()
         if ADAPTER_KEY.match(name)
     }
+
+
+def layers_per_block_from_ldm(names: Collection[str]) -> int:
+    """How many layers a level of the U-Net has, told by where the fusers are.
+
+    The numbers of a level's layers follow each other, and after each level one is for the resampling.
+
+    Args:
+        names: of the adapter's weights, LDM's.
+
+    Raises:
+        AdapterError: no level on the way down has fusers.
+    """
+    matches = filter(None, map(SITE.match, names))
+    numbers = {int(match[2]) for match in matches if match[1] == "input_blocks"}
+    if not numbers:
+        raise AdapterError("expected fusers in the input_blocks of an LDM checkpoint, got none")
+    first = min(numbers)
+    return next(count for count in range(1, len(numbers) + 1) if first + count not in numbers)
 
 
 def _diffusers_name(name: str, layers_per_block: int) -> str:

@@ -22,10 +22,10 @@ def resolve(kind: str, name: str) -> str:
 
     Args:
         kind: "model" or "adapter".
-        name: a packaged name, a folder, or a Hub id of the form owner/name.
+        name: a packaged name, a folder, for an adapter also a file, or a Hub id of the form owner/name.
 
     Returns:
-        A folder's path, or the Hub id as it came.
+        A folder's or an adapter file's path, or the Hub id as it came.
 
     Raises:
         ModelError: it is none of them.
@@ -38,7 +38,7 @@ def resolve(kind: str, name: str) -> str:
         if not folder.is_dir():
             raise ModelError(f"expected the packaged {kind} {name} in {folder}, got an incomplete install")
         return str(folder)
-    if Path(name).is_dir():
+    if Path(name).is_dir() or (kind == "adapter" and Path(name).is_file()):
         return name
     if Path(name).exists() or name.startswith((".", "~", "/")) or name.count("/") != 1:
         raise ModelError(
@@ -49,9 +49,9 @@ def resolve(kind: str, name: str) -> str:
 
 
 def lasting(name: str) -> str:
-    """A name that means the same from another working directory: folders become absolute."""
+    """A name that means the same from another working directory: paths become absolute."""
     known = name in ADAPTERS or name in ADAPTERS.values()
-    return str(Path(name).resolve()) if not known and Path(name).is_dir() else name
+    return str(Path(name).resolve()) if not known and Path(name).exists() else name
 
 
 def check_model_folder(folder: Path) -> None:

@@ -34,8 +34,8 @@ def steps_of_calls(timesteps: Sequence[float], num_inference_steps: int | None, 
     """Which step each denoiser call of a run belongs to.
 
     Multistep schedulers call once a step. Heun's and PNDM's evaluate some timesteps twice: the timestep is
-    the step, so that both evaluations of one noise level are controlled alike. KDPM2's add timesteps in
-    between: `order` calls make a step.
+    the step, so that both evaluations of one noise level are controlled alike. KDPM2's and DPM++ SDE's add
+    timesteps in between: `order` calls make a step.
 
     Args:
         timesteps: the scheduler's, one for each call.
@@ -48,8 +48,9 @@ def steps_of_calls(timesteps: Sequence[float], num_inference_steps: int | None, 
     levels = list(dict.fromkeys(timesteps))
     if num_inference_steps in (None, len(timesteps)):
         return list(range(len(timesteps)))
-    calls_a_level = 1 if len(levels) == num_inference_steps else order
-    return [levels.index(timestep) // calls_a_level for timestep in timesteps]
+    if len(levels) == num_inference_steps:
+        return [levels.index(timestep) for timestep in timesteps]
+    return [call // order for call in range(len(timesteps))]
 
 
 class StepClock:
@@ -66,6 +67,7 @@ class StepClock:
         self._counted, self._last = -1, math.inf
         self._run: Any = None
         self._table: list[tuple[float, int]] = []
+        self._call = -1
 
     def read(self, timestep: Tensor | float) -> tuple[int, int] | None:
         """The step, from 0, and how many the run has; None if there is no way to know.
@@ -82,9 +84,11 @@ class StepClock:
         if self._pipeline is None:
             return None
         self._read_scheduler(now)
-        step = min(self._table, key=lambda entry: abs(entry[0] - now))[1]
+        off = [abs(timestep - now) for timestep, _ in self._table]
+        # of equal timesteps the next one: KDPM2's ancestral ends with two that belong to different steps
+        self._call = min(range(len(off)), key=lambda call: (off[call], call <= self._call))
         first, last = self._table[0][1], self._table[-1][1]
-        return step - first, last - first + 1
+        return self._table[self._call][1] - first, last - first + 1
 
     def _read_scheduler(self, now: float) -> None:
         """Lay out the pipeline's run from its first call on.
@@ -99,4 +103,4 @@ class StepClock:
         steps = steps_of_calls(timesteps, getattr(scheduler, "num_inference_steps", None), scheduler.order)
         first = min(range(len(timesteps)), key=lambda call: abs(timesteps[call] - now))
         self._table = list(zip(timesteps, steps, strict=True))[first : first + calls]
-        self._run = (scheduler.timesteps, calls)
+        self._run, self._call = (scheduler.timesteps, calls), -1

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion with random weights, and an adapter for it: real classes, nothing to fetch."""
+"""A tiny Stable Diffusion, a tiny SDXL and adapters with random weights: real classes, nothing to fetch."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,72 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tiny import trained_adapter
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from interactdiff.interaction.adapter import InteractionAdapter
 
 TEXT_WIDTH = 24
+TEXT_2_WIDTH = 16  # of SDXL's second text encoder, before and after its projection
+TIME_ID_WIDTH = 8  # of each of the six numbers that SDXL is told of a picture's size
+make_unet: Any = UNet2DConditionModel  # diffusers annotates tuples of any length as tuples of one
+make_vae, make_text_config, make_pipeline, make_xl_pipeline = cast(
+    Any, (AutoencoderKL, CLIPTextConfig, StableDiffusionPipeline, StableDiffusionXLPipeline)
+)
+
+
+def tiny_unet(text_width: int, **options: Any) -> UNet2DConditionModel:
+    """Two levels of different width and heads, one of them with two blocks a transformer: 11 sites."""
+    torch.manual_seed(0)
+    return make_unet(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=text_width,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        **options,
+    ).eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    return make_vae(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    ).eval()
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return make_text_config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 @pytest.fixture(scope="session")
@@ -29,54 +88,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    """Two levels of different width and heads, one of them with two blocks a transformer: 11 sites."""
-    torch.manual_seed(0)
-    make: Any = UNet2DConditionModel  # diffusers annotates tuples of any length as tuples of one
-    return make(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
+    return tiny_unet(TEXT_WIDTH)
 
 
 @pytest.fixture
 def pipe(unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     """A stock pipeline of 16 px pictures, 8x8 latents."""
     torch.manual_seed(1)
-    make_text_config, make_vae, make_pipeline = cast(
-        Any, (CLIPTextConfig, AutoencoderKL, StableDiffusionPipeline)
-    )
-    text_config = make_text_config(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vae = make_vae(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-    )
     pipeline = make_pipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text_config).eval(),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config(tokenizer, TEXT_WIDTH)).eval(),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=tiny_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -86,6 +110,48 @@ def pipe(unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> StableDiffusio
 
 
 @pytest.fixture
+def xl_pipe(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
+    """SDXL's classes at the sizes of `pipe`, with the text features of two encoders one after the other."""
+    unet = tiny_unet(
+        TEXT_WIDTH + TEXT_2_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=TEXT_2_WIDTH + 6 * TIME_ID_WIDTH,
+    )
+    torch.manual_seed(4)
+    pipeline = make_xl_pipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config(tokenizer, TEXT_WIDTH)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(tokenizer, TEXT_2_WIDTH)).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=tiny_scheduler(),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
 def adapter(unet: UNet2DConditionModel) -> InteractionAdapter:
     """Acts, and with grid positions, where more can go wrong."""
     return trained_adapter(unet)
+
+
+@pytest.fixture
+def xl_adapter(xl_pipe: StableDiffusionXLPipeline) -> InteractionAdapter:
+    """As `adapter`, for `xl_pipe`."""
+    return trained_adapter(xl_pipe.unet)
+
+
+@pytest.fixture(params=["sd1", "sd2", "sdxl"])
+def base(request: pytest.FixtureRequest) -> Any:
+    """A text to image pipeline of each base; SD 2.x has linear projections and predicts v."""
+    pipeline = request.getfixturevalue("xl_pipe" if request.param == "sdxl" else "pipe")
+    if request.param == "sd2":
+        pipeline.unet = tiny_unet(TEXT_WIDTH, use_linear_projection=True)
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, prediction_type="v_prediction"
+        )
+    return pipeline

@@ -2,89 +2,20 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from interactdiff.checkpoint import AdapterError, check_tensors, load_adapter_files, save_adapter_files
+from interactdiff.checkpoint import check_tensors, save_adapter_files
+from interactdiff.interaction.config import InteractionConfig
 from interactdiff.interaction.fuser import GatedSelfAttention, Init
+from interactdiff.interaction.loading import open_adapter, published_config
 from interactdiff.interaction.tokens import InteractionTokenizer
+from interactdiff.lazy_tensors import LazyTensor
+from interactdiff.published import find_adapter
 from interactdiff.sites import Base
-
-METHOD, VERSION = "interaction", 1
-
-
-@dataclass(frozen=True)
-class InteractionConfig:
-    """Everything that decides the adapter's shapes.
-
-    Attributes:
-        base: the U-Net it is made for.
-        feature_dim: width of the phrase features.
-        max_interactions: the most interactions that an image can have.
-        hidden: width inside the tokenizer.
-        grid_positions: whether fusers tell visual tokens where they are.
-    """
-
-    base: Base
-    feature_dim: int
-    max_interactions: int = 30
-    hidden: int = 512
-    grid_positions: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """The contents of `config.json`."""
-        return {
-            "method": METHOD,
-            "version": VERSION,
-            "base": {"cross_attention_dim": self.base.cross_attention_dim, "sites": self.base.sites},
-            "feature_dim": self.feature_dim,
-            "max_interactions": self.max_interactions,
-            "hidden": self.hidden,
-            "grid_positions": self.grid_positions,
-        }
-
-    @classmethod
-    def from_json(cls, data: Any) -> "InteractionConfig":
-        """Read the contents of `config.json`.
-
-        Raises:
-            AdapterError: it is not the configuration of such an adapter.
-        """
-        got = (data.get("method"), data.get("version")) if isinstance(data, dict) else data
-        if got != (METHOD, VERSION):
-            raise AdapterError(f"expected an adapter of method and version {(METHOD, VERSION)}, got {got}")
-        try:
-            sites = {
-                _module_path(path): (_size(dim), _size(heads))
-                for path, (dim, heads) in data["base"]["sites"].items()
-            }
-            return cls(
-                base=Base(_size(data["base"]["cross_attention_dim"]), sites),
-                feature_dim=_size(data["feature_dim"]),
-                max_interactions=_size(data["max_interactions"]),
-                hidden=_size(data["hidden"]),
-                grid_positions=bool(data["grid_positions"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise AdapterError(
-                f"expected the sizes of an adapter in its configuration, got {type(error).__name__}: {error}"
-            ) from None
-
-
-def _size(value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} where a size should be")
-    return value
-
-
-def _module_path(value: str) -> str:
-    if not all(part.isidentifier() or part.isdecimal() for part in value.split(".")):
-        raise ValueError(f"{value!r} where a module's path should be")
-    return value
 
 
 class InteractionAdapter(nn.Module):
@@ -152,17 +83,33 @@ class InteractionAdapter(nn.Module):
         return cls(InteractionConfig(base, width, max_interactions, hidden, grid_positions), init)
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str]) -> "InteractionAdapter":
-        """Load an adapter, in eval mode and in the dtype of its file.
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        weight_name: str | None = None,
+        unet: UNet2DConditionModel | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "InteractionAdapter":
+        """Load an adapter, ours or a published one, in eval mode. Only its own tensors are read.
+
+        Published weights are known by their names: InteractDiffusion's for SD 1.x (LDM's `.pth`, whole or
+        adapter only) and for SDXL, in folders as diffusers lays them out, sharded or not; and GLIGEN's, which
+        become a start for training.
 
         Args:
-            path_or_id: a folder that `save_pretrained` made, or the id of one on the Hugging Face Hub.
+            path_or_id: a file, a folder, or the id of a repository on the Hugging Face Hub, of which only the
+                files that are needed are downloaded.
+            weight_name: which file of the folder or repository, where several could be meant.
+            unet: the base, if what is published does not tell how many attention heads it has.
+            dtype: of the weights; that of their file if not given.
 
         Raises:
-            AdapterError: there is no adapter, or its files are damaged or disagree.
+            AdapterError: there is no adapter, it is made for another base than `unet`, or its files are
+                damaged, disagree, or try more than to hold weights.
         """
-        data, tensors = load_adapter_files(path_or_id)
-        return cls.from_tensors(InteractionConfig.from_json(data), tensors).eval()
+        opened = open_adapter(path_or_id, weight_name=weight_name, unet=unet, dtype=dtype)
+        return cls.from_lazy(opened.config, opened.tensors, dtype).eval()
 
     @classmethod
     def from_published(
@@ -171,28 +118,14 @@ class InteractionAdapter(nn.Module):
         """An adapter that holds published weights, in eval mode; every size is read off the tensors.
 
         Args:
-            tensors: weights under diffusers' names; those that are not the adapter's are ignored.
+            tensors: published weights; those that are not the adapter's are ignored.
             unet: the base that they are to act in.
 
         Raises:
             AdapterError: there is no adapter among the tensors, or it is made for another base.
         """
-        prefix, fuser = "position_net.", ".fuser."
-        tensors = {name: t for name, t in tensors.items() if name.startswith(prefix) or fuser in name}
-        try:
-            sizes = InteractionTokenizer.sizes_of(
-                {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            )
-        except KeyError as missing:
-            raise AdapterError(f"expected InteractDiffusion's weights, got none named {missing}") from None
-        linear = f"{fuser}linear.weight"
-        widths = {n.removesuffix(linear): t.shape[0] for n, t in tensors.items() if n.endswith(linear)}
-        heads = {path: heads for path, (_, heads) in Base.of(unet).sites.items()}  # no tensor tells
-        sites = {path: (width, heads.get(path, 1)) for path, width in widths.items()}
-        base = Base(sizes["token_dim"], sites)
-        base.check(unet)
-        config = InteractionConfig(base, sizes["feature_dim"], sizes["max_interactions"], sizes["hidden"])
-        return cls.from_tensors(config, tensors).eval()
+        found = find_adapter({name: LazyTensor.of(tensor) for name, tensor in tensors.items()})
+        return cls.from_lazy(published_config(found.tensors, unet), found.tensors).eval()
 
     @classmethod
     def from_tensors(cls, config: InteractionConfig, tensors: Mapping[str, Tensor]) -> "InteractionAdapter":
@@ -201,10 +134,27 @@ class InteractionAdapter(nn.Module):
         Raises:
             AdapterError: names or shapes are not those that the configuration asks for.
         """
+        return cls.from_lazy(config, {name: LazyTensor.of(tensor) for name, tensor in tensors.items()})
+
+    @classmethod
+    def from_lazy(
+        cls, config: InteractionConfig, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None = None
+    ) -> "InteractionAdapter":
+        """An adapter that holds these tensors, read once their names and shapes are sure to be right.
+
+        Args:
+            config: the shapes.
+            tensors: under the names of `state_dict`.
+            dtype: of the weights; what they are stored in if not given.
+
+        Raises:
+            AdapterError: names or shapes are not those that the configuration asks for.
+        """
         with torch.device("meta"):
             adapter = cls(config)
         check_tensors("the adapter", adapter.state_dict(), tensors)
-        adapter.load_state_dict(dict(tensors), assign=True)
+        read = {name: tensor.read(dtype) for name, tensor in tensors.items()}
+        adapter.load_state_dict(read, assign=True)
         return adapter
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
