@@ -1,7 +1,7 @@
 """How a fuser acts in a U-Net: by two hooks at its site, and nothing else of the base is touched.
 
     the block, before              keep its input x
-    its self-attention, after      a -> a + residual(x + a): the block's own x + a becomes the fuser's output
+    its self-attention, after      a -> a + r, for which the block's own x + (a + r) is the fuser's output
 
 Every attention processor, LoRA, ControlNet and pipeline goes on working. What a denoiser call needs of the
 fusers is planned before it (`control.Control.plan`), where torch.compile does not look: the hooks only read
@@ -65,7 +65,7 @@ class FusedSite:
         block = self.site.block
         return [
             block.register_forward_pre_hook(self._keep_input, with_kwargs=True),
-            block.attn1.register_forward_hook(self._add_residual),
+            block.attn1.register_forward_hook(self._update),
         ]
 
     @torch.no_grad()
@@ -94,25 +94,26 @@ class FusedSite:
         if self.call is not None:
             self._x = args[0] if args else kwargs["hidden_states"]
 
-    def _add_residual(self, _: nn.Module, __: tuple[Any, ...], attended: Tensor) -> Tensor | None:
+    def _update(self, _: nn.Module, __: tuple[Any, ...], attended: Tensor) -> Tensor | None:
         call, x, self._x = self.call, self._x, None
         if call is None or x is None:
             return None
-        if call.reuse:
-            residual = self.kept
-        else:
-            residual = self._residual(call, x + attended).to(attended.dtype)
-            if call.keep:
-                self.kept = residual
         if call.controlled is None:
-            return attended + residual
-        return attended.index_add(0, call.controlled, residual)
+            return self._updated(call, x, attended)
+        updated = self._updated(call, x[call.controlled], attended[call.controlled])
+        return attended.index_copy(0, call.controlled, updated)
 
-    def _residual(self, call: Call, x: Tensor) -> Tensor:
-        """[R, L, dim]: what the fuser adds to the rows of x that have a scene."""
+    def _updated(self, call: Call, x: Tensor, attended: Tensor) -> Tensor:
+        """[R, L, dim]: what the block adds to the rows that have a scene."""
+        if call.reuse:
+            return attended + self.kept
         if call.tokens is not None:
             positions = self._positions_of(call.size, x.device)
-            return self.fuser.residual(x, self.fuser.keys_values(call.tokens), call.scale, positions)
-        objects = KeysValues(*(t[call.rows] for t in self._objects))
-        x = x if call.controlled is None else x[call.controlled]
-        return self.fuser.residual(x, objects, call.scale, self._positions)
+            objects = self.fuser.keys_values(call.tokens)
+        else:
+            positions = self._positions
+            objects = KeysValues(*(t[call.rows] for t in self._objects))
+        updated = self.fuser.update(x, attended, objects, call.scale, positions).to(attended.dtype)
+        if call.keep:
+            self.kept = updated - attended
+        return updated
