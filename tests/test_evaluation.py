@@ -254,6 +254,14 @@ def test_evaluate_world_gives_the_whole_table(drawer: Drawer, detector: Detector
     assert f"chance {100 * table['action_swap']['chance']:.1f}" in text
 
 
+def test_fast_control_has_a_row_of_its_own(drawer: Drawer, detector: Detector) -> None:
+    table = evaluate_world(
+        "", "", 1, 5, 3, 3, "cpu", progress=False, fast=True, drawer=drawer, detector=detector
+    )
+    assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_fast"]
+    assert "adapter, fast" in format_table(table)
+
+
 def test_evaluate_on_the_command_line_prints_the_table_and_writes_it(
     pipe: StableDiffusionPipeline,
     adapter: InteractionAdapter,

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interactdiff.scene import Box, Interaction, Scene, SceneError
-from interactdiff.scene_forms import interactions_from_lists
+from interactdiff.scene import Box, Entity, Interaction, Scene, SceneError
+from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
 from interactdiff.scene_schema import json_schema
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -28,18 +28,24 @@ spans = st.tuples(edges, edges).filter(lambda span: span[0] != span[1]).map(sort
 boxes = st.tuples(spans, spans).map(lambda spans: (spans[0][0], spans[1][0], spans[0][1], spans[1][1]))
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 phrases = texts.filter(lambda text: text.strip() != "")
-interactions = st.builds(Interaction, phrases, st.none() | phrases, phrases, boxes, boxes)
+strengths = st.floats(0, 2)
+regions = st.sampled_from(["between", "union"])
+interactions = st.builds(Interaction, phrases, st.none() | phrases, phrases, boxes, boxes, strengths, regions)
+entities = st.builds(Entity, phrases, boxes, strengths)
+schedules = st.floats(0, 1) | st.sampled_from([(0.2, 0.3, 0.5), (0.0, 1.0, 0.0), [0.5, 0.25, 0.25]])
 sides = st.none() | st.integers(1, 512).map(lambda n: 8 * n)
 scenes = st.builds(
     Scene,
     texts,
     st.lists(interactions, max_size=4).map(tuple),
+    st.lists(entities, max_size=2).map(tuple),
     negative_prompt=texts,
     seed=st.integers(0, 2**63 - 1),
     steps=st.integers(1, 1000),
     guidance_scale=st.none() | st.floats(0, 100),
-    strength=st.floats(0, 2),
-    schedule=st.floats(0, 1),
+    strength=strengths,
+    schedule=schedules,
+    fast=st.booleans(),
     width=sides,
     height=sides,
 )
@@ -202,6 +208,51 @@ def test_lists_of_unequal_length_are_refused_with_their_lengths() -> None:
         interactions_from_lists(["a", "a"], ["b", "b"], ["c", ""], [WHOLE] * 2, [WHOLE] * 2)
 
 
+def test_the_union_region_is_the_smallest_box_around_both() -> None:
+    left, right = (0.1, 0.3, 0.4, 0.9), (0.6, 0.2, 0.9, 0.5)
+    assert Interaction("a", "b", "c", left, right).action_box == (0.4, 0.3, 0.6, 0.5)
+    assert Interaction("a", "b", "c", left, right, action_region="union").action_box == (0.1, 0.2, 0.9, 0.9)
+
+
+def test_options_follow_the_command_line_s_form() -> None:
+    text = "person|riding|bike|0.3,0.2,0.62,0.8|0.28,0.55,0.7,0.92"
+    assert Interaction.parse(text) == RIDING
+    changed = Interaction.parse(text + "|strength=0.5| action_region=union")
+    assert (changed.strength, changed.action_region) == (0.5, "union")
+    assert Entity.parse("red ball|0,0,1,1|strength=2") == Entity("red ball", WHOLE, 2.0)
+    for kind, wrong, message in (
+        (Interaction, text + "|strength=3", "strength: expected a number from 0 to 2, got 3.0"),
+        (Interaction, text + "|strength=much", "strength: expected a number, got 'much'"),
+        (
+            Interaction,
+            text + "|action_region=around",
+            "action_region: expected between or union, got 'around'",
+        ),
+        (Interaction, text + "|colour=red", "expected five parts, .*, got 6"),
+        (Entity, "red ball", r"expected two parts, phrase\|x0,y0,x1,y1, got 1"),
+        (Entity, "red ball|0,0,1,1|action_region=union", "expected two parts, .* got 3"),
+        (Entity, "|0,0,1,1", "phrase: expected a phrase, got ''"),
+        (Entity, "ball|0.5,0,0.5,1", "box: expected x0 < x1, got x0 = 0.5 and x1 = 0.5"),
+    ):
+        with pytest.raises(SceneError, match=f"^{message}"):
+            kind.parse(wrong)
+
+
+def test_text_of_the_automatic1111_extension() -> None:
+    text = "person = riding=bike; cat=-=dog;"
+    made = interactions_from_text(text, [WHOLE, WHOLE], [WHOLE, RIDING.object_box])
+    assert made[0] == Interaction("person", "riding", "bike", WHOLE, WHOLE)
+    assert made[1] == Interaction("cat", None, "dog", WHOLE, RIDING.object_box)
+    with pytest.raises(SceneError, match=r"^interaction 2: expected subject=action=object, got ' cat=dog'$"):
+        interactions_from_text("a=b=c; cat=dog", [WHOLE] * 2, [WHOLE] * 2)
+    with pytest.raises(SceneError, match="expected lists of equal length, got 1 subject_phrases"):
+        interactions_from_text("a=b=c", [WHOLE] * 2, [WHOLE] * 2)
+
+
+def test_shares_of_a_schedule_without_decay_are_one_share() -> None:
+    assert Scene("a", schedule=(0.25, 0.0, 0.75)) == Scene("a", schedule=0.25)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"prompt": "a", "seed": ' + "1" * 5000 + "}"])
 def test_absurd_json_is_refused(text: str) -> None:
     with pytest.raises(SceneError, match="nested too deep or digits too many"):
@@ -228,5 +279,5 @@ def test_the_documented_example_is_a_scene() -> None:
     text = (DOCS / "scene.md").read_text(encoding="utf-8")
     example = text.split("```json\n")[1].split("```")[0]
     scene = Scene.from_json(example)
-    assert len(scene.interactions) == 2
+    assert (len(scene.interactions), len(scene.entities)) == (2, 1)
     assert scene.interactions[1].action is None

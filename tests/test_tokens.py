@@ -1,6 +1,7 @@
 """Tokens: boxes and phrases in, [subjects, actions, objects] out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from interactdiff.interaction.tokens import (
     scene_phrases,
     scene_tensors,
 )
-from interactdiff.scene import Interaction, SceneError
+from interactdiff.scene import Entity, Interaction, SceneError
 
 WIDTH, TOKEN, SLOTS = 5, 7, 3
 
@@ -116,6 +117,32 @@ def test_tables_are_added_by_slot_and_by_role(position_net):
         assert torch.allclose(moved, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0, 2.0])
+def test_strength_goes_from_an_empty_slot_to_the_interaction_and_on(position_net, strength):
+    empty, full = position_net(**tensors_of((FEEDING,))), position_net(**tensors_of((FEEDING, RIDING)))
+    tokens = position_net(**tensors_of((FEEDING, replace(RIDING, strength=strength))))
+    if strength == 1:
+        assert torch.equal(tokens, full)
+    assert torch.allclose(tokens, empty + strength * (full - empty), atol=1e-4)
+    assert not torch.allclose(full, empty)
+
+
+def test_the_action_s_token_is_of_its_region(position_net):
+    between = split_roles(position_net(**tensors_of((RIDING,))))
+    union = split_roles(position_net(**tensors_of((replace(RIDING, action_region="union"),))))
+    around = tensors_of((RIDING,)) | {"action_boxes": torch.tensor([[[0.1, 0.1, 0.9, 0.9]] * SLOTS])}
+    assert torch.allclose(union[1][:, 0], split_roles(position_net(**around))[1][:, 0], atol=1e-5)
+    assert not torch.allclose(union[1][:, 0], between[1][:, 0])
+    assert torch.equal(union[0], between[0])
+    assert torch.equal(union[2], between[2])
+
+
+def test_an_entity_is_subject_and_object_of_no_action(position_net):
+    tokens = position_net(**tensors_of((RIDING, Entity("dog", FEEDING.object_box))))
+    alone = Interaction("dog", None, "dog", FEEDING.object_box, FEEDING.object_box)
+    assert torch.equal(tokens, position_net(**tensors_of((RIDING, alone))))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_tokens_stay_close(position_net, dtype):
     tensors = tensors_of((RIDING, FEEDING))
@@ -134,6 +161,10 @@ def test_scenes_share_phrases():
         "feeding",
         "dog",
     ]
+
+
+def test_an_entity_s_phrase_is_encoded_too():
+    assert scene_phrases([(RIDING, Entity("red ball", RIDING.subject_box))])[-1] == "red ball"
 
 
 def test_too_many_interactions_say_the_limit():
