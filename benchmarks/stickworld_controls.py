@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from interactdiff.bench.interaction import BASES, operations
 from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.evaluation.hoi import at_box, iou, picture_scores, with_interval
 from interactdiff.evaluation.world import held_out_scenes, packaged_detector
@@ -115,6 +116,11 @@ def windows(world: World) -> None:
     world.show("exact", world.look(world.asked))
     with replaced(GatedSelfAttention, "_attend", attend_in_windows(6)):
         world.show("windows of 6 at 12x12", world.look(world.asked))
+    for name, base in BASES.items():
+        full = operations(base)["exact_over_plain"]
+        with replaced(GatedSelfAttention, "_attend", attend_in_windows(16)):
+            windowed = operations(base)["exact_over_plain"]
+        print(f"{name}: operations over plain {full:.2f}, with windows of 16 {windowed:.2f}")
 
 
 def attend_in_windows(window: int) -> Callable[..., Tensor]:

@@ -79,12 +79,12 @@ class Handle:
         scenes = _as_scenes(items)
         strength, shares = checked_number("strength", strength, 0.0, MAX_STRENGTH), checked_schedule(schedule)
         self._check_attached()
-        occupied = [any(item.strength for item in scene) for scene in scenes]
-        tokens = self._encode(scenes) if any(occupied) else None
+        used = [len(scene) if any(item.strength for item in scene) else 0 for scene in scenes]
+        tokens = self._encode(scenes) if any(used) else None
         self.clear()
         if tokens is not None:
             self._control = Control(
-                self._sites, tokens, occupied, strength, shares,
+                self._sites, tokens, used, strength, shares,
                 self._pipeline, guidance, num_inference_steps, fast,
             )  # fmt: skip
 

@@ -74,9 +74,9 @@ def load_hub_folder(
         What `load` returned, and the adapter in the U-Net's dtype.
 
     Raises:
-        AdapterError: it is no such folder, or its files are damaged or disagree.
+        AdapterError: it is no such folder, it is for another pipeline, or its files are damaged or disagree.
     """
-    with _stock_arguments(path_or_id, options) as (arguments, adapter):
+    with _stock_arguments(load, path_or_id, options) as (arguments, adapter):
         pipeline = load(**arguments)
     pipeline.register_to_config(_name_or_path=str(path_or_id))
     return pipeline, adapter
@@ -84,7 +84,7 @@ def load_hub_folder(
 
 @contextmanager
 def _stock_arguments(
-    path_or_id: str | os.PathLike[str], options: Mapping[str, Any]
+    load: Callable[..., Any], path_or_id: str | os.PathLike[str], options: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Any], InteractionAdapter]]:
     """What a stock pipeline loads with, for as long as the context lasts, and the adapter."""
     source = _source(path_or_id, options)
@@ -92,6 +92,12 @@ def _stock_arguments(
     if index is None:
         raise AdapterError(f"expected a diffusers pipeline in {source.where}, got no {INDEX}")
     index = _stock_index(source, index)
+    loading, needed = getattr(load, "__self__", None), getattr(diffusers, index["_class_name"])
+    if isinstance(loading, type) and not issubclass(loading, needed):
+        raise AdapterError(
+            f"expected a {needed.__name__} or our pipeline of that kind for {source.where}, "
+            f"got {loading.__name__}"
+        )
     dtype, variant = _unet_dtype(options), options.get("variant")
     weights = read_weights(source, choose(source, dtype=dtype, variant=variant))
     config = unet_config(source)

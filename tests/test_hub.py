@@ -1,19 +1,17 @@
 """Published pipeline folders: a stock pipeline and an adapter come out, and none of their code runs."""
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from containers import write_unet_folder
+from containers import edit, publish, write_unet_folder
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from tiny import RIDING, close, draw, trained_adapter
 
 from interactdiff.attach import attach
 from interactdiff.checkpoint import AdapterError
 from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.pipelines import InteractionStableDiffusionPipeline, InteractionStableDiffusionXLPipeline
 from interactdiff.pipelines.hub import is_published_folder, load_hub_folder
 
 
@@ -21,24 +19,6 @@ from interactdiff.pipelines.hub import is_published_folder, load_hub_folder
 def adapter(unet) -> InteractionAdapter:
     """Acts, and has no more than what is published has."""
     return trained_adapter(unet, grid_positions=False)
-
-
-def publish(folder: Path, pipeline: Any, adapter: InteractionAdapter, **options: Any) -> Path:
-    """Container C or D: classes of the folder's own, whose code leaves a trace where it runs."""
-    pipeline.save_pretrained(folder, **options)
-    shutil.rmtree(folder / "unet")
-    write_unet_folder(folder / "unet", pipeline.unet, adapter, **options)
-    edit(
-        folder / "model_index.json", _class_name=["pipeline_own", "OwnPipeline"], unet=["own_unet", "OwnUNet"]
-    )
-    edit(folder / "unet" / "config.json", _class_name="OwnUNet", attention_type="gated-own", own_key=3)
-    for name in ("pipeline_own.py", "unet/own_unet.py", "own_unet.py"):
-        (folder / name).write_text(f"open({str(folder / 'trace')!r}, 'w').close()\n")
-    return folder
-
-
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def same_tensors(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -105,6 +85,17 @@ def test_sdxl(xl_pipe, tmp_path):
     assert same_tensors(again.unet, xl_pipe.unet)
     assert same_tensors(again.text_encoder_2, xl_pipe.text_encoder_2)
     assert same_tensors(its, adapter)
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_the_wrong_pipeline_is_told_the_right_one(request, tmp_path, xl):
+    pipe = request.getfixturevalue("xl_pipe" if xl else "pipe")
+    publish(tmp_path, pipe, trained_adapter(pipe.unet, grid_positions=False))
+    right, wrong = StableDiffusionPipeline, InteractionStableDiffusionXLPipeline
+    if xl:
+        right, wrong = StableDiffusionXLPipeline, InteractionStableDiffusionPipeline
+    with pytest.raises(AdapterError, match=rf"expected a {right.__name__} or .*, got {wrong.__name__}$"):
+        wrong.from_pretrained(tmp_path)
 
 
 def test_what_is_a_published_folder(pipe, adapter, tmp_path):

@@ -15,6 +15,7 @@ from interactdiff.interaction.tokens import (
     box_features,
     scene_phrases,
     scene_tensors,
+    token_table,
 )
 from interactdiff.scene import Entity, Interaction, SceneError
 
@@ -150,6 +151,13 @@ def test_half_precision_tokens_stay_close(position_net, dtype):
     tokens = position_net.to(dtype)(**tensors)
     assert tokens.dtype == dtype
     assert (tokens - expected).abs().mean() < 2 * torch.finfo(dtype).eps * expected.abs().mean()
+
+
+def test_the_table_of_tokens_makes_the_tokens_again(position_net):
+    tokens = position_net(**tensors_of((RIDING, FEEDING), (), (BOXES_ONLY,), ()))
+    table, index = token_table(tokens, [2, 0, 1])
+    assert torch.allclose(table[index], tokens, atol=1e-5)
+    assert len(table) == 3 * (SLOTS + 2 + 0 + 1)
 
 
 def test_scenes_share_phrases():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from interactdiff.checkpoint import AdapterError
+from interactdiff.interaction.tokens import token_table
 from interactdiff.interaction.unet import Call, FusedSite
 from interactdiff.scene import SceneError
 from interactdiff.schedule import StepClock, refreshes, scheduled
@@ -19,8 +20,8 @@ class Control:
         sites: where the fusers are.
         tokens: [S + 1, 3N, token_dim] of S scenes and then of the unconditional half; or one row for each
             batch row.
-        occupied: for each scene whether anything is asked in it; None where tokens were given instead of
-            scenes: gradients flow to them, and nothing is computed ahead.
+        used: for each scene how many slots are not empty; None where tokens were given instead of scenes:
+            gradients flow to them, and nothing is computed ahead.
         strength: multiplies the schedule's value.
         shares: the schedule, [on, linear decay, off].
         pipeline: asked about guidance and steps; may be None.
@@ -33,7 +34,7 @@ class Control:
         self,
         sites: Sequence[FusedSite],
         tokens: Tensor,
-        occupied: list[bool] | None,
+        used: list[int] | None,
         strength: float,
         shares: tuple[float, float, float],
         pipeline: Any = None,
@@ -41,8 +42,8 @@ class Control:
         num_inference_steps: int | None = None,
         fast: bool = False,
     ):
-        self.tokens = tokens
-        self._sites, self._occupied, self._pipeline = sites, occupied, pipeline
+        self._tokens, self._index = (tokens, None) if used is None else token_table(tokens, used)
+        self._sites, self._used, self._pipeline = sites, used, pipeline
         self._strength, self._shares, self._guidance, self._fast = strength, shares, guidance, fast
         self._clock = StepClock(pipeline, num_inference_steps)
         self._scale: tuple[float, Tensor] | None = None
@@ -51,14 +52,15 @@ class Control:
 
     def __str__(self) -> str:
         """What was asked for, in words."""
-        scenes = "tokens" if self._occupied is None else f"{len(self._occupied)} scenes"
+        scenes = "tokens" if self._used is None else f"{len(self._used)} scenes"
         shares = ", ".join(f"{share:g}" for share in self._shares)
         fast = ", fast" if self._fast else ""
         return f"{scenes} at strength {self._strength:g}, schedule [{shares}]{fast}"
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow the adapter to another device or dtype."""
-        self.tokens = self.tokens.to(device, dtype)
+        self._tokens = self._tokens.to(device, dtype)
+        self._index = None if self._index is None else self._index.to(device)
         self._rows.clear()
         for site in self._sites:
             site.forget()
@@ -80,14 +82,14 @@ class Control:
             return None
         batch, size = len(sample), (sample.shape[-2], sample.shape[-1])
         scale = self._scalar(value, sample.device)
-        if self._occupied is None:
-            if batch != len(self.tokens):
-                raise SceneError(f"expected tokens for {batch} batch rows, got {len(self.tokens)}")
-            return Call(scale, size, tokens=self.tokens)
+        if self._used is None or self._index is None:
+            if batch != len(self._tokens):
+                raise SceneError(f"expected tokens for {batch} batch rows, got {len(self._tokens)}")
+            return Call(scale, size, tokens=self._tokens)
         halves = self._halves()
         for site in self._sites:
-            site.prepare(self.tokens, size)
-        rows, controlled = self._rows_of(self._occupied, batch, halves)
+            site.prepare(self._tokens, size)
+        rows, controlled = self._rows_of(self._used, self._index, batch, halves)
         reuse = self._may_reuse(step, (batch, halves, size, value))
         keep = self._fast and step is not None
         return Call(scale, size, rows=rows, controlled=controlled, reuse=reuse, keep=keep)
@@ -117,12 +119,12 @@ class Control:
         return self._fast and step is not None and same and not refreshes(step)
 
     def _rows_of(
-        self, occupied: list[bool], batch: int, halves: tuple[bool, ...]
+        self, used: list[int], index: Tensor, batch: int, halves: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """For each controlled row of the batch its row of tokens, and which rows those are if not all."""
+        """For each controlled row of the batch its tokens, and which rows those are if not all."""
         if (batch, halves) in self._rows:
             return self._rows[batch, halves]
-        scenes = len(occupied)
+        scenes = len(used)
         images, rest = divmod(batch, len(halves))
         if rest or images % scenes:
             raise SceneError(
@@ -131,12 +133,11 @@ class Control:
             )
         per_prompt = images // scenes
         scene_of_row = [(image // per_prompt, half) for half in halves for image in range(images)]
-        controlled = [row for row, (scene, _) in enumerate(scene_of_row) if occupied[scene]]
+        controlled = [row for row, (scene, _) in enumerate(scene_of_row) if used[scene]]
         tokens_of_row = [scene if conditional else scenes for scene, conditional in scene_of_row]
-        device = self.tokens.device
         self._rows[batch, halves] = (
-            torch.tensor([tokens_of_row[row] for row in controlled], device=device),
-            None if len(controlled) == batch else torch.tensor(controlled, device=device),
+            index[[tokens_of_row[row] for row in controlled]],
+            None if len(controlled) == batch else torch.tensor(controlled, device=index.device),
         )
         return self._rows[batch, halves]
 

@@ -238,6 +238,29 @@ def scene_tensors(
     return tensors if strengths.eq(1).all() else tensors | {"strengths": strengths.to(device)}
 
 
+def token_table(tokens: Tensor, used: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Each different token once: an empty slot's are those of the unconditional half, in every scene.
+
+    Keys and values of this table are what a site keeps for a run: without it, twice as many.
+
+    Args:
+        tokens: [S + 1, 3N, token_dim], of S scenes and last of the unconditional half, all slots empty.
+        used: for each scene how many slots, from the first, are not empty.
+
+    Returns:
+        [U, token_dim], and the [S + 1, 3N] rows of it that make `tokens`.
+    """
+    count = tokens.shape[1]
+    index = torch.arange(count, device=tokens.device).repeat(len(tokens), 1)
+    parts = [tokens[-1]]
+    for scene, slots in enumerate(used):
+        places = torch.arange(count, device=tokens.device).view(3, -1)[:, :slots].flatten()
+        start = sum(len(part) for part in parts)
+        index[scene, places] = torch.arange(start, start + len(places), device=tokens.device)
+        parts.append(tokens[scene, places])
+    return torch.cat(parts), index
+
+
 def _placed(item: Item) -> Iterator[tuple[str, str, Box]]:
     """Role, phrase and box of each token that an item has."""
     if isinstance(item, Entity):

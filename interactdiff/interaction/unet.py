@@ -28,7 +28,7 @@ class Call:
         size: rows and columns of the latents.
         tokens: [B, 3N, token_dim], a row for each batch row, where gradients flow to them; None where each
             site has its keys and values prepared.
-        rows: [R] for each controlled batch row its row of the keys and values.
+        rows: [R, 3N] for each controlled batch row where its keys and values are among those prepared.
         controlled: [R] the batch rows that have a scene; None where all have.
         reuse: whether to add once more what was added last.
         keep: whether to keep what is added.
@@ -73,7 +73,7 @@ class FusedSite:
         """Compute what no step changes, once: keys and values, and the positions of a grid.
 
         Args:
-            tokens: [S, 3N, token_dim].
+            tokens: [U, token_dim], from `tokens.token_table`.
             size: rows and columns of the latents.
         """
         if self._objects is None:

@@ -1,0 +1,206 @@
+"""What makes a stock pipeline take interactions as arguments of its call."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from diffusers import DiffusionPipeline
+
+from interactdiff.attach import Handle, attach
+from interactdiff.checkpoint import AdapterError
+from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.pipelines.hub import is_published_folder, load_hub_folder
+from interactdiff.scene import Entity, Interaction, SceneError
+from interactdiff.scene_checks import Schedule
+from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
+from interactdiff.sites import unet_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PUBLISHED = "interactdiffusion_"  # how the published pipeline's arguments begin
+BOXES = ("subject_boxes", "object_boxes")
+
+
+class InteractionMixin(DiffusionPipeline):
+    """Goes before a stock pipeline among a class's bases, and adds arguments to its call.
+
+    Attributes:
+        stock: the stock pipeline; saved files name it.
+        interaction: the handle of the attached adapter; None before `load_interaction_adapter`.
+    """
+
+    stock: ClassVar[type[DiffusionPipeline]]
+    interaction: Handle | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter: InteractionAdapter | str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> "Self":
+        """Load a stock pipeline's files and an adapter, or a published pipeline, which holds both.
+
+        Args:
+            pretrained_model_name_or_path: as in diffusers.
+            adapter: an adapter, its file or folder, or its id on the Hugging Face Hub; a published pipeline's
+                own if not given.
+            **options: as in diffusers. A published pipeline needs no `trust_remote_code`: none of its code is
+                run, whatever is given.
+
+        Raises:
+            AdapterError: the adapter cannot be loaded or is made for another base.
+        """
+        load = super().from_pretrained
+        if is_published_folder(pretrained_model_name_or_path, **options):
+            pipeline, published = load_hub_folder(load, pretrained_model_name_or_path, **options)
+            adapter = published if adapter is None else adapter
+        else:
+            pipeline = load(pretrained_model_name_or_path, **options)
+        if adapter is not None:
+            pipeline.load_interaction_adapter(adapter)
+        return pipeline
+
+    def load_interaction_adapter(self, adapter: InteractionAdapter | str | os.PathLike[str]) -> None:
+        """Attach an adapter, in place of the one that was attached.
+
+        Args:
+            adapter: an adapter, its file or folder, or its id on the Hugging Face Hub.
+
+        Raises:
+            AdapterError: it cannot be loaded or is made for another base.
+        """
+        if not isinstance(adapter, InteractionAdapter):
+            unet = unet_of(self)
+            adapter = InteractionAdapter.from_pretrained(adapter, unet=unet, dtype=unet.dtype)
+        before = self.interaction
+        self.unload_interaction_adapter()
+        try:
+            self.interaction = attach(self, adapter)
+        except AdapterError:
+            self.interaction = attach(self, before.adapter) if before is not None else None
+            raise
+
+    def unload_interaction_adapter(self) -> None:
+        """Detach the adapter, if there is one."""
+        if self.interaction is not None:
+            self.interaction.detach()
+        self.interaction = None
+
+    def to_json_string(self) -> str:
+        """`model_index.json`'s text: names the stock class, so that any diffusers reads what is saved."""
+        stock = json.loads(super().to_json_string()) | {"_class_name": self.stock.__name__}
+        return json.dumps(stock, indent=2, sort_keys=True) + "\n"
+
+    def __call__(
+        self,
+        *args: Any,
+        interactions: Sequence[Interaction | Entity] | Sequence[Sequence[Interaction | Entity]] = (),
+        interaction_strength: float = 1.0,
+        interaction_schedule: Schedule = 1.0,
+        interaction_fast: bool = False,
+        interactdiffusion_subject_phrases: Sequence[str] | None = None,
+        interactdiffusion_action_phrases: Sequence[str | None] | None = None,
+        interactdiffusion_object_phrases: Sequence[str] | None = None,
+        interactdiffusion_subject_boxes: Sequence[Sequence[float]] | None = None,
+        interactdiffusion_object_boxes: Sequence[Sequence[float]] | None = None,
+        interactdiffusion_scheduled_sampling_beta: Schedule | None = None,
+        interactdiffusion_text: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Draw.
+
+        What happens where is said by `interactions`, or by the names that the published pipeline has for it:
+        three lists of phrases and two of boxes, of equal length, which hold for every prompt. In place of the
+        phrases there may be a text.
+
+        Args:
+            *args: as in the stock pipeline.
+            interactions: who does what to what, and where, and what else is where: for every image, or one
+                sequence for each prompt.
+            interaction_strength: how strongly they act, in [0, 2].
+            interaction_schedule: the share of the steps that they act in, from the first; or the shares
+                [on, linear decay, off].
+            interaction_fast: whether to reuse what was added at an earlier step: nearly as quick as the stock
+                pipeline, and less exact.
+            interactdiffusion_subject_phrases: who acts, in each interaction.
+            interactdiffusion_action_phrases: what is done; None in it for boxes only.
+            interactdiffusion_object_phrases: what it is done to.
+            interactdiffusion_subject_boxes: where who acts is, xyxy in [0, 1].
+            interactdiffusion_object_boxes: where what it is done to is, likewise.
+            interactdiffusion_scheduled_sampling_beta: the published name of `interaction_schedule`.
+            interactdiffusion_text: the form of the AUTOMATIC1111 extension, `subject=action=object;...`.
+            **kwargs: as in the stock pipeline.
+
+        Returns:
+            What the stock pipeline returns.
+
+        Raises:
+            SceneError: the interactions cannot be drawn, or are said in two ways.
+            AdapterError: there are interactions, and no adapter.
+        """
+        lists = {
+            "subject_phrases": interactdiffusion_subject_phrases,
+            "action_phrases": interactdiffusion_action_phrases,
+            "object_phrases": interactdiffusion_object_phrases,
+            "subject_boxes": interactdiffusion_subject_boxes,
+            "object_boxes": interactdiffusion_object_boxes,
+        }
+        beta = interactdiffusion_scheduled_sampling_beta
+        if beta is not None and interaction_schedule != 1:
+            raise SceneError(f"expected interaction_schedule or {PUBLISHED}scheduled_sampling_beta, got both")
+        published = {**lists, "text": interactdiffusion_text, "scheduled_sampling_beta": beta}
+        _check_said_once(interactions, [name for name, value in published.items() if value is not None])
+        scenes = interactions or _published_scene(lists, interactdiffusion_text)
+        draw = cast(Any, super()).__call__
+        if self.interaction is None:
+            if scenes:
+                raise AdapterError("expected an adapter to be loaded for the interactions, got none")
+            return draw(*args, **kwargs)
+        _check_count(scenes, args[0] if args else kwargs.get("prompt"), kwargs.get("prompt_embeds"))
+        schedule = interaction_schedule if beta is None else beta
+        self.interaction.set_scene(scenes, interaction_strength, schedule, fast=interaction_fast)
+        try:
+            return draw(*args, **kwargs)
+        finally:
+            self.interaction.clear()
+
+
+def _check_said_once(interactions: Any, published: Sequence[str]) -> None:
+    """Interactions in our words or in the published ones, phrases in lists or in a text."""
+    if interactions and published:
+        raise SceneError(
+            f"expected interactions or published arguments, got interactions and {PUBLISHED}{published[0]}"
+        )
+    phrases = [name for name in published if name.endswith("phrases")]
+    if phrases and "text" in published:
+        raise SceneError(
+            f"expected phrases in lists or in a text, got {PUBLISHED}{phrases[0]} and {PUBLISHED}text"
+        )
+
+
+def _published_scene(lists: Mapping[str, Any], text: str | None) -> tuple[Interaction, ...]:
+    """One scene, of the published arguments."""
+    needed = lists if text is None else {name: lists[name] for name in BOXES}
+    missing = [name for name, value in needed.items() if value is None]
+    if text is None and len(missing) == len(lists):
+        return ()
+    if missing:
+        with_it = "text" if text is not None else next(name for name in lists if name not in missing)
+        raise SceneError(f"expected {PUBLISHED}{missing[0]} along with {PUBLISHED}{with_it}, got none")
+    return interactions_from_lists(**needed) if text is None else interactions_from_text(text, **needed)
+
+
+def _check_count(interactions: Any, prompt: Any, prompt_embeds: Any) -> None:
+    """One scene for all prompts, or one for each."""
+    given = prompt if isinstance(prompt, list) else [prompt] if prompt_embeds is None else prompt_embeds
+    each = isinstance(interactions, Sequence) and not all(
+        isinstance(item, (Interaction, Entity)) for item in interactions
+    )
+    scenes = len(interactions) if each else 1
+    if scenes not in (1, len(given)):
+        raise SceneError(
+            f"expected interactions for each of {len(given)} prompts, got {scenes} lists of them"
+        )
