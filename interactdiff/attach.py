@@ -178,7 +178,7 @@ class Handle:
         features = {p: f.to(null.device) for p, f in self._phrase_encoder(scene_phrases(scenes)).items()}
         return self.adapter(**scene_tensors([*scenes, ()], features, limit))
 
-    @torch.compiler.disable
+    @cast(Any, torch.compiler.disable)
     def _before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = None
         if self._control is not None:

@@ -147,12 +147,12 @@ def checked_schedule(schedule: Any) -> tuple[float, float, float]:
     Raises:
         SceneError: it is neither.
     """
-    shares = [as_float(s) for s in (schedule if isinstance(schedule, tuple | list) else (schedule,))]
-    if all(share is not None and 0 <= share <= 1 for share in shares):
-        if len(shares) == 1:
-            return shares[0], 0.0, 1.0 - shares[0]
-        if len(shares) == 3 and abs(sum(shares) - 1) < 1e-6:
-            return shares[0], shares[1], shares[2]
+    given = schedule if isinstance(schedule, tuple | list) else (schedule,)
+    shares = [share for share in map(as_float, given) if share is not None and 0 <= share <= 1]
+    if len(given) == len(shares) == 1:
+        return shares[0], 0.0, 1.0 - shares[0]
+    if len(given) == len(shares) == 3 and abs(sum(shares) - 1) < 1e-6:
+        return shares[0], shares[1], shares[2]
     raise SceneError(
         f"schedule: expected a share in [0, 1], or three that add up to 1, got {shown(schedule)}"
     )

@@ -87,8 +87,10 @@ class Bench:
 
     def __init__(self, base: BenchBase, device: torch.device, dtype: torch.dtype):
         self.base, self.device = base, device
-        self.unet = gated_unet(base, device, dtype)
-        self.adapter = adapter_of(self.unet, base.interactions)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.unet = gated_unet(base, device, dtype)
+            self.adapter = adapter_of(self.unet, base.interactions)
         generator = torch.Generator().manual_seed(0)
 
         def noise(*shape: int) -> Tensor:
@@ -214,15 +216,16 @@ def operations(base: BenchBase) -> dict[str, float]:
 def gated_unet(base: BenchBase, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """diffusers' U-Net with a fuser in every block, random weights and open gates."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**base.unet, attention_type="gated-text-image").to(dtype)
+        unet = UNet2DConditionModel(**base.unet, attention_type="gated-text-image")
+    nn.Module.to(unet, dtype)
     unet.to_empty(device=device)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.uniform_(-0.03, 0.03)
         for module in unet.modules():
             if isinstance(module, GatedSelfAttentionDense):
-                module.alpha_attn.fill_(0.5)
-                module.alpha_dense.fill_(0.5)
+                for gate in (module.alpha_attn, module.alpha_dense):
+                    cast(Tensor, gate).fill_(0.5)
     return unet.eval()
 
 

@@ -1,6 +1,7 @@
 """Peak memory of what a function allocates."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,7 +25,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    events = cast(Any, profiler.profiler).kineto_results.events()
     allocations = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     now = peak = 0
     for _, size in allocations:

@@ -79,12 +79,14 @@ def positive(text: str) -> int:
 def schedule(text: str) -> Schedule:
     """A flag's share of the steps, or three shares."""
     try:
-        shares = tuple(float(part) for part in text.split(","))
+        match [float(part) for part in text.split(",")]:
+            case [share]:
+                return share
+            case [on, decay, off]:
+                return on, decay, off
     except ValueError:
-        shares = ()
-    if len(shares) not in (1, 3):
-        raise argparse.ArgumentTypeError(f"expected a share, or three as on,decay,off, got {text!r}")
-    return shares if len(shares) == 3 else shares[0]
+        pass
+    raise argparse.ArgumentTypeError(f"expected a share, or three as on,decay,off, got {text!r}")
 
 
 def number(text: str) -> float:

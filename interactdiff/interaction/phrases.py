@@ -97,5 +97,5 @@ def encode_phrases(
 
 
 def _width(text_encoder: Any) -> int:
-    projects = isinstance(text_encoder, CLIPTextModelWithProjection)
-    return text_encoder.config.projection_dim if projects else text_encoder.config.hidden_size
+    config, projects = text_encoder.config, isinstance(text_encoder, CLIPTextModelWithProjection)
+    return config.projection_dim if projects else config.hidden_size

@@ -9,7 +9,7 @@ tensors, so that no step compiles anew.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,13 +106,13 @@ class FusedSite:
     def _updated(self, call: Call, x: Tensor, attended: Tensor) -> Tensor:
         """[R, L, dim]: what the block adds to the rows that have a scene."""
         if call.reuse:
-            return attended + self.kept
+            return attended + cast(Tensor, self.kept)
         if call.tokens is not None:
             positions = self._positions_of(call.size, x.device)
             objects = self.fuser.keys_values(call.tokens)
         else:
             positions = self._positions
-            objects = KeysValues(*(t[call.rows] for t in self._objects))
+            objects = KeysValues(*(t[call.rows] for t in cast(KeysValues, self._objects)))
         updated = self.fuser.update(x, attended, objects, call.scale, positions).to(attended.dtype)
         if call.keep:
             self.kept = updated - attended
