@@ -50,7 +50,7 @@ class Handle:
 
     def set_scene(
         self,
-        items: Sequence[Item] | Sequence[Sequence[Item]],
+        interactions: Sequence[Item] | Sequence[Sequence[Item]],
         strength: float = 1.0,
         schedule: Schedule = 1.0,
         *,
@@ -61,8 +61,8 @@ class Handle:
         """Say who does what to what from now on. Phrases are encoded here, once.
 
         Args:
-            items: interactions and entities for every image, or one sequence of them for each prompt of the
-                batch; an image without any is drawn as the base draws it.
+            interactions: interactions and entities for every image, or one sequence of them for each prompt of
+                the batch; an image without any is drawn as the base draws it.
             strength: how strongly they act, in [0, 2].
             schedule: the share of the steps that they act in, from the first; or shares [on, linear decay,
                 off].
@@ -76,7 +76,7 @@ class Handle:
             SceneError: too many interactions, a phrase too long, a strength or schedule out of range.
             AdapterError: the handle is detached, or nothing is there to encode phrases with.
         """
-        scenes = _as_scenes(items)
+        scenes = _as_scenes(interactions)
         strength, shares = checked_number("strength", strength, 0.0, MAX_STRENGTH), checked_schedule(schedule)
         self._check_attached()
         used = [len(scene) if any(item.strength for item in scene) else 0 for scene in scenes]

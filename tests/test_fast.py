@@ -99,6 +99,23 @@ def test_guidance_that_ends_midway_computes_anew(pipe, adapter):
         assert computed(pipe, adapter, handle, run) == [5]  # steps 0, 1, 2, 3 and 6
 
 
+def test_a_base_that_moves_to_another_precision_midway_computes_anew(pipe, adapter):
+    def halve(pipeline, step, _, tensors):
+        if step == 3:
+            pipeline.unet.to(torch.bfloat16)
+            tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        return tensors
+
+    callback = {
+        "callback_on_step_end": halve,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds", "latents"],
+    }
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING], fast=True)
+        run = [lambda: draw(pipe, num_inference_steps=STEPS, **callback)]
+        assert computed(pipe, adapter, handle, run) == [5]  # steps 0, 1, 3, 4 and 6
+
+
 @pytest.mark.parametrize("steps", [None, STEPS])
 def test_a_bare_unet_reuses_only_if_it_knows_the_steps(unet, adapter, steps):
     counted = Calls(next(iter(adapter.fusers.values())).attn.to_q)

@@ -62,6 +62,7 @@ class Control:
         self._tokens = self._tokens.to(device, dtype)
         self._index = None if self._index is None else self._index.to(device)
         self._rows.clear()
+        self._kept_for = None
         for site in self._sites:
             site.forget()
 
