@@ -61,8 +61,8 @@ class Handle:
         """Say who does what to what from now on. Phrases are encoded here, once.
 
         Args:
-            interactions: interactions and entities for every image, or one sequence of them for each prompt of
-                the batch; an image without any is drawn as the base draws it.
+            interactions: interactions and entities for every image, or one sequence of them for each prompt
+                of the batch; an image without any is drawn as the base draws it.
             strength: how strongly they act, in [0, 2].
             schedule: the share of the steps that they act in, from the first; or shares [on, linear decay,
                 off].
