@@ -11,6 +11,7 @@ docs/performance.md and docs/interaction.md have the tables.
 """
 
 import argparse
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,7 +100,8 @@ def refresh(world: World) -> None:
     """Fast control with several plans of when to compute anew."""
     world.show("exact", world.look(world.asked))
     plans: dict[str, Callable[[int], bool]] = {
-        "gaps grow by one (kept)": refreshes,
+        "squares (kept)": refreshes,
+        "gaps grow by one": lambda step: math.isqrt(8 * step + 1) ** 2 == 8 * step + 1,
         "every 2nd": lambda step: step % 2 == 0,
         "every 3rd": lambda step: step % 3 == 0,
         "every 4th": lambda step: step % 4 == 0,
