@@ -37,8 +37,10 @@ class Handle:
         adapter: InteractionAdapter,
         pipeline: Any = None,
         phrase_encoder: PhraseEncoder | None = None,
+        given: object = None,
     ):
         self.unet, self.adapter = unet, adapter
+        self._given = given  # to attach, maybe a compiled U-Net
         self._pipeline, self._phrase_encoder = pipeline, phrase_encoder
         self._control: Control | None = None
         fusers = adapter.fusers
@@ -160,7 +162,7 @@ class Handle:
 
     def _compile_anew(self) -> None:
         """Forget compiled code of the U-Net, which does not look for new hooks (torch skips those guards)."""
-        outer = getattr(self._pipeline, "unet", None)
+        outer = getattr(self._given, "unet", self._given)
         if hasattr(outer, "_orig_mod") or any(m._compiled_call_impl is not None for m in self.unet.modules()):
             torch.compiler.reset()
 
@@ -233,7 +235,7 @@ def attach(
         raise AdapterError(
             f"expected guidance by the prompt alone, got {type(pipeline).__name__}: it guides by pictures too"
         )
-    handle = Handle(unet, adapter, pipeline, phrase_encoder)
+    handle = Handle(unet, adapter, pipeline, phrase_encoder, pipeline_or_unet)
     try:
         if not adapter.training:
             adapter.to(unet.dtype)  # every weight: a file may hold several dtypes

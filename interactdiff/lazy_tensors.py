@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -74,8 +74,3 @@ def safetensors_tensors(file: str | os.PathLike[str]) -> dict[str, LazyTensor]:
         raise AdapterError(f"expected safetensors weights at {file}, got no such file") from None
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"expected a whole safetensors file at {file}, got {error}") from None
-
-
-def nbytes(tensors: Mapping[str, LazyTensor]) -> int:
-    """The size of some tensors in memory, in bytes."""
-    return sum(tensor.nbytes for tensor in tensors.values())

@@ -93,7 +93,8 @@ class StepClock:
     def _read_scheduler(self, now: float) -> None:
         """Lay out the pipeline's run from its first call on.
 
-        Image to image starts late in the scheduler's timesteps; SDXL's `denoising_end` ends early.
+        Image to image starts late in the scheduler's timesteps; SDXL's `denoising_end` ends early, which not
+        every pipeline says in its number of timesteps.
         """
         scheduler = self._pipeline.scheduler
         calls = getattr(self._pipeline, "num_timesteps", None) or len(scheduler.timesteps)
@@ -102,5 +103,9 @@ class StepClock:
         timesteps = [float(t) for t in scheduler.timesteps.tolist()]
         steps = steps_of_calls(timesteps, getattr(scheduler, "num_inference_steps", None), scheduler.order)
         first = min(range(len(timesteps)), key=lambda call: abs(timesteps[call] - now))
-        self._table = list(zip(timesteps, steps, strict=True))[first : first + calls]
+        table = list(zip(timesteps, steps, strict=True))[first : first + calls]
+        if isinstance(end := getattr(self._pipeline, "denoising_end", None), float) and 0 < end < 1:
+            trained = scheduler.config.num_train_timesteps
+            table = [entry for entry in table if entry[0] >= round(trained * (1 - end))] or table
+        self._table = table
         self._run, self._call = (scheduler.timesteps, calls), -1

@@ -1,9 +1,10 @@
 """Reads torch's weight files (.pth, .pt, .bin, .ckpt): tensors only, and only those asked for.
 
 Such a file is a zip archive: a pickle that says which tensors there are and where, and one record of plain
-bytes for each storage. Loading a pickle calls whatever the pickle names. Here no name ever becomes what it
-names: the few that a tensor is written with stand for plain descriptions, every other one for an object that
-does nothing, so there is nothing to call. The values are then read from the file, tensor by tensor.
+bytes for each storage. Loading a pickle calls whatever the pickle names. Here no name but that of OrderedDict
+becomes what it names: the few that a tensor is written with stand for plain descriptions, every other one for
+an object that does nothing, so there is nothing to call. The values are then read from the file, tensor by
+tensor.
 """
 
 import io
@@ -27,6 +28,7 @@ from interactdiff.lazy_tensors import LazyTensor
 
 MAX_PICKLE = 16 * 2**20  # bytes; the pickle of Stable Diffusion with its EMA and optimizer takes about one MB
 MAX_DEPTH = 8  # of dicts in dicts
+MAX_NAME, MAX_TENSORS = 500, 100_000  # characters of a tensor's name; the largest models have a tenth of both
 BEFORE_ZIP = 0x1950A86A20F9469CFC6C  # what files of torch before 1.6 begin with, pickled
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -235,21 +237,25 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         what, kind, key, *_ = pid
         if what != "storage" or not isinstance(key, str):
-            raise _Refused(f"a pickle that refers to {what!r}")
+            raise _Refused("a pickle that refers to something else than storages")
         return _Storage(kind.dtype, key) if isinstance(kind, _StorageKind) else _Inert()
 
 
 def _named_tensors(content: object) -> Iterator[tuple[str, _Tensor]]:
     """The tensors in dicts in dicts. A dict is looked into once, whatever refers to it."""
-    todo, seen = [("", content, 0)], set()
+    todo, seen, count = [("", content, 0)], set(), 0
     while todo:
         name, value, depth = todo.pop()
         if isinstance(value, _Tensor) and isinstance(value.storage, _Storage):
+            if (count := count + 1) > MAX_TENSORS:
+                raise _Refused(f"more than {MAX_TENSORS} tensors")
             yield name, value
         elif isinstance(value, dict) and depth < MAX_DEPTH and id(value) not in seen:
             seen.add(id(value))
             inner = [
-                (f"{name}.{k}" if name else k, v, depth + 1) for k, v in value.items() if isinstance(k, str)
+                (f"{name}.{k}" if name else k, v, depth + 1)
+                for k, v in value.items()
+                if isinstance(k, str) and len(name) + len(k) < MAX_NAME
             ]
             todo += reversed(inner)  # so that they come in the file's order
 

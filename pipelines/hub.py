@@ -39,7 +39,8 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 def is_published_folder(path_or_id: str | os.PathLike[str], **options: Any) -> bool:
-    """Whether a pipeline's U-Net has fusers in it, by its classes, its configuration or its weights' names.
+    """Whether a pipeline's U-Net has fusers in it, by its classes, its configuration or, in a folder, its
+    weights' names.
 
     Args:
         path_or_id: a folder, or a repository on the Hub, of which the configurations are fetched at most.
@@ -50,8 +51,9 @@ def is_published_folder(path_or_id: str | os.PathLike[str], **options: Any) -> b
         index = source.json(INDEX)
         if index is None or "unet" not in index:
             return False
-        config = unet_config(source) or {}
-        if not _is_stock("unet", index["unet"]) or str(config.get("attention_type")).startswith("gated"):
+        if isinstance(index.get("_class_name"), list) or not _is_stock("unet", index["unet"]):
+            return True  # before anything else is read: with these diffusers would run the folder's code
+        if str((unet_config(source) or {}).get("attention_type")).startswith("gated"):
             return True
         names = read_weights(source, choose(source)).tensors if Path(path_or_id).is_dir() else {}
         return any(map(ADAPTER_KEY.fullmatch, names))
@@ -189,7 +191,7 @@ def _is_variant(file: str, variant: str | None) -> bool:
 
 
 def _link(file: Path, name: Path) -> None:
-    name.parent.mkdir(exist_ok=True)
+    name.parent.mkdir(parents=True, exist_ok=True)
     try:
         name.symlink_to(file.resolve())
     except OSError:  # Windows lets administrators alone make links

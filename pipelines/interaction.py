@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from interactdiff.attach import Handle, attach
 from interactdiff.checkpoint import AdapterError
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.pipelines.hub import is_published_folder, load_hub_folder
+from interactdiff.pipelines.hub import CODE_OPTIONS, is_published_folder, load_hub_folder
 from interactdiff.scene import Entity, Interaction, SceneError
 from interactdiff.scene_checks import Schedule
 from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
@@ -47,13 +47,14 @@ class InteractionMixin(DiffusionPipeline):
             pretrained_model_name_or_path: as in diffusers.
             adapter: an adapter, its file or folder, or its id on the Hugging Face Hub; a published pipeline's
                 own if not given.
-            **options: as in diffusers. A published pipeline needs no `trust_remote_code`: none of its code is
-                run, whatever is given.
+            **options: as in diffusers, but for those that would run code of the folder, such as
+                `trust_remote_code`: they are ignored, since none is needed.
 
         Raises:
             AdapterError: the adapter cannot be loaded or is made for another base.
         """
         load = super().from_pretrained
+        options = {name: value for name, value in options.items() if name not in CODE_OPTIONS}
         if is_published_folder(pretrained_model_name_or_path, **options):
             pipeline, published = load_hub_folder(load, pretrained_model_name_or_path, **options)
             adapter = published if adapter is None else adapter
@@ -79,7 +80,7 @@ class InteractionMixin(DiffusionPipeline):
         self.unload_interaction_adapter()
         try:
             self.interaction = attach(self, adapter)
-        except AdapterError:
+        except Exception:  # another base; or no memory for it
             self.interaction = attach(self, before.adapter) if before is not None else None
             raise
 

@@ -10,6 +10,7 @@ from conftest import TEXT_WIDTH, tiny_unet
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
+from test_support import PICTURE, controlnet, from_base
 from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -221,6 +222,16 @@ def test_a_base_that_stops_early_for_a_refiner(xl_pipe, xl_adapter):
     assert (unet.count, fuser.count) == (6, 3)
 
 
+def test_a_controlnet_pipeline_that_stops_early(xl_pipe, xl_adapter):
+    """It counts its timesteps before it cuts them."""
+    pipeline = from_base(xl_pipe, "ControlNet", controlnet=controlnet(xl_pipe))
+    fuser, unet = Calls(next(iter(xl_adapter.fusers.values())).attn.to_q), Calls(xl_pipe.unet)
+    with attach(pipeline, xl_adapter) as handle:
+        handle.set_scene([RIDING], schedule=0.5)
+        draw(pipeline, num_inference_steps=10, denoising_end=0.6, image=PICTURE)
+    assert (unet.count, fuser.count) == (6, 3)
+
+
 # --- memory, devices, precision, files ---
 
 
@@ -228,9 +239,13 @@ def test_what_saves_memory_changes_nothing(base):
     adapter = trained_adapter(base.unet)
     expected = controlled(base, adapter)
     base.enable_attention_slicing(1)
+    assert close(controlled(base, adapter), expected)
     base.vae.enable_tiling()
     base.vae.enable_slicing()
-    assert close(controlled(base, adapter), expected)
+    with attach(base, adapter) as handle:
+        handle.set_scene([RIDING])
+        tiled = base("a dog", num_inference_steps=2, height=32, width=32, output_type="np").images
+    assert tiled.shape == (1, 32, 32, 3)
     base.disable_attention_slicing()
     base.enable_freeu(s1=1.0, s2=1.0, b1=1.0, b2=1.0)
     assert close(controlled(base, adapter), expected)
@@ -329,7 +344,23 @@ def test_compiled_unet_is_one_graph_from_step_to_step(pipe, adapter, graphs, how
         handle.set_scene([FEEDING], strength=0.5)
         assert close(draw(pipe), other)
         assert len(graphs) == 1, "a step or another scene compiles anew"
+        handle.set_scene([RIDING], schedule=0.5)
+        draw(pipe, num_inference_steps=4)
+        draw(pipe, num_inference_steps=6)
+        assert len(graphs) == 2, "where the schedule is 0, the U-Net is a graph of its own"
     assert close(draw(pipe), plain)
+
+
+def test_a_bare_unet_that_was_compiled_and_run_is_controlled(unet, adapter, graphs):
+    compiled = torch.compile(unet, backend=counting(graphs), fullgraph=True)
+    x, context = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 24)
+    features = {phrase: torch.ones(24) for phrase in ("person", "riding", "bike")}
+    with torch.no_grad():
+        plain = compiled(x, 1, context).sample
+        with attach(compiled, adapter, phrase_encoder=lambda phrases: features) as handle:
+            handle.set_scene([RIDING])
+            assert not close(compiled(x, 1, context).sample, plain)
+        assert close(compiled(x, 1, context).sample, plain)
 
 
 def test_compiled_fast_control_is_two_graphs(pipe, adapter, graphs):

@@ -1,5 +1,6 @@
 """Published pipeline folders: a stock pipeline and an adapter come out, and none of their code runs."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,22 @@ def test_sdxl(xl_pipe, tmp_path):
     assert same_tensors(again.unet, xl_pipe.unet)
     assert same_tensors(again.text_encoder_2, xl_pipe.text_encoder_2)
     assert same_tensors(its, adapter)
+
+
+@pytest.mark.parametrize("unet_says", [None, "[]"], ids=["a stock U-Net", "an unreadable U-Net"])
+def test_no_code_runs_of_a_folder_without_fusers_either(pipe, adapter, tmp_path, unet_says):
+    publish(tmp_path, pipe, adapter)
+    if unet_says is None:
+        shutil.rmtree(tmp_path / "unet")
+        pipe.unet.save_pretrained(tmp_path / "unet")
+        edit(tmp_path / "model_index.json", unet=["diffusers", "UNet2DConditionModel"])
+    else:
+        (tmp_path / "unet" / "config.json").write_text(unet_says)
+    with pytest.raises(AdapterError):
+        InteractionStableDiffusionPipeline.from_pretrained(
+            tmp_path, trust_remote_code=True, custom_pipeline="pipeline_own"
+        )
+    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize("xl", [False, True])

@@ -119,13 +119,11 @@ def test_more_images_a_prompt_and_no_guidance(base, kind, guidance_scale):
     assert close(several[0], alone[0])
 
 
-@pytest.mark.parametrize("xl", ["", "XL"])
-def test_pipelines_that_guide_by_a_picture_too_are_refused(request, xl):
-    pipeline = request.getfixturevalue("xl_pipe" if xl else "pipe")
-    other = from_base(pipeline, "InstructPix2Pix")
-    adapter = trained_adapter(pipeline.unet)
+def test_pipelines_that_guide_by_a_picture_too_are_refused(base):
+    other = from_base(base, "InstructPix2Pix")
+    adapter = trained_adapter(base.unet)
     with pytest.raises(
-        AdapterError, match=rf"got StableDiffusion{xl}InstructPix2PixPipeline: it guides by pic"
+        AdapterError, match=r"got StableDiffusion\w*InstructPix2PixPipeline: it guides by pic"
     ):
         attach(other, adapter)
-    attach(pipeline, adapter).detach()
+    attach(base, adapter).detach()

@@ -85,6 +85,13 @@ def test_names_of_dicts_in_dicts_are_joined(tmp_path):
     assert names == [f"model.{name}" for name in module.state_dict()]
 
 
+def test_absurd_names_are_left_out(tmp_path):
+    file = saved(
+        tmp_path, {"a": torch.ones(1), "b" * 600: torch.ones(1), "c" * 300: {"d" * 300: torch.ones(1)}}
+    )
+    assert list(torch_tensors(file)) == ["a"]
+
+
 def test_dicts_that_refer_to_each_other_come_to_an_end(tmp_path):
     content: dict[str, Any] = {"weight": torch.ones(1)}
     content["itself"] = content
@@ -237,7 +244,14 @@ def test_a_pickle_cannot_change_what_reads_it(tmp_path, name, state):
         (b"\x80\x02(((((", "a file that is damaged"),
         (b"", "a file that is damaged"),
         (b"\x80\x02X\x01\x00\x00\x00aQ.", "a file that is damaged"),
-        (b"\x80\x02K\x01K\x02K\x03\x87Q.", "a pickle that refers to 1"),
+        (b"\x80\x02K\x01K\x02K\x03\x87Q.", "a pickle that refers to something else than storages"),
+        # a list of two lists of two lists ...: to write it out would fill the memory
+        (
+            b"\x80\x02]q\x00"
+            + b"".join(b"](h%ch%ceq%c" % (n, n, n + 1) for n in range(40))
+            + b"K\x02K\x03\x87Q.",
+            "a pickle that refers to something else than storages",
+        ),
         (b"0" * (MAX_PICKLE + 1), f"a pickle of {MAX_PICKLE + 1} bytes, where {MAX_PICKLE} would do"),
     ],
 )

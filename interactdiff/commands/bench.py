@@ -28,7 +28,9 @@ def add_to(commands: Commands) -> None:
         "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="default: float32"
     )
     interaction.add_argument("--rounds", type=positive, default=5, help="default: %(default)s")
-    interaction.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    interaction.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, cuda or else cpu"
+    )
     interaction.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
 
 
@@ -36,10 +38,13 @@ def _interaction(args: argparse.Namespace) -> None:
     if args.json is not None and (reason := why_unwritable(args.json)):
         raise UsageError(f"--json: expected a file that can be written, got {args.json}: {reason}")
     quiet_libraries()
+    import torch
+
     from interactdiff.bench.interaction import BASES, bench_interaction
     from interactdiff.generate import DTYPES, usable_device
 
-    device = usable_device(args.device)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(best if args.device == "auto" else args.device)
     rows: list[dict[str, Any]] = []
     for base in args.base:
         for dtype in args.dtype:

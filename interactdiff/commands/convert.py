@@ -71,6 +71,7 @@ def convert(
 
 
 def add_to(commands: Commands) -> None:
+    """Add `convert`."""
     parser = commands.add_parser(
         "convert",
         help="make a small adapter of published weights",

@@ -23,6 +23,7 @@ DEMO = Scene(
 
 
 def add_to(commands: Commands) -> None:
+    """Add `demo`."""
     parser = commands.add_parser("demo", help="draw a bundled scene, beside what was asked")
     parser.set_defaults(run=_run)
     parser.add_argument(

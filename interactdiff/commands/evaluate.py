@@ -18,6 +18,7 @@ from interactdiff.models import GUIDANCE_SCALES, MODEL
 
 
 def add_to(commands: Commands) -> None:
+    """Add `evaluate`."""
     parser = commands.add_parser("evaluate", help="score how well the adapter is followed")
     parser.set_defaults(run=_run)
     parser.add_argument("--world", action="store_true", required=True, help="on held-out stickworld scenes")

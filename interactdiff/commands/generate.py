@@ -27,6 +27,7 @@ INTERACTION_HELP = (
 
 
 def add_to(commands: Commands) -> None:
+    """Add `generate`."""
     parser = commands.add_parser(
         "generate",
         help="draw a scene",

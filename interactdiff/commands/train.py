@@ -7,6 +7,7 @@ from interactdiff.commands.arguments import Commands, UsageError
 
 
 def add_to(commands: Commands) -> None:
+    """Add `train`."""
     parser = commands.add_parser("train", help="run a training recipe")
     parser.set_defaults(run=_run)
     parser.add_argument("config", help="a YAML file, such as training/configs/stickworld_base.yaml")

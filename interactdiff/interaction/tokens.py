@@ -108,11 +108,6 @@ class InteractionTokenizer(nn.Module):
         """N: how many interactions an image can have."""
         return self.interaction_embedding.emb.num_embeddings
 
-    @property
-    def feature_dim(self) -> int:
-        """Width of the phrase features."""
-        return self.null_positive_feature.shape[0]
-
     def forward(
         self,
         subject_boxes: Tensor,

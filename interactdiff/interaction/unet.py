@@ -5,7 +5,7 @@
 
 Every attention processor, LoRA, ControlNet and pipeline goes on working. What a denoiser call needs of the
 fusers is planned before it (`control.Control.plan`), where torch.compile does not look: the hooks only read
-tensors, so that no step compiles anew.
+tensors, so that no step compiles anew; where the schedule is 0 the U-Net is a graph of its own.
 """
 
 from dataclasses import dataclass
@@ -115,5 +115,5 @@ class FusedSite:
             objects = KeysValues(*(t[call.rows] for t in cast(KeysValues, self._objects)))
         updated = self.fuser.update(x, attended, objects, call.scale, positions).to(attended.dtype)
         if call.keep:
-            self.kept = updated - attended
+            self.kept = (updated - attended).detach()
         return updated
