@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from interactdiff.interaction.tokens import BOX_FEATURES, box_features
 
 Init = Literal["published", "open"]
+TOKENS_AT_ONCE = 1024  # of the feed-forward network: measured, fewer or all of a large grid take longer
 
 
 class KeysValues(NamedTuple):
@@ -133,8 +134,9 @@ class GatedSelfAttention(nn.Module):
         """Let visual tokens read interaction tokens, within a block that adds what its self-attention says.
 
         Gates are multiplied and added in one pass over memory, where a fuser can lose time; where they
-        are 0, not a bit changes. The feed-forward network, eight times as wide, acts on one half of the
-        tokens after the other: the block's own then decides how much memory a step takes.
+        are 0, not a bit changes. The feed-forward network, eight times as wide, acts on some tokens
+        after the other: what it makes stays in the cache, and the block's own decides how much memory a step
+        takes.
 
         Args:
             x: [B, L, dim], the block's input.
@@ -149,10 +151,11 @@ class GatedSelfAttention(nn.Module):
         read = self._attend(x + attended, objects, positions)
         updated = torch.addcmul(attended, read, scale * self.alpha_attn.tanh())
         del read
-        gate, middle = scale * self.alpha_dense.tanh(), x.shape[1] // 2
-        for half in (slice(0, middle), slice(middle, None)):
-            part = updated[:, half]
-            part.addcmul_(self.ff(self.norm2(x[:, half] + part)), gate)
+        gate = scale * self.alpha_dense.tanh()
+        for first in range(0, x.shape[1], TOKENS_AT_ONCE):
+            some = slice(first, first + TOKENS_AT_ONCE)
+            part = updated[:, some]
+            part.addcmul_(self.ff(self.norm2(x[:, some] + part)), gate)
         return updated
 
     def _attend(self, x: Tensor, objects: KeysValues, positions: Tensor | float) -> Tensor:
