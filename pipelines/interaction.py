@@ -124,8 +124,8 @@ class InteractionMixin(DiffusionPipeline):
             interaction_strength: how strongly they act, in [0, 2].
             interaction_schedule: the share of the steps that they act in, from the first; or the shares
                 [on, linear decay, off].
-            interaction_fast: whether to reuse what was added at an earlier step: nearly as quick as the stock
-                pipeline, and less exact.
+            interaction_fast: whether to reuse what was added at an earlier step: less exact, and most of the
+                time that control takes is saved.
             interactdiffusion_subject_phrases: who acts, in each interaction.
             interactdiffusion_action_phrases: what is done; None in it for boxes only.
             interactdiffusion_object_phrases: what it is done to.

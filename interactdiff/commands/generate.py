@@ -72,7 +72,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--fast",
         action=argparse.BooleanOptionalAction,
-        help="nearly as quick as the base alone, at a small cost in control (default: no)",
+        help="reuse what control added at earlier steps: most of its time is saved (default: no)",
     )
     parser.add_argument("--overlay", action="store_true", help="also write OUT.overlay.png, with boxes drawn")
     add_models(parser)
