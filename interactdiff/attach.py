@@ -68,8 +68,8 @@ class Handle:
             strength: how strongly they act, in [0, 2].
             schedule: the share of the steps that they act in, from the first; or shares [on, linear decay,
                 off].
-            fast: reuse what the fusers added at an earlier step, see `schedule.refreshes`: less exact, and most
-                of their time is saved.
+            fast: reuse what the fusers added at an earlier step, see `schedule.refreshes`: less exact, and
+                most of their time is saved.
             num_inference_steps: for a bare U-Net, whose schedule is otherwise not followed; a pipeline knows.
             guidance: whether batches are [unconditional half, conditional half]; None asks the pipeline, and
                 takes a bare U-Net's batches as conditional.
