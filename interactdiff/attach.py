@@ -6,13 +6,16 @@ let the fuser act (`interaction.unet`). Nothing else of the base is touched.
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from interactdiff.checkpoint import AdapterError
+from interactdiff.clear.adapter import ClearAdapter
+from interactdiff.clear.handle import ClearHandle, attach_clear
+from interactdiff.compiled import forget_compiled
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.control import Control
 from interactdiff.interaction.phrases import PhraseEncoder, pipeline_phrases
@@ -48,7 +51,7 @@ class Handle:
         self._hooks = [unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)]
         for site in self._sites:
             self._hooks += site.hook()
-        self._compile_anew()
+        forget_compiled(unet, given)
 
     def set_scene(
         self,
@@ -144,7 +147,7 @@ class Handle:
         """Take every hook off again. Doing it twice is the same as once."""
         self.clear()
         if self._hooks:
-            self._compile_anew()
+            forget_compiled(self.unet, self._given)
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -159,12 +162,6 @@ class Handle:
     def _check_attached(self) -> None:
         if not self._hooks:
             raise AdapterError("expected an attached adapter, got a handle that is detached")
-
-    def _compile_anew(self) -> None:
-        """Forget compiled code of the U-Net, which does not look for new hooks (torch skips those guards)."""
-        outer = getattr(self._given, "unet", self._given)
-        if hasattr(outer, "_orig_mod") or any(m._compiled_call_impl is not None for m in self.unet.modules()):
-            torch.compiler.reset()
 
     @torch.no_grad()
     def _encode(self, scenes: list[tuple[Item, ...]]) -> Tensor:
@@ -200,42 +197,59 @@ class Handle:
                 self._control.move(torch.device(device), dtype)
 
 
+@overload
 def attach(
-    pipeline_or_unet: object, adapter: InteractionAdapter, *, phrase_encoder: PhraseEncoder | None = None
-) -> Handle:
-    """Let an adapter control a pipeline, or a bare U-Net, until the handle detaches it.
+    pipeline_or_denoiser: object,
+    adapter: InteractionAdapter,
+    *,
+    phrase_encoder: PhraseEncoder | None = None,
+) -> Handle: ...
+@overload
+def attach(pipeline_or_denoiser: object, adapter: ClearAdapter) -> ClearHandle: ...
+def attach(
+    pipeline_or_denoiser: object,
+    adapter: InteractionAdapter | ClearAdapter,
+    *,
+    phrase_encoder: PhraseEncoder | None = None,
+) -> Handle | ClearHandle:
+    """Let an adapter act in a pipeline, or in a bare denoiser, until the handle detaches it.
 
-    The adapter moves to the U-Net's device and, in eval mode, to its dtype; in train mode it keeps its own.
+    The adapter moves to the denoiser's device and, in eval mode, to its dtype; in train mode it keeps its
+    own.
 
     Args:
-        pipeline_or_unet: a diffusers pipeline with a `UNet2DConditionModel`, or that U-Net. Give the pipeline
-            that you are going to call: it knows about guidance and steps.
+        pipeline_or_denoiser: a diffusers pipeline or its denoiser. Interactions need a
+            `UNet2DConditionModel`, and the pipeline that you are going to call: it knows about guidance and
+            steps. CLEAR takes Flux's and SD3's transformers too.
         adapter: the weights.
-        phrase_encoder: phrases in, a [feature_dim] feature for each out; the pipeline's text encoders if not
-            given.
+        phrase_encoder: for interactions: phrases in, a [feature_dim] feature for each out; the pipeline's
+            text encoders if not given.
 
     Raises:
-        AdapterError: there is no U-Net, it is not the adapter's base, it has an adapter already, or the
-            pipeline guides by a picture too; nothing has been touched then.
+        AdapterError: there is no such denoiser, it is not the adapter's base, it has such an adapter already,
+            or the pipeline guides by a picture too; nothing has been touched then.
     """
+    if isinstance(adapter, ClearAdapter):
+        return attach_clear(pipeline_or_denoiser, adapter)
     if not isinstance(adapter, InteractionAdapter):
         raise AdapterError(
-            f"expected an InteractionAdapter, such as from_pretrained loads, got {type(adapter).__name__}"
+            "expected an InteractionAdapter or a ClearAdapter, such as from_pretrained loads, got "
+            f"{type(adapter).__name__}"
         )
-    unet = unet_of(pipeline_or_unet)
+    unet = unet_of(pipeline_or_denoiser)
     adapter.config.base.check(unet)
     if attached_handle(unet) is not None:
         raise AdapterError(
             "expected a U-Net without an adapter attached, got one that has it: detach that first"
         )
-    pipeline = pipeline_or_unet if hasattr(pipeline_or_unet, "scheduler") else None
+    pipeline = pipeline_or_denoiser if hasattr(pipeline_or_denoiser, "scheduler") else None
     if phrase_encoder is None and pipeline is not None:
         phrase_encoder = pipeline_phrases(pipeline, adapter.config.feature_dim)
     if pipeline is not None and "image_guidance_scale" in signature(type(pipeline).__call__).parameters:
         raise AdapterError(
             f"expected guidance by the prompt alone, got {type(pipeline).__name__}: it guides by pictures too"
         )
-    handle = Handle(unet, adapter, pipeline, phrase_encoder, pipeline_or_unet)
+    handle = Handle(unet, adapter, pipeline, phrase_encoder, pipeline_or_denoiser)
     try:
         if not adapter.training:
             adapter.to(unet.dtype)  # every weight: a file may hold several dtypes

@@ -1,7 +1,7 @@
 """From a scene to a picture: what the command line does, without its flags."""
 
-import inspect
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -11,10 +11,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from interactdiff.attach import Handle, attach
+from interactdiff.checkpoint import AdapterError
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.models import (
     GUIDANCE_SCALES,
     MODEL,
+    SIZES,
     ModelError,
     check_model_folder,
     default_adapter,
@@ -25,6 +27,8 @@ from interactdiff.picture import Record
 from interactdiff.scene import Scene, SceneError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # the last one's text has the most to say
+PATCH = 2  # latents, high and wide, that a diffusion transformer takes as one token
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Drawer:
     """A loaded pipeline with its adapter attached: draws scenes.
 
     Attributes:
-        pipeline: any diffusers pipeline from text with a `UNet2DConditionModel`.
+        pipeline: any diffusers pipeline from text with a `UNet2DConditionModel`, or with a transformer such
+            as Flux and Stable Diffusion 3 have.
         handle: of the attached adapter, or None if there is none.
         model: name, absolute folder or Hub id of the model.
         adapter: the same of the adapter, or None.
@@ -70,18 +75,36 @@ class Drawer:
             weights = InteractionAdapter.from_pretrained(resolve("adapter", adapter))
         pipeline = load_pipeline(pipeline_at, place, DTYPES[precision])
         if weights is not None:
+            if not hasattr(pipeline, "unet"):
+                kind = type(pipeline).__name__
+                raise AdapterError(f"expected a model with a U-Net for the adapter {adapter}, got a {kind}")
             handle = attach(pipeline, weights)
         return cls(pipeline, handle, lasting(model), None if adapter is None else lasting(adapter))
+
+    @property
+    def denoiser(self) -> Any:
+        """The pipeline's U-Net or transformer."""
+        return denoiser_of(self.pipeline)
+
+    @property
+    def size(self) -> int:
+        """Height and width in pixels of the pictures that the model draws where none is asked for."""
+        if self.model in SIZES:
+            return SIZES[self.model]
+        latents = self.denoiser.config.get("sample_size") or self.pipeline.default_sample_size
+        return latents * self.pipeline.vae_scale_factor
 
     def ask(self, scene: Scene) -> None:
         """Take a scene, or refuse it before any drawing; a prompt is refused where the pipeline would cut it.
 
         Raises:
-            SceneError: prompt or phrases are longer than the text encoder takes, there are more interactions
-                than the adapter takes, or there are some and no adapter.
+            SceneError: prompt or phrases are longer than a text encoder takes, the model cannot draw that
+                size, there are more interactions than the adapter takes, or there are some and no adapter.
         """
         for name in ("prompt", "negative_prompt"):
             self._check_length(name, getattr(scene, name))
+        for name in ("width", "height"):
+            self.check_side(name, getattr(scene, name))
         if self.handle is not None:
             self.handle.set_scene(scene.items, scene.strength, scene.schedule, fast=scene.fast)
         elif scene.items:
@@ -99,35 +122,107 @@ class Drawer:
             SceneError: as in `ask`.
         """
         self.ask(scene)
-        # Given one of the two, diffusers puts its own size in the place of both.
-        own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         guidance = GUIDANCE_SCALES.get(self.model) if scene.guidance_scale is None else scene.guidance_scale
-        guided = {} if guidance is None else {"guidance_scale": guidance}
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             drawn = self.pipeline(
-                prompt=scene.prompt,
-                negative_prompt=scene.negative_prompt,
+                **call_arguments(self.pipeline, scene.prompt, scene.negative_prompt, guidance),
                 num_inference_steps=scene.steps,
-                width=scene.width or own,
-                height=scene.height or own,
+                # Given one of the two, diffusers puts its own size in the place of both.
+                width=scene.width or self.size,
+                height=scene.height or self.size,
                 generator=torch.Generator("cpu").manual_seed(scene.seed),
-                **guided,
             )
         return drawn.images[0]
 
+    def check_side(self, name: str, pixels: int | None) -> None:
+        """Refuse a side that a transformer has no whole number of tokens for; a pipeline would round it.
+
+        Args:
+            name: what the message calls it.
+            pixels: a multiple of 8, which is enough for any U-Net, or None for the model's own.
+
+        Raises:
+            SceneError: it is no such number.
+        """
+        multiple = self.pipeline.vae_scale_factor * PATCH
+        if pixels is not None and pixels % multiple and not hasattr(self.pipeline, "unet"):
+            raise SceneError(f"{name}: expected a multiple of {multiple} pixels, got {pixels}")
+
     def record(self, scene: Scene) -> Record:
         """What it takes to draw the scene again."""
-        unet = self.pipeline.unet
-        dtype = str(unet.dtype).removeprefix("torch.")
-        return Record(scene, self.model, self.adapter, unet.device.type, dtype)
+        denoiser = self.denoiser
+        dtype = str(denoiser.dtype).removeprefix("torch.")
+        return Record(scene, self.model, self.adapter, denoiser.device.type, dtype)
 
     def _check_length(self, name: str, text: str) -> None:
-        tokenizer = self.pipeline.tokenizer
-        length, limit = len(tokenizer(text).input_ids), tokenizer.model_max_length
-        if length > limit:
-            raise SceneError(
-                f"{name}: expected at most {limit} tokens, which is what the text encoder takes, got {length}"
-            )
+        for tokenizer, limit in text_limits(self.pipeline):
+            length = len(tokenizer(text).input_ids)
+            if length > limit:
+                raise SceneError(
+                    f"{name}: expected at most {limit} tokens, which is what the text encoder takes, "
+                    f"got {length}"
+                )
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """The U-Net or the transformer of a pipeline."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
+def call_arguments(
+    pipeline: Any,
+    prompt: str | list[str],
+    negative_prompt: str | list[str] | None = None,
+    guidance_scale: float | None = None,
+) -> dict[str, Any]:
+    """How to tell a pipeline, whatever its kind, what to draw and how strongly that guides.
+
+    Flux is guided in two ways. A model that was distilled from guided pictures is told the scale
+    (`guidance_embeds` in its configuration) and has no use for a negative prompt. Any other is guided as
+    Stable Diffusion is, which its pipelines call true CFG and do only where there is a negative prompt too.
+
+    Args:
+        pipeline: from text, with a U-Net or a transformer.
+        prompt: one, or one for each picture.
+        negative_prompt: likewise; None is an empty one.
+        guidance_scale: up to 1 is off; None is the pipeline's default.
+
+    Returns:
+        Some of the arguments of the pipeline's call: those with what was given in them, and, where its text
+        encoder takes fewer tokens than it would pad prompts to, `max_sequence_length`.
+    """
+    arguments: dict[str, Any] = {"prompt": prompt}
+    if negative_prompt is not None:
+        arguments["negative_prompt"] = negative_prompt
+    parameters = signature(pipeline.__call__).parameters
+    if guidance_scale is not None:
+        true_cfg = "true_cfg_scale" in parameters and not denoiser_of(pipeline).config.get("guidance_embeds")
+        arguments["true_cfg_scale" if true_cfg else "guidance_scale"] = guidance_scale
+        if true_cfg and negative_prompt is None:
+            arguments["negative_prompt"] = "" if isinstance(prompt, str) else [""] * len(prompt)
+    if (padded := _padded_length(pipeline)) is not None:
+        arguments["max_sequence_length"] = padded
+    return arguments
+
+
+def text_limits(pipeline: Any) -> list[tuple[Any, int]]:
+    """Each tokenizer of a pipeline, and how many tokens of a prompt the pipeline lets through."""
+    limits = [(one, one.model_max_length) for one in _tokenizers(pipeline) if one is not None]
+    if (padded := _padded_length(pipeline)) is not None:
+        limits[-1] = (limits[-1][0], padded)
+    return limits
+
+
+def _padded_length(pipeline: Any) -> int | None:
+    """To how many tokens the last text encoder's prompts are padded or cut, where the call decides it."""
+    argument = signature(pipeline.__call__).parameters.get("max_sequence_length")
+    last = _tokenizers(pipeline)[-1]
+    return None if argument is None or last is None else min(argument.default, last.model_max_length)
+
+
+def _tokenizers(pipeline: Any) -> list[Any]:
+    """Those that the pipeline's class has; None for one that was not loaded."""
+    return [getattr(pipeline, name) for name in TOKENIZERS if hasattr(pipeline, name)]
 
 
 def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -146,12 +241,15 @@ def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> 
         raise ModelError(
             f"expected a diffusers model at {path_or_id}, got {type(error).__name__}: {reason}"
         ) from error
-    for part in ("unet", "tokenizer", "text_encoder"):
-        if getattr(pipeline, part, None) is None:
-            kind = type(pipeline).__name__
-            raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {kind} without a {part}")
-    if "image" in inspect.signature(pipeline.__call__).parameters:
-        raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {type(pipeline).__name__}")
+    kind = type(pipeline).__name__
+    for parts in (("unet", "transformer"), ("tokenizer",), ("text_encoder",)):
+        if all(getattr(pipeline, part, None) is None for part in parts):
+            missing = " or ".join(parts)
+            raise ModelError(
+                f"expected a pipeline from text at {path_or_id}, got a {kind} without a {missing}"
+            )
+    if {"image", "num_frames"} & signature(pipeline.__call__).parameters.keys():
+        raise ModelError(f"expected a pipeline from text to pictures at {path_or_id}, got a {kind}")
     return pipeline
 
 

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 MODEL = "stickworld"
-ADAPTERS = {"stickworld": "stickworld-interaction"}  # the packaged adapter of each packaged model
-GUIDANCE_SCALES = {"stickworld": 2.0}  # what suits a packaged model; any other has its pipeline's default
+MODELS = ("stickworld", "stickworld-dit")  # the packaged ones
+ADAPTERS = {"stickworld": "stickworld-interaction"}  # the packaged adapter of a packaged model, if it has one
+# What suits a packaged model; any other has its pipeline's default.
+GUIDANCE_SCALES = {"stickworld": 2.0, "stickworld-dit": 3.0}
+SIZES = {"stickworld-dit": 96}  # pixels, where the pipeline itself would draw another size
 
 
 class ModelError(ValueError):
@@ -13,7 +16,7 @@ class ModelError(ValueError):
 
 
 def default_adapter(model: str) -> str | None:
-    """The packaged adapter of a packaged model; None for any other model."""
+    """The packaged adapter of a packaged model; None if it has none, and for any other model."""
     return ADAPTERS.get(model)
 
 
@@ -30,7 +33,7 @@ def resolve(kind: str, name: str) -> str:
     Raises:
         ModelError: it is none of them.
     """
-    packaged = list(ADAPTERS) if kind == "model" else list(ADAPTERS.values())
+    packaged = MODELS if kind == "model" else tuple(ADAPTERS.values())
     if name in packaged:
         from interactdiff.stickworld import model_path
 
@@ -50,7 +53,7 @@ def resolve(kind: str, name: str) -> str:
 
 def lasting(name: str) -> str:
     """A name that means the same from another working directory: paths become absolute."""
-    known = name in ADAPTERS or name in ADAPTERS.values()
+    known = name in MODELS or name in ADAPTERS.values()
     return str(Path(name).resolve()) if not known and Path(name).exists() else name
 
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from interactdiff.checkpoint import AdapterError
 
+Denoiser = UNet2DConditionModel | FluxTransformer2DModel | SD3Transformer2DModel
 KINDS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by cross-attention width
 
 
@@ -29,8 +31,7 @@ class Site:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the block's tokens, for latents of this height and width."""
-        scale = 2**self.level
-        return -(-height // scale), -(-width // scale)
+        return _halved(height, self.level), _halved(width, self.level)
 
     @property
     def dim(self) -> int:
@@ -99,6 +100,69 @@ class Base:
             return f"no {path}"
         width, heads = self.sites[path]
         return f"{path} of width {width} and {heads} heads"
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a denoiser's image tokens to each other.
+
+    Attributes:
+        path: the attention's name in the denoiser, such as "transformer_blocks.0.attn".
+        attention: the module.
+        text: where the text tokens stand that it attends over too, or None if there are none.
+        level: how often the grid of tokens has been halved there.
+    """
+
+    path: str
+    attention: nn.Module
+    text: Literal["first", "last"] | None
+    level: int = 0
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of the image tokens here, where the denoiser's own are these."""
+        return _halved(rows, self.level), _halved(columns, self.level)
+
+
+def _halved(size: int, times: int) -> int:
+    return -(-size // 2**times)
+
+
+def denoiser_of(pipeline_or_denoiser: object) -> Denoiser:
+    """The U-Net or transformer of a pipeline, or that module itself, whether or not it was compiled.
+
+    Raises:
+        AdapterError: there is none that is known.
+    """
+    of_pipeline = getattr(pipeline_or_denoiser, "transformer", None)
+    denoiser = getattr(pipeline_or_denoiser, "unet", None) or of_pipeline or pipeline_or_denoiser
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    if not isinstance(denoiser, Denoiser):
+        got = type(denoiser).__name__
+        raise AdapterError(
+            f"expected a UNet2DConditionModel, a FluxTransformer2DModel, an SD3Transformer2DModel, or a "
+            f"pipeline that has one, got {got}"
+        )
+    return denoiser
+
+
+def attention_sites(denoiser: Denoiser) -> list[AttentionSite]:
+    """Every attention of image tokens to each other, in the order of the modules."""
+    if isinstance(denoiser, UNet2DConditionModel):
+        return [
+            AttentionSite(f"{site.path}.attn1", site.block.attn1, None, site.level)
+            for site in find_sites(denoiser)
+            if not site.block.only_cross_attention
+        ]
+    if isinstance(denoiser, FluxTransformer2DModel):
+        modules = denoiser.named_modules()
+        return [AttentionSite(path, m, "first") for path, m in modules if isinstance(m, FluxAttention)]
+    found = []
+    for path, block in denoiser.named_modules():
+        if isinstance(block, JointTransformerBlock):
+            found.append(AttentionSite(f"{path}.attn", block.attn, "last"))
+            if block.attn2 is not None:
+                found.append(AttentionSite(f"{path}.attn2", block.attn2, None))
+    return found
 
 
 def unet_of(pipeline_or_unet: object) -> UNet2DConditionModel:

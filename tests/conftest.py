@@ -15,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tiny import trained_adapter
+from tiny_dit import tiny_flux_pipeline, tiny_sd3_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from interactdiff.interaction.adapter import InteractionAdapter
@@ -155,3 +156,15 @@ def base(request: pytest.FixtureRequest) -> Any:
             pipeline.scheduler.config, prediction_type="v_prediction"
         )
     return pipeline
+
+
+@pytest.fixture
+def flux_pipe(tokenizer: CLIPTokenizer) -> Any:
+    """A stock Flux pipeline of 32 px pictures: 8 x 8 image tokens, 10 text tokens."""
+    return tiny_flux_pipeline(tokenizer)
+
+
+@pytest.fixture
+def sd3_pipe(tokenizer: CLIPTokenizer) -> Any:
+    """A stock SD3.5 pipeline of 32 px pictures: 8 x 8 image tokens."""
+    return tiny_sd3_pipeline(tokenizer)

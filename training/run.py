@@ -10,8 +10,10 @@ from interactdiff.training.recipe import Recipe, RecipeError
 
 RECIPES = {
     "text": "interactdiff.training.text:TextRecipe",
+    "t5": "interactdiff.training.text:T5Recipe",
     "vae": "interactdiff.training.vae:VaeRecipe",
     "base": "interactdiff.training.base:BaseRecipe",
+    "dit": "interactdiff.training.dit:DitRecipe",
     "adapter": "interactdiff.training.adapter:AdapterRecipe",
     "detector": "interactdiff.training.detector:DetectorRecipe",
 }

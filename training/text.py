@@ -1,7 +1,7 @@
-"""The embedded text encoder: a CLIP text encoder that learns to read captions before anything is drawn.
+"""The embedded text encoders, which learn to read captions before anything is drawn.
 
-Its pooled state has to tell what a caption or a phrase says, and of whom. To read is learned in minutes this
-way; pictures ask for verbs late and little.
+What they make of a caption or a phrase has to tell what it says, and of whom. To read is learned in minutes
+this way; pictures ask for verbs late and little.
 """
 
 import copy
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel
 
 from interactdiff.stickworld.world import (
     ACTIONS,
@@ -28,7 +28,7 @@ from interactdiff.stickworld.world import (
     sample_scene,
 )
 from interactdiff.training.recipe import Recipe
-from interactdiff.training.tokenizer import make_tokenizer
+from interactdiff.training.tokenizer import make_t5_tokenizer, make_tokenizer
 
 _SPECIAL = ("bos", "eos", "pad")
 _OF_A_TRIPLET: dict[str, Sequence[str]] = {
@@ -129,9 +129,54 @@ class TextRecipe(Recipe):
         self.tokenizer.save_pretrained(Path(self.config["export_to"], "tokenizer"))
 
 
-def save_text_encoder(text_encoder: CLIPTextModel, folder: Path) -> None:
+class AttentionReader(nn.Module):
+    """Each question attends to the tokens' states and answers from what it gathers, as a denoiser reads text.
+
+    Args:
+        width: D, of the states.
+        answers: how many answers each question has.
+    """
+
+    def __init__(self, width: int, answers: Sequence[int]):
+        super().__init__()
+        self.where = nn.Linear(width, len(answers))
+        self.what = nn.ModuleList(nn.Linear(width, count) for count in answers)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        """[B, L, D] states to the answers' logits, [B, answers] a question."""
+        gathered = self.where(states).softmax(dim=1).transpose(1, 2) @ states
+        return tuple(answer(gathered[:, n]) for n, answer in enumerate(self.what))
+
+
+class T5Recipe(TextRecipe):
+    """Trains a `T5EncoderModel` to tell the same, from the states of its tokens.
+
+    Extra configuration keys: `text_encoder` (arguments of `T5Config`), `max_length` (tokens of a prompt),
+    `phrases`, `export_to` (a folder that gets `tokenizer_2` and `text_encoder_2`).
+    """
+
+    def build(self) -> nn.Module:
+        self.tokenizer = make_t5_tokenizer(self.config["max_length"])
+        config = T5Config(
+            vocab_size=len(self.tokenizer), pad_token_id=0, eos_token_id=1, dropout_rate=0.0,
+            **self.config["text_encoder"],
+        )  # fmt: skip
+        reader = AttentionReader(config.d_model, [1 + len(known) for known in QUESTIONS.values()])
+        return nn.ModuleDict({"text_encoder": T5EncoderModel(config), "reader": reader})
+
+    def _guesses(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return self.model["reader"](self.model["text_encoder"](tokens).last_hidden_state)
+
+    def export(self) -> None:
+        folder = Path(self.config["export_to"])
+        model = self.accelerator.unwrap_model(self.model)
+        save_text_encoder(copy.deepcopy(model["text_encoder"]).half(), folder, "text_encoder_2")
+        self.tokenizer.save_pretrained(folder / "tokenizer_2")
+
+
+def save_text_encoder(text_encoder: PreTrainedModel, folder: Path, name: str = "text_encoder") -> None:
     """Write it as a pipeline has it."""
-    text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
-    # Without it transformers would load the text encoder in float16 beside a float32 U-Net.
-    path = folder / "text_encoder" / "config.json"
+    text_encoder.save_pretrained(folder / name, safe_serialization=True)
+    # Without it transformers would load the text encoder in float16 beside a float32 denoiser.
+    path = folder / name / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer small enough to ship: byte pairs in which every word of stickworld is one token."""
+"""Tokenizers small enough to ship, in which every word of stickworld is one token."""
 
 import json
 import tempfile
@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import pre_tokenizers
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS, PLACES
 
@@ -39,7 +39,7 @@ def merges_for(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def make_tokenizer(max_length: int) -> CLIPTokenizer:
-    """Build the tokenizer; other words are spelled in pieces.
+    """Build the byte pairs of CLIP; other words are spelled in pieces.
 
     Args:
         max_length: tokens of a prompt, start and end included.
@@ -54,3 +54,15 @@ def make_tokenizer(max_length: int) -> CLIPTokenizer:
         vocab.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
         merge_list.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
         return CLIPTokenizer(str(vocab), str(merge_list), model_max_length=max_length)
+
+
+def make_t5_tokenizer(max_length: int) -> T5Tokenizer:
+    """Build the unigrams of T5; other words are spelled in letters.
+
+    Args:
+        max_length: tokens of a prompt, the end included.
+    """
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
+    words = [(f"▁{word}", -1.0) for word in world_words()]
+    letters = [(chr(code), -8.0) for code in range(ord("!"), ord("~") + 1)]
+    return T5Tokenizer(vocab=[*special, *words, *letters], extra_ids=0, model_max_length=max_length)

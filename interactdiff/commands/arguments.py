@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from interactdiff.files import why_unwritable
-from interactdiff.models import MODEL
+from interactdiff.models import MODEL, MODELS
 from interactdiff.scene_checks import Schedule
 
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns, for which argparse has no public name
@@ -26,12 +26,14 @@ class Parser(argparse.ArgumentParser):
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     """Flags that name the model, the adapter and the device."""
-    where = "packaged name, folder or Hugging Face Hub id"
-    parser.add_argument("--model", metavar="PATH_OR_ID", help=f"{where} (default: {MODEL})")
+    elsewhere = "folder or Hugging Face Hub id"
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help=f"{', '.join(MODELS)}, {elsewhere} (default: {MODEL})"
+    )
     parser.add_argument(
         "--adapter",
         metavar="PATH_OR_ID",
-        help=f"{where} (default: the packaged one of a packaged model)",
+        help=f"packaged name, {elsewhere} (default: a packaged model's own, if it has one)",
     )
     parser.add_argument("--device", help="auto, cpu, cuda, mps (default: auto)")
 

@@ -14,6 +14,7 @@ from interactdiff.interaction.fuser import GatedSelfAttention, Init
 from interactdiff.interaction.loading import open_adapter, published_config
 from interactdiff.interaction.tokens import InteractionTokenizer
 from interactdiff.lazy_tensors import LazyTensor
+from interactdiff.module_paths import submodule_at
 from interactdiff.published import find_adapter
 from interactdiff.sites import Base
 
@@ -37,12 +38,7 @@ class InteractionAdapter(nn.Module):
             config.feature_dim, config.base.cross_attention_dim, config.max_interactions, config.hidden
         )
         for path, (dim, heads) in config.base.sites.items():
-            parent: nn.Module = self
-            for name in path.split("."):
-                if name not in parent._modules:
-                    parent.add_module(name, nn.Module())
-                parent = parent.get_submodule(name)
-            parent.add_module(
+            submodule_at(self, path).add_module(
                 "fuser",
                 GatedSelfAttention(dim, config.base.cross_attention_dim, heads, config.grid_positions, init),
             )

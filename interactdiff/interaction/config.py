@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from interactdiff.checkpoint import AdapterError
+from interactdiff.module_paths import checked_path
 from interactdiff.sites import Base
 
 METHOD, VERSION = "interaction", 1
@@ -53,7 +52,7 @@ class InteractionConfig:
             raise AdapterError(f"expected an adapter of method and version {(METHOD, VERSION)}, got {got}")
         try:
             sites = {
-                _module_path(path): (_size(dim), _size(heads))
+                checked_path(path): (_size(dim), _size(heads))
                 for path, (dim, heads) in data["base"]["sites"].items()
             }
             return cls(
@@ -72,11 +71,4 @@ class InteractionConfig:
 def _size(value: Any) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{value!r} where a size should be")
-    return value
-
-
-def _module_path(value: str) -> str:
-    parts = value.split(".")
-    if not all((part.isidentifier() or part.isdecimal()) and not hasattr(nn.Module, part) for part in parts):
-        raise ValueError(f"{value!r} where a module's path should be")
     return value

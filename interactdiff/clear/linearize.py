@@ -1,0 +1,54 @@
+"""The short way: windows for a denoiser in one call."""
+
+import os
+
+from interactdiff.attach import attach
+from interactdiff.clear.adapter import ClearAdapter, ClearConfig
+from interactdiff.clear.handle import ClearHandle
+
+
+def linearize(
+    pipeline_or_denoiser: object,
+    window: int = 16,
+    down_factor: int = 1,
+    weights: str | os.PathLike[str] | ClearAdapter | None = None,
+    *,
+    backend: str = "auto",
+    min_tokens: int | None = None,
+    proportional: bool = False,
+    ntk_factor: float = 1.0,
+) -> ClearHandle:
+    """Let image tokens attend within windows (CLEAR, arXiv 2412.16112), until the handle detaches.
+
+    The grid is taken from each call, so one pipeline may draw pictures of many sizes and shapes.
+
+    Args:
+        pipeline_or_denoiser: a pipeline, or a Flux or SD3 transformer or U-Net.
+        window: radius r in tokens, from 1 up.
+        down_factor: keys and values pooled d x d are seen from everywhere; 1: there are none.
+        weights: layers trained for this window and factor: a published file, a folder or a repository on the
+            Hub; None attends within windows with the base's own layers.
+        backend: of `local_attention`.
+        min_tokens: as in `ClearHandle.configure`; None is as many as windows need to be faster.
+        proportional: as in `ClearHandle.configure`.
+        ntk_factor: as in `ClearHandle.configure`.
+
+    Raises:
+        ClearError: window or down_factor is out of range.
+        AdapterError: as `attach` and `ClearAdapter.from_pretrained` raise it.
+    """
+    if weights is None:
+        adapter = ClearAdapter(ClearConfig(window, down_factor)).eval()
+    elif isinstance(weights, ClearAdapter):
+        adapter = weights
+    else:
+        adapter = ClearAdapter.from_pretrained(weights, window=window, down_factor=down_factor)
+    handle = attach(pipeline_or_denoiser, adapter)
+    try:
+        handle.configure(
+            backend=backend, min_tokens=min_tokens, proportional=proportional, ntk_factor=ntk_factor
+        )
+    except Exception:
+        handle.detach()
+        raise
+    return handle

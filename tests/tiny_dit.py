@@ -1,0 +1,151 @@
+"""Tiny Flux and SD3 pipelines with random weights: real classes, nothing to fetch."""
+
+from typing import Any, cast
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
+
+from interactdiff.training.tokenizer import make_t5_tokenizer
+
+make_flux, make_sd3, make_vae, make_clip_config, make_flux_pipeline, make_sd3_pipeline = cast(
+    Any,
+    (
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        AutoencoderKL,
+        CLIPTextConfig,
+        FluxPipeline,
+        StableDiffusion3Pipeline,
+    ),
+)
+T5_WIDTH = 12
+CLIP_WIDTH = 16
+TEXT_LENGTH = 10
+
+
+def shaken(module: nn.Module, seed: int) -> nn.Module:
+    """Weights large enough that every layer matters."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter.data, std=0.15)
+        else:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return module.eval()
+
+
+def tiny_flux(**options: Any) -> FluxTransformer2DModel:
+    """One joint block and two single blocks of two heads; `options` go to the class."""
+    shape = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": T5_WIDTH,
+        "pooled_projection_dim": CLIP_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return cast(FluxTransformer2DModel, shaken(make_flux(**shape | options), 0))
+
+
+def tiny_sd3(**options: Any) -> SD3Transformer2DModel:
+    """SD3.5's blocks: two joint ones, the first with an attention of the image alone."""
+    shape = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 2 * CLIP_WIDTH,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 2 * CLIP_WIDTH,
+        "out_channels": 4,
+        "pos_embed_max_size": 32,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    return cast(SD3Transformer2DModel, shaken(make_sd3(**shape | options), 1))
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Halves the picture once: 32 px are 16 x 16 latents, 8 x 8 tokens."""
+    torch.manual_seed(2)
+    return make_vae(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+        shift_factor=0.0,
+    ).eval()
+
+
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """Of a text encoder of one layer."""
+    return make_clip_config(
+        vocab_size=len(tokenizer),
+        hidden_size=CLIP_WIDTH,
+        projection_dim=CLIP_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_flux_pipeline(tokenizer: CLIPTokenizer, **options: Any) -> FluxPipeline:
+    """A stock Flux pipeline of 32 px pictures; `options` go to the transformer."""
+    t5 = make_t5_tokenizer(TEXT_LENGTH)
+    torch.manual_seed(3)
+    width = {"d_model": T5_WIDTH, "d_kv": 6, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    pipeline = make_flux_pipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(clip_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(t5), **width)).eval(),
+        tokenizer_2=t5,
+        transformer=tiny_flux(**options),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd3_pipeline(tokenizer: CLIPTokenizer, **options: Any) -> StableDiffusion3Pipeline:
+    """A stock SD3 pipeline of 32 px pictures without T5; `options` go to the transformer."""
+    torch.manual_seed(4)
+    pipeline = make_sd3_pipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModelWithProjection(clip_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer)).eval(),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        transformer=tiny_sd3(**options),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,196 @@
+"""The embedded diffusion transformer: a small Flux, trained on pictures and their captions alone.
+
+Rectified flow: of x_s = (1 - s) x + s n the transformer predicts n - x (arXiv 2209.03003; arXiv 2403.03206,
+section 3). It sees pictures at one size, and a share of its steps at twice that size.
+"""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from interactdiff.stickworld.world import HELD_OUT, sample_scene
+from interactdiff.training.base import cached_latents, varied_caption
+from interactdiff.training.recipe import Recipe
+from interactdiff.training.text import save_text_encoder
+from interactdiff.training.world_data import cached_renders, grid
+
+
+def packed(latents: Tensor) -> Tensor:
+    """[B, C, H, W] latents to the [B, H/2 * W/2, 4C] tokens that `FluxPipeline` makes of them."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def image_ids(latents: Tensor) -> Tensor:
+    """[H/2 * W/2, 3] places of the tokens of [B, C, H, W] latents, as `FluxPipeline` has them."""
+    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, latents.device, torch.float32)
+
+
+class FlowBatch:
+    """Noisy latents of rectified flow, what a transformer is called with, and what it should predict.
+
+    Args:
+        latents: x, [B, C, H, W].
+        text: [B, T, D] states of the text.
+        pooled: [B, P] pooled state of the text.
+        generator: CPU source of the noise and of the times.
+        logit_mean: of the times' logit-normal density (arXiv 2403.03206, section 3.1); above 0 leans to
+            noise, where text and layout are decided.
+        logit_std: of the same.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        generator: torch.Generator,
+        logit_mean: float,
+        logit_std: float,
+    ):
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        times: Any = compute_density_for_timestep_sampling(
+            "logit_normal", len(latents), logit_mean, logit_std, generator=generator
+        )
+        times = times.to(latents)
+        share = times[:, None, None, None]
+        self.target = packed(noise - latents)
+        self.inputs: dict[str, Any] = {
+            "hidden_states": packed((1 - share) * latents + share * noise),
+            "timestep": times,
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "img_ids": image_ids(latents),
+            "txt_ids": torch.zeros(text.shape[1], 3, device=latents.device),
+        }
+
+    def loss(self, predicted: Tensor) -> Tensor:
+        """Squared error of the predicted flow."""
+        return F.mse_loss(predicted.float(), self.target)
+
+
+class TextParts:
+    """The tokenizers and frozen text encoders of a Flux pipeline."""
+
+    def __init__(self, folder: str | Path, device: torch.device):
+        load: Any = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        self.text_encoder = load.float().eval().to(device).requires_grad_(False)
+        load = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_2")
+        self.text_encoder_2 = load.float().eval().to(device).requires_grad_(False)
+        self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        self.tokenizer_2: Any = T5Tokenizer.from_pretrained(folder, subfolder="tokenizer_2")
+
+    @torch.no_grad()
+    def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """[B, T, D] states of T5 and [B, P] pooled state of CLIP, as `FluxPipeline` makes them."""
+        device = self.text_encoder.device
+        short = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        long = self.tokenizer_2(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        pooled = self.text_encoder(short.to(device)).pooler_output
+        return self.text_encoder_2(long.to(device)).last_hidden_state, pooled
+
+
+def start_at_identity(transformer: FluxTransformer2DModel) -> None:
+    """Zero what modulates, gates and leaves: every block starts as if it were not there (adaLN-zero, DiT)."""
+    for name, module in transformer.named_modules():
+        ends = name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear"))
+        if ends or name == "proj_out":
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+
+
+class DitRecipe(Recipe):
+    """Trains a `FluxTransformer2DModel` on captions; it never sees a box.
+
+    Extra configuration keys: `cache_dir`, `renders`, `text` (a pipeline folder with both tokenizers and text
+    encoders, and the autoencoder), `transformer` (arguments of its class), `compile`, `init_from` (pipeline
+    folder to go on from, or null), `empty_caption` (probability), `logit_mean`, `logit_std`, `shift` (of the
+    sampler), `guidance_scale` (of samples), `large`: `every` (one step in so many is at twice the size, 0 for
+    none), `from_step`, `renders` and `batch_size` of those; `export_to`.
+    """
+
+    def build(self) -> nn.Module:
+        config = self.config
+        cache = Path(config["cache_dir"])
+        self.text = TextParts(config["text"], self.device)
+        self.vae: Any = AutoencoderTiny.from_pretrained(config["text"], subfolder="vae").float()
+        self.vae.to(self.device).eval().requires_grad_(False)
+        self.latents = cached_latents(cache, self.vae, cached_renders(cache, config["renders"]))
+        if config["large"]["every"]:
+            renders = cached_renders(cache, config["large"]["renders"], 2 * 96)
+            self.large = cached_latents(cache, self.vae, renders)
+        make: Any = FluxTransformer2DModel
+        if config["init_from"]:
+            transformer = make.from_pretrained(config["init_from"], subfolder="transformer").float()
+        else:
+            transformer = make(**config["transformer"])
+            start_at_identity(transformer)
+        if config["compile"]:
+            transformer.compile(dynamic=False)
+        return transformer
+
+    def batch(self, step: int) -> dict[str, Any]:
+        rng = random.Random(self.config["seed"] * 1_000_003 + step)
+        large, latents, size = self.config["large"], self.latents, self.config["batch_size"]
+        if large["every"] and step >= large["from_step"] and step % large["every"] == 0:
+            latents, size = self.large, large["batch_size"]
+        chosen = [rng.randrange(len(latents)) for _ in range(size)]
+        empty = self.config["empty_caption"]
+        captions = [varied_caption(sample_scene(index), rng, empty) for index in chosen]
+        return {"latents": latents[chosen].float().to(self.device), "captions": captions}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        config = self.config
+        text, pooled = self.text.states(batch["captions"])
+        flow = FlowBatch(
+            batch["latents"], text, pooled, generator, config["logit_mean"], config["logit_std"]
+        )
+        return flow.loss(self.model(**flow.inputs).sample)
+
+    def pipeline(self) -> FluxPipeline:
+        """The stock pipeline around the parts as they are now."""
+        make: Any = FluxPipeline
+        return make(
+            vae=self.vae,
+            text_encoder=self.text.text_encoder,
+            tokenizer=self.text.tokenizer,
+            text_encoder_2=self.text.text_encoder_2,
+            tokenizer_2=self.text.tokenizer_2,
+            transformer=self.accelerator.unwrap_model(self.model),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.config["shift"]),
+        )
+
+    @torch.no_grad()
+    def sample(self) -> Image.Image:
+        captions = [sample_scene(HELD_OUT + n).caption for n in range(16)]
+        pipe: Any = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe(
+            captions,
+            negative_prompt=[""] * len(captions),
+            true_cfg_scale=self.config["guidance_scale"],
+            height=96,
+            width=96,
+            num_inference_steps=30,
+            max_sequence_length=self.text.tokenizer_2.model_max_length,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        return grid(drawn.cpu() * 2 - 1, 8)
+
+    def export(self) -> None:
+        pipe: Any = self.pipeline()
+        for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
+            setattr(pipe, name, copy.deepcopy(getattr(pipe, name)).half())
+        pipe.save_pretrained(self.config["export_to"], safe_serialization=True)
+        for name in ("text_encoder", "text_encoder_2"):
+            save_text_encoder(getattr(pipe, name), Path(self.config["export_to"]), name)
