@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from interactdiff.sites import held_denoiser
+
 
 def forget_compiled(denoiser: nn.Module, given: object) -> None:
     """Forget compiled code of a denoiser, which does not look for new hooks (torch skips those guards).
@@ -11,6 +13,6 @@ def forget_compiled(denoiser: nn.Module, given: object) -> None:
         denoiser: the module.
         given: the pipeline or denoiser that the caller holds, whose module may be a compiled wrapper.
     """
-    outer = getattr(given, "unet", None) or getattr(given, "transformer", None) or given
-    if hasattr(outer, "_orig_mod") or any(m._compiled_call_impl is not None for m in denoiser.modules()):
+    wrapped = hasattr(held_denoiser(given), "_orig_mod")
+    if wrapped or any(m._compiled_call_impl is not None for m in denoiser.modules()):
         torch.compiler.reset()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,6 +25,7 @@ from interactdiff.models import (
 )
 from interactdiff.picture import Record
 from interactdiff.scene import Scene, SceneError
+from interactdiff.sites import denoiser_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # the last one's text has the most to say
@@ -91,7 +92,7 @@ class Drawer:
         """Height and width in pixels of the pictures that the model draws where none is asked for."""
         if self.model in SIZES:
             return SIZES[self.model]
-        latents = self.denoiser.config.get("sample_size") or self.pipeline.default_sample_size
+        latents = _config(self.pipeline).get("sample_size") or self.pipeline.default_sample_size
         return latents * self.pipeline.vae_scale_factor
 
     def ask(self, scene: Scene) -> None:
@@ -164,11 +165,6 @@ class Drawer:
                 )
 
 
-def denoiser_of(pipeline: Any) -> Any:
-    """The U-Net or the transformer of a pipeline."""
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-
-
 def call_arguments(
     pipeline: Any,
     prompt: str | list[str],
@@ -196,7 +192,8 @@ def call_arguments(
         arguments["negative_prompt"] = negative_prompt
     parameters = signature(pipeline.__call__).parameters
     if guidance_scale is not None:
-        true_cfg = "true_cfg_scale" in parameters and not denoiser_of(pipeline).config.get("guidance_embeds")
+        distilled = _config(pipeline).get("guidance_embeds")
+        true_cfg = "true_cfg_scale" in parameters and not distilled
         arguments["true_cfg_scale" if true_cfg else "guidance_scale"] = guidance_scale
         if true_cfg and negative_prompt is None:
             arguments["negative_prompt"] = "" if isinstance(prompt, str) else [""] * len(prompt)
@@ -211,6 +208,11 @@ def text_limits(pipeline: Any) -> list[tuple[Any, int]]:
     if (padded := _padded_length(pipeline)) is not None:
         limits[-1] = (limits[-1][0], padded)
     return limits
+
+
+def _config(pipeline: Any) -> dict[str, Any]:
+    """Of the pipeline's denoiser."""
+    return cast(Any, denoiser_of(pipeline)).config
 
 
 def _padded_length(pipeline: Any) -> int | None:
@@ -242,14 +244,15 @@ def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> 
             f"expected a diffusers model at {path_or_id}, got {type(error).__name__}: {reason}"
         ) from error
     kind = type(pipeline).__name__
-    for parts in (("unet", "transformer"), ("tokenizer",), ("text_encoder",)):
-        if all(getattr(pipeline, part, None) is None for part in parts):
-            missing = " or ".join(parts)
-            raise ModelError(
-                f"expected a pipeline from text at {path_or_id}, got a {kind} without a {missing}"
-            )
-    if {"image", "num_frames"} & signature(pipeline.__call__).parameters.keys():
-        raise ModelError(f"expected a pipeline from text to pictures at {path_or_id}, got a {kind}")
+    for part in ("tokenizer", "text_encoder"):
+        if getattr(pipeline, part, None) is None:
+            raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {kind} without a {part}")
+    if "image" in signature(pipeline.__call__).parameters:
+        raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {kind}")
+    try:
+        denoiser_of(pipeline)
+    except AdapterError as error:
+        raise ModelError(f"{path_or_id}: {error}") from None
     return pipeline
 
 

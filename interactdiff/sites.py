@@ -127,14 +127,19 @@ def _halved(size: int, times: int) -> int:
     return -(-size // 2**times)
 
 
+def held_denoiser(pipeline_or_denoiser: object) -> object:
+    """A pipeline's U-Net or transformer, or what was given itself; a compiled wrapper as it is."""
+    held = (getattr(pipeline_or_denoiser, name, None) for name in ("unet", "transformer"))
+    return next((denoiser for denoiser in held if denoiser is not None), pipeline_or_denoiser)
+
+
 def denoiser_of(pipeline_or_denoiser: object) -> Denoiser:
     """The U-Net or transformer of a pipeline, or that module itself, whether or not it was compiled.
 
     Raises:
         AdapterError: there is none that is known.
     """
-    of_pipeline = getattr(pipeline_or_denoiser, "transformer", None)
-    denoiser = getattr(pipeline_or_denoiser, "unet", None) or of_pipeline or pipeline_or_denoiser
+    denoiser = held_denoiser(pipeline_or_denoiser)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
     if not isinstance(denoiser, Denoiser):
         got = type(denoiser).__name__

@@ -184,7 +184,10 @@ BAD_FLAGS = {
     "no folder": (["a", "--out", "missing/out.png"], "--out: expected a file that can be written"),
     "folder": (["a", "--out", "folder.png"], "a folder"),
     "overlay of no name": (["a", "--out", ".", "--overlay"], "ends in .png"),
-    "no model": (["a", "--model", "sd-1.5"], "expected as model a packaged one (stickworld), a folder"),
+    "no model": (
+        ["a", "--model", "sd-1.5"],
+        "as model a packaged one (stickworld, stickworld-dit), a folder",
+    ),
     "no adapter": (["a", "--adapter", "./missing"], "expected as adapter a packaged one"),
     "no device": (["a", "--device", "toaster"], "expected a device of this machine"),
     "device without storage": (["a", "--device", "meta"], "expected a device of this machine"),
@@ -371,6 +374,10 @@ def test_evaluate_and_train_refuse_before_any_work(
     assert "--json: expected a file that can be written" in refusal(capsys)
     assert main(["evaluate", "--world", "--scenes", "0"]) == 2
     assert "--scenes: expected a whole number from 1 up" in refusal(capsys)
+    assert main(["evaluate", "--world", "--size", "100"]) == 2
+    assert refusal(capsys) == "--size: expected a multiple of 8 pixels, got 100"
+    assert main(["evaluate", "--world", "--fast", "--model", "owner/name"]) == 2
+    assert refusal(capsys) == "--fast: expected --adapter for the model owner/name, got none"
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "expected a YAML file" in refusal(capsys)
     recipe = tmp_path / "cake.yaml"

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from interactdiff.attach import attach
+from interactdiff.checkpoint import AdapterError
 from interactdiff.cli import main
 from interactdiff.evaluation.hoi import (
     Share,
@@ -19,6 +21,7 @@ from interactdiff.evaluation.hoi import (
     with_interval,
 )
 from interactdiff.evaluation.world import (
+    Drawing,
     Order,
     draw,
     evaluate_world,
@@ -26,6 +29,7 @@ from interactdiff.evaluation.world import (
     held_out_scenes,
     look_at,
     packaged_detector,
+    shrunk,
     swap,
     swap_scores,
 )
@@ -248,9 +252,14 @@ def test_evaluate_world_gives_the_whole_table(drawer: Drawer, detector: Detector
         assert all(0 <= share <= 1 for share in row.values())
     assert list(table["action_swap"]) == ["adapter", "boxes_only", "chance"]
     assert list(table["intervals"]["rows"]["base"]) == scores
+    assert list(table["text"]) == list(table["intervals"]["text"]) == ["real", "base"]
+    for row in table["text"].values():
+        assert list(row) == ["object_acc", "action_acc", "colour_acc"]
     assert (table["scenes"], table["seed"]) == (2, 5)
+    assert (table["guidance_scale"], table["size"]) == (2.0, 16)
     text = format_table(table)
     assert "real renders" in text
+    assert "found anywhere" in text
     assert f"chance {100 * table['action_swap']['chance']:.1f}" in text
 
 
@@ -260,6 +269,58 @@ def test_fast_control_has_a_row_of_its_own(drawer: Drawer, detector: Detector) -
     )
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_fast"]
     assert "adapter, fast" in format_table(table)
+
+
+def test_without_an_adapter_there_are_the_rows_that_need_none(
+    pipe: StableDiffusionPipeline, drawer: Drawer, detector: Detector
+) -> None:
+    full = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
+    assert drawer.handle is not None
+    drawer.handle.detach()
+    bare = Drawer(pipe, None, "tiny", None)
+    table = evaluate_world("", None, 2, 5, 2, 3, "cpu", progress=False, drawer=bare, detector=detector)
+    assert table["action_swap"] is table["intervals"]["action_swap"] is table["adapter"] is None
+    assert list(table) == list(full)
+    for part in (table, table["intervals"]):
+        whole = full if part is table else full["intervals"]
+        assert part["rows"] == {row: whole["rows"][row] for row in ("real", "base")}
+        assert part["text"] == whole["text"]
+    text = format_table(table)
+    assert "base, text only" in text
+    assert "action swap" not in text
+    with pytest.raises(
+        AdapterError, match="expected an adapter for the row of fast control, got none for tiny"
+    ):
+        evaluate_world("", None, 2, 5, 2, 3, "cpu", fast=True, drawer=bare, detector=detector)
+
+
+def test_pictures_are_drawn_at_a_size_and_averaged_down_to_the_detectors(
+    drawer: Drawer, detector: Detector
+) -> None:
+    assert draw([Order(0, "a person")], drawer, 0, Drawing(1, size=24)).shape == (1, 3, 24, 24)
+    table = evaluate_world(
+        "", "", 1, 5, 1, 3, "cpu", progress=False, size=24, drawer=drawer, detector=detector
+    )
+    assert table["size"] == 24
+    assert "of 24 px" in format_table(table)
+    large = torch.rand(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    corners = large.unflatten(2, (96, 2)).unflatten(4, (96, 2))
+    torch.testing.assert_close(shrunk(large), corners.mean((3, 5)))
+    assert shrunk(large[..., :96, :96]).equal(large[..., :96, :96])
+    assert shrunk(large[..., :24, :24]).shape == (2, 3, 24, 24)
+    with pytest.raises(SceneError, match="size: expected a multiple of 8 pixels, got 20"):
+        evaluate_world("", "", 1, 5, 1, 3, "cpu", size=20, drawer=drawer, detector=detector)
+
+
+def test_a_unet_is_called_as_it_always_was(drawer: Drawer, pipe: StableDiffusionPipeline) -> None:
+    order = Order(3, "a person")
+    got = draw([order], drawer, 2, Drawing(2, 3.0))
+    noise = torch.Generator().manual_seed(HELD_OUT + 2_000_003)
+    plain: Any = pipe
+    wanted = plain(
+        ["a person"], generator=[noise], output_type="pt", num_inference_steps=2, guidance_scale=3.0
+    )
+    assert torch.equal(got, wanted.images)
 
 
 def test_evaluate_on_the_command_line_prints_the_table_and_writes_it(
@@ -278,13 +339,20 @@ def test_evaluate_on_the_command_line_prints_the_table_and_writes_it(
     assert table["rows"]["real"]["box_acc"] == 1.0  # by the packaged detector
     assert table["rows"]["base"]["hoi_map"] == 0.0
     assert format_table(table) in capsys.readouterr().out
+    without = [*models[:2], "--size", "24", "--guidance-scale", "3"]
+    assert main(["evaluate", "--world", *sizes, *without, "--json", str(out)]) == 0
+    table = json.loads(out.read_text())
+    assert list(table["rows"]) == list(table["text"]) == ["real", "base"]
+    assert table["text"]["real"] == {"object_acc": 1.0, "action_acc": 1.0, "colour_acc": 1.0}
+    assert (table["size"], table["guidance_scale"], table["action_swap"]) == (24, 3.0, None)
+    assert format_table(table) in capsys.readouterr().out
 
 
 def test_pictures_do_not_depend_on_the_batch(drawer: Drawer) -> None:
     worlds = held_out_scenes(3, seed=0)
     orders = [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)]
-    together = draw(orders, drawer, seed=0, how={"num_inference_steps": 2})
-    alone = torch.cat([draw([order], drawer, seed=0, how={"num_inference_steps": 2}) for order in orders])
+    together = draw(orders, drawer, seed=0, how=Drawing(2))
+    alone = torch.cat([draw([order], drawer, seed=0, how=Drawing(2)) for order in orders])
     assert together.shape == (3, 3, 16, 16)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
@@ -293,15 +361,11 @@ def test_the_base_row_is_the_base_and_the_others_are_not(
     drawer: Drawer, pipe: StableDiffusionPipeline
 ) -> None:
     world = held_out_scenes(1, seed=0)[0]
-    controlled = draw(
-        [Order(0, world.caption, world.interactions())], drawer, seed=0, how={"num_inference_steps": 2}
-    )
-    uncontrolled = draw([Order(0, world.caption)], drawer, seed=0, how={"num_inference_steps": 2})
+    controlled = draw([Order(0, world.caption, world.interactions())], drawer, seed=0, how=Drawing(2))
+    uncontrolled = draw([Order(0, world.caption)], drawer, seed=0, how=Drawing(2))
     assert drawer.handle is not None
     drawer.handle.detach()
-    without = draw(
-        [Order(0, world.caption)], Drawer(pipe, None, "tiny", None), seed=0, how={"num_inference_steps": 2}
-    )
+    without = draw([Order(0, world.caption)], Drawer(pipe, None, "tiny", None), seed=0, how=Drawing(2))
     assert torch.equal(uncontrolled, without)
     assert not torch.allclose(uncontrolled, controlled, atol=1e-3)
 
@@ -310,9 +374,7 @@ def test_a_picture_ordered_twice_is_drawn_once(drawer: Drawer, detector: Detecto
     drawn = []
     hook = drawer.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: drawn.append(len(args[0])))
     orders = [Order(0, "a person"), Order(1, "a person"), Order(0, "a person")]
-    found = look_at(
-        orders, drawer, detector, seed=0, how={"num_inference_steps": 1}, batch_size=8, progress=False
-    )
+    found = look_at(orders, drawer, detector, seed=0, how=Drawing(1), batch_size=8, progress=False)
     hook.remove()
     assert sum(drawn) == 2
     assert set(found) == set(orders)

@@ -43,9 +43,9 @@ class FlowBatch:
         text: [B, T, D] states of the text.
         pooled: [B, P] pooled state of the text.
         generator: CPU source of the noise and of the times.
-        logit_mean: of the times' logit-normal density (arXiv 2403.03206, section 3.1); above 0 leans to
-            noise, where text and layout are decided.
-        logit_std: of the same.
+        logits: mean and standard deviation of the times' logit-normal density (arXiv 2403.03206, section
+            3.1), whose mean above 0 leans to noise, where text and layout are decided; None spreads them
+            evenly.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class FlowBatch:
         text: Tensor,
         pooled: Tensor,
         generator: torch.Generator,
-        logit_mean: float,
-        logit_std: float,
+        logits: tuple[float, float] | None = None,
     ):
         noise = torch.randn(latents.shape, generator=generator).to(latents)
+        density, mean_std = ("logit_normal", logits) if logits else ("none", ())
         times: Any = compute_density_for_timestep_sampling(
-            "logit_normal", len(latents), logit_mean, logit_std, generator=generator
+            density, len(latents), *mean_std, generator=generator
         )
         times = times.to(latents)
         share = times[:, None, None, None]
@@ -151,9 +151,8 @@ class DitRecipe(Recipe):
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         config = self.config
         text, pooled = self.text.states(batch["captions"])
-        flow = FlowBatch(
-            batch["latents"], text, pooled, generator, config["logit_mean"], config["logit_std"]
-        )
+        logits = config["logit_mean"], config["logit_std"]
+        flow = FlowBatch(batch["latents"], text, pooled, generator, logits)
         return flow.loss(self.model(**flow.inputs).sample)
 
     def pipeline(self) -> FluxPipeline:

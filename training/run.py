@@ -14,6 +14,7 @@ RECIPES = {
     "vae": "interactdiff.training.vae:VaeRecipe",
     "base": "interactdiff.training.base:BaseRecipe",
     "dit": "interactdiff.training.dit:DitRecipe",
+    "distill": "interactdiff.training.distill:DistillRecipe",
     "adapter": "interactdiff.training.adapter:AdapterRecipe",
     "detector": "interactdiff.training.detector:DetectorRecipe",
 }

@@ -18,7 +18,9 @@ from interactdiff.clear.pattern import Pattern
 
 BLOCK = 128  # tokens; FlexAttention's own default
 TILE = (16, 8)  # rows and columns of image tokens in a block
-CACHED = 8  # layouts kept: sizes, windows and devices in use at a time
+LAYOUTS = 8  # kept: sizes, windows and devices in use at a time
+KERNELS = 32  # kept
+FAR = 1e7  # rows
 
 
 class Layout(NamedTuple):
@@ -55,13 +57,21 @@ def flex_attention(
         k, v = torch.cat((k, pooled[0]), 2), torch.cat((v, pooled[1]), 2)
     of_queries = layout.keys[: layout.queries]
     arranged = (q.index_select(2, of_queries), k.index_select(2, layout.keys), v.index_select(2, layout.keys))
-    return compiled()(*arranged, block_mask=layout.block_mask, scale=scale).index_select(2, layout.places)
+    kernel = _compiled(q.shape, len(layout.keys), q.dtype, q.device, scale, torch.is_grad_enabled())
+    return kernel(*arranged, block_mask=layout.block_mask, scale=scale).index_select(2, layout.places)
 
 
-@lru_cache(maxsize=1)
-def compiled() -> Callable[..., Tensor]:
-    """FlexAttention, compiled when it is first called."""
-    return torch.compile(_flex().flex_attention, dynamic=False)
+@lru_cache(maxsize=KERNELS)
+def _compiled(*_: object) -> Callable[..., Tensor]:
+    """FlexAttention for tensors of one kind, compiled when it is first called."""
+    flex = _flex().flex_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return flex(q, k, v, **options)
+
+    # torch counts compilations by code object, and after 8 of them silently takes all pairs of tokens instead
+    attention.__code__ = attention.__code__.replace(co_name=attention.__name__)
+    return torch.compile(attention, dynamic=False)  # with dynamic sizes its C++ does not compile in torch 2.13
 
 
 def can_run_flex(device: torch.device, dtype: torch.dtype, grad: bool = False) -> str | None:
@@ -81,7 +91,7 @@ def _flex() -> Any:
     return importlib.import_module("torch.nn.attention.flex_attention")
 
 
-@lru_cache(maxsize=CACHED)
+@lru_cache(maxsize=LAYOUTS)
 def layout_of(pattern: Pattern, device: torch.device) -> Layout:
     """The layout of a pattern, kept for the next call."""
     text = torch.arange(pattern.length)[pattern.text]
@@ -167,18 +177,20 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(
     pattern: Pattern, tokens: Tensor, queries: int, blocks: _Blocks, device: torch.device
 ) -> Callable[..., Tensor]:
-    """Which pairs are seen within a block that is seen in part; pairs of other residue classes are in none."""
-    first = blocks.text * BLOCK
-    inside = torch.arange(BLOCK)
-    row, column = torch.zeros(2, len(tokens), dtype=torch.int32)
-    row[first:queries] = (blocks.rows[:, None] + inside // TILE[1]).flatten()
-    column[first:queries] = (blocks.columns[:, None] + inside % TILE[1]).flatten()
+    """Which pairs of places are seen."""
+    first, inside = blocks.text * BLOCK, torch.arange(BLOCK)
+    apart = pattern.grid[0] + TILE[0] + pattern.window  # rows from one residue class to the next
+    row, column = torch.full((len(tokens),), -FAR), torch.zeros(len(tokens))
+    row[first:queries] = ((blocks.rows + apart * blocks.of_class)[:, None] + inside // TILE[1]).flatten().float()
+    column[first:queries] = (blocks.columns[:, None] + inside % TILE[1]).flatten().float()
+    row[queries:] = FAR
     place = torch.arange(len(tokens))
     shared = ((place < first) | (place >= queries)).to(device)
     real, row, column = (tokens >= 0).to(device), row.to(device), column.to(device)
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = pattern.within(row[query] - row[key], column[query] - column[key])
-        return real[key] & (near | shared[query] | shared[key])
+        anywhere = torch.where(shared[query], key < queries, shared[key])
+        return real[key] & (near | anywhere)
 
     return seen

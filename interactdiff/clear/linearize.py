@@ -2,9 +2,8 @@
 
 import os
 
-from interactdiff.attach import attach
 from interactdiff.clear.adapter import ClearAdapter, ClearConfig
-from interactdiff.clear.handle import ClearHandle
+from interactdiff.clear.handle import ClearHandle, attach_clear
 
 
 def linearize(
@@ -43,7 +42,7 @@ def linearize(
         adapter = weights
     else:
         adapter = ClearAdapter.from_pretrained(weights, window=window, down_factor=down_factor)
-    handle = attach(pipeline_or_denoiser, adapter)
+    handle = attach_clear(pipeline_or_denoiser, adapter)
     try:
         handle.configure(
             backend=backend, min_tokens=min_tokens, proportional=proportional, ntk_factor=ntk_factor

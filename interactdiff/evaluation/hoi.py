@@ -3,7 +3,8 @@
 Every score is kept as counts by scene, so that one resampling of scenes gives the intervals of all of them.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,6 +165,39 @@ def picture_scores(found: Sequence[Detections], asked: Sequence[Sequence[Triplet
     triplets = np.array([len(scene) for scene in asked])
     shares = {n: Share(h, triplets if n == "action_acc" else 2 * triplets) for n, h in hits.items()}
     return {"hoi_map": hoi_map([seen.triplets for seen in found], asked), **shares}
+
+
+def text_scores(found: Sequence[Detections], asked: Sequence[Sequence[Triplet]]) -> dict[str, Score]:
+    """Score pictures by what a caption says of them, wherever that is found.
+
+    A caption says of no place, so boxes do not count here. Each thing that is found stands for one thing that
+    was said at most, and as many things that were said as can be have one that stands for them. Who does it
+    to what is not asked: a person who rides a dog counts for riding a bike.
+
+    Args:
+        found: by picture.
+        asked: by picture.
+
+    Returns:
+        object_acc: share of the objects of which one of that kind is found; action_acc: share of the triplets
+        of which a person doing that is found; colour_acc: share of persons and objects of which a person, or
+        an object of that kind, is found in that colour.
+    """
+    hits = {name: np.zeros(len(asked)) for name in ("object_acc", "action_acc", "colour_acc")}
+    for scene, (seen, triplets) in enumerate(zip(found, asked, strict=True)):
+        things = (*seen.persons, *seen.objects)
+        persons = [("person", t.subject_colour) for t in triplets]
+        objects = [(t.object, t.object_colour) for t in triplets]
+        hits["object_acc"][scene] = _shared([t.object for t in triplets], [o.name for o in seen.objects])
+        hits["action_acc"][scene] = _shared([t.action for t in triplets], [p.action for p in seen.persons])
+        hits["colour_acc"][scene] = _shared([*persons, *objects], [(t.name, t.colour) for t in things])
+    triplets = np.array([len(scene) for scene in asked])
+    return {n: Share(h, 2 * triplets if n == "colour_acc" else triplets) for n, h in hits.items()}
+
+
+def _shared(asked: Sequence[Hashable], found: Sequence[Hashable]) -> int:
+    """How many of those asked for can be paired with an equal one that is found, one to one."""
+    return (Counter(asked) & Counter(found)).total()
 
 
 def with_interval(

@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, with_interval
-from interactdiff.generate import Drawer
+from interactdiff.checkpoint import AdapterError
+from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, text_scores, with_interval
+from interactdiff.generate import Drawer, call_arguments
 from interactdiff.models import GUIDANCE_SCALES, MODEL, ModelError
 from interactdiff.scene import Interaction, SceneError
+from interactdiff.scene_checks import checked_side
 from interactdiff.stickworld import model_path
-from interactdiff.stickworld.detector import Detections, Detector
+from interactdiff.stickworld.detector import SIZE, Detections, Detector
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import GROUPS, HELD_OUT, WorldScene, sample_scene
 
@@ -26,6 +29,8 @@ ROWS = {
     "adapter_fast": "adapter, fast",
 }
 SCORES = {"hoi_map": "HOI mAP", "box_acc": "boxes", "action_acc": "actions", "colour_acc": "colours"}
+TEXT_ROWS = ("real", "base")  # also scored by what is found anywhere: text alone says of no place
+TEXT_SCORES = {"object_acc": "objects", "action_acc": "actions", "colour_acc": "colours"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,21 @@ class Order:
     prompt: str
     interactions: tuple[Interaction, ...] = ()
     fast: bool = False
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn.
+
+    Attributes:
+        steps: denoising steps.
+        guidance_scale: or None for the pipeline's own.
+        size: height and width in pixels, or None for the model's own.
+    """
+
+    steps: int
+    guidance_scale: float | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,7 @@ def held_out_scenes(count: int, seed: int) -> list[WorldScene]:
 
 def evaluate_world(
     model: str,
-    adapter: str,
+    adapter: str | None,
     scenes: int,
     seed: int,
     steps: int,
@@ -75,7 +95,8 @@ def evaluate_world(
     device: str,
     progress: bool = True,
     *,
-    guidance_scale: float = GUIDANCE_SCALES[MODEL],
+    guidance_scale: float | None = None,
+    size: int | None = None,
     fast: bool = False,
     drawer: Drawer | None = None,
     detector: Detector | None = None,
@@ -85,68 +106,99 @@ def evaluate_world(
     real: renders of the scenes, the ceiling. base: the full caption, verbs included, and no adapter.
     boxes_only: the caption without verbs, every box and phrase, and the actions left null; with the verbs,
     the caption would tell the action. adapter: the full caption and everything. adapter_fast, if asked for:
-    the same with fast control.
+    the same with fast control. Without an adapter there are the first two.
+    text: of the first two, what is found anywhere in the picture, see `text_scores`.
     action swap: the caption without verbs, the same boxes and noise, and one triplet's action set to each of
     its group in turn; the share of pictures in which the person at that box does it. boxes_only is the
     same with that action left null, compared with each action in turn; chance is what guessing would give.
 
     Args:
         model: packaged name, folder or Hub id.
-        adapter: likewise.
+        adapter: likewise; None takes the packaged adapter of a packaged model, and none with any other.
         scenes: how many.
         seed: which ones, and their noise; in [0, 2**32).
         steps: denoising steps.
         batch_size: pictures at a time; does not change which noise a scene gets.
         device: a torch device or "auto".
         progress: show a progress bar.
-        guidance_scale: of every row.
+        guidance_scale: of every row; None is what suits a packaged model, and 2 for any other.
+        size: pixels at which pictures are drawn, a multiple of 8; None is the model's own.
         fast: whether there is a row for fast control.
-        drawer: a loaded model with its adapter, in place of loading `model` and `adapter`.
+        drawer: a loaded model, with an adapter or without, in place of loading `model` and `adapter`.
         detector: in place of the packaged one.
 
     Returns:
-        {"rows": {row: {score: share}}, "action_swap": {...}, "intervals": the same two with the ends of
-        95% intervals, "scenes", "seed", "steps", "guidance_scale", "model", "adapter"}.
+        {"rows": {row: {score: share}}, "text": the same for other scores, "action_swap": {...} or None
+        without an adapter, "intervals": these three with the ends of 95% intervals, "scenes", "seed",
+        "steps", "guidance_scale", "size", "model", "adapter"}.
 
     Raises:
-        SceneError: the seed is out of range.
+        SceneError: the seed or the size is out of range.
         ModelError: a model is missing or damaged.
-        AdapterError: the adapter is missing, damaged, or made for another base.
+        AdapterError: the adapter is missing, damaged, or made for another base, or fast control has none.
     """
     if not 0 <= seed < 2**32:
         raise SceneError(f"expected a seed in [0, 2**32), got {seed}")
+    checked_side("size", size)
     detector = detector if detector is not None else packaged_detector()
     drawer = drawer if drawer is not None else Drawer.load(model, adapter, device)
-    detector = detector.to(drawer.pipeline.unet.device)
+    drawer.check_side("size", size)
+    if fast and drawer.handle is None:
+        raise AdapterError(f"expected an adapter for the row of fast control, got none for {drawer.model}")
+    if guidance_scale is None:
+        guidance_scale = GUIDANCE_SCALES.get(drawer.model, GUIDANCE_SCALES[MODEL])
+    how = Drawing(steps, guidance_scale, size or drawer.size)
+    detector = detector.to(drawer.denoiser.device)
     worlds = held_out_scenes(scenes, seed)
-    swaps = [swap(i, world, seed) for i, world in enumerate(worlds)]
-    orders = {
-        "base": [Order(i, world.caption) for i, world in enumerate(worlds)],
-        "boxes_only": [
-            Order(i, w.caption_without_verb, w.interactions(action=False)) for i, w in enumerate(worlds)
-        ],
-        "adapter": [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)],
-    }
-    if fast:
-        orders["adapter_fast"] = [replace(order, fast=True) for order in orders["adapter"]]
+    orders = row_orders(worlds, drawer.handle is not None, fast)
+    swaps = [swap(i, world, seed) for i, world in enumerate(worlds)] if drawer.handle is not None else []
     wanted = [order for row in orders.values() for order in row]
     wanted += [order for s in swaps for order in (*s.pictures, s.without)]
-    how = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     seen = look_at(wanted, drawer, detector, seed, how, batch_size, progress)
 
     asked = [world.triplets for world in worlds]
     found = {"real": look_at_renders(worlds, detector, batch_size)}
     found |= {row: [seen[order] for order in ordered] for row, ordered in orders.items()}
-    rows = {row: picture_scores(found[row], asked) for row in ROWS if row in found}
-    table: dict[str, Any] = {"rows": {}, "action_swap": {}, "intervals": {"rows": {}, "action_swap": {}}}
-    for row, scores in rows.items():
-        _enter(table["rows"], table["intervals"]["rows"], row, scores, scenes, seed)
-    followed = swap_scores(swaps, worlds, seen)
-    _enter(table, table["intervals"], "action_swap", followed, scenes, seed)
-    named = {"model": drawer.model, "adapter": drawer.adapter}
+    scores: dict[str, dict[str, dict[str, Score]]] = {
+        "rows": {row: picture_scores(found[row], asked) for row in ROWS if row in found},
+        "text": {row: text_scores(found[row], asked) for row in TEXT_ROWS},
+    }
+    table: dict[str, Any] = {
+        "rows": {},
+        "text": {},
+        "action_swap": None,
+        "intervals": {"rows": {}, "text": {}},
+    }
+    table["intervals"]["action_swap"] = None
+    for kind, rows in scores.items():
+        for row, row_scores in rows.items():
+            _enter(table[kind], table["intervals"][kind], row, row_scores, scenes, seed)
+    if swaps:
+        followed = swap_scores(swaps, worlds, seen)
+        _enter(table, table["intervals"], "action_swap", followed, scenes, seed)
     return {
-        **table, "scenes": scenes, "seed": seed, "steps": steps, "guidance_scale": guidance_scale, **named
-    }  # fmt: skip
+        **table,
+        "scenes": scenes,
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "size": how.size,
+        "model": drawer.model,
+        "adapter": drawer.adapter,
+    }
+
+
+def row_orders(worlds: Sequence[WorldScene], controlled: bool, fast: bool) -> dict[str, list[Order]]:
+    """The pictures of each row that is drawn: the base's alone, or those of its adapter too."""
+    orders = {"base": [Order(i, world.caption) for i, world in enumerate(worlds)]}
+    if controlled:
+        orders["boxes_only"] = [
+            Order(i, w.caption_without_verb, w.interactions(action=False)) for i, w in enumerate(worlds)
+        ]
+        orders["adapter"] = [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)]
+    if fast:
+        orders["adapter_fast"] = [replace(order, fast=True) for order in orders["adapter"]]
+    return orders
 
 
 def _enter(values: dict, intervals: dict, row: str, scores: dict[str, Score], scenes: int, seed: int) -> None:
@@ -206,7 +258,7 @@ def look_at(
     drawer: Drawer,
     detector: Detector,
     seed: int,
-    how: dict[str, Any],
+    how: Drawing,
     batch_size: int,
     progress: bool,
 ) -> dict[Order, Detections]:
@@ -222,28 +274,36 @@ def look_at(
         for first in range(0, len(group), batch_size):
             batch = group[first : first + batch_size]
             images = draw(batch, drawer, seed, how)
-            seen |= zip(batch, detector.detect(images), strict=True)
+            seen |= zip(batch, detector.detect(shrunk(images)), strict=True)
             bar.update(len(batch))
     bar.close()
     return seen
 
 
-def draw(orders: Sequence[Order], drawer: Drawer, seed: int, how: dict[str, Any]) -> Tensor:
+def draw(orders: Sequence[Order], drawer: Drawer, seed: int, how: Drawing) -> Tensor:
     """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1].
 
-    All of them are fast, or none is. `how` goes to the pipeline's call.
+    All of them are fast, or none is.
     """
     if drawer.handle is not None:
         drawer.handle.set_scene([order.interactions for order in orders], fast=orders[0].fast)
     noise_seeds = [HELD_OUT + seed * 1_000_000 + order.scene for order in orders]
+    prompts = [order.prompt for order in orders]
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         drawn = drawer.pipeline(
-            prompt=[order.prompt for order in orders],
+            **call_arguments(drawer.pipeline, prompts, guidance_scale=how.guidance_scale),
+            num_inference_steps=how.steps,
+            width=how.size or drawer.size,
+            height=how.size or drawer.size,
             generator=[torch.Generator("cpu").manual_seed(s) for s in noise_seeds],
             output_type="pt",
-            **how,
         )
     return drawn.images.float().clamp(0, 1)
+
+
+def shrunk(images: Tensor) -> Tensor:
+    """[B, 3, H, W] pictures, averaged down to the size that the detector looks at if they are larger."""
+    return F.adaptive_avg_pool2d(images, SIZE) if min(images.shape[-2:]) > SIZE else images
 
 
 def look_at_renders(worlds: Sequence[WorldScene], detector: Detector, batch_size: int) -> list[Detections]:
@@ -261,24 +321,29 @@ def format_table(table: dict[str, Any]) -> str:
     def cell(value: float, interval: Sequence[float]) -> str:
         return f"{100 * value:5.1f} [{100 * interval[0]:3.0f}, {100 * interval[1]:3.0f}]"
 
-    lines = [f"{'%':20}" + "".join(f"{title:>19}" for title in SCORES.values())]
-    titles = {row: title for row, title in ROWS.items() if row in table["rows"]}
-    for row, title in titles.items():
-        values, intervals = table["rows"][row], table["intervals"]["rows"][row]
-        lines.append(f"{title:20}" + "".join(f"{cell(values[s], intervals[s]):>19}" for s in SCORES))
+    def block(kind: str, titles: dict[str, str], corner: str = "%") -> list[str]:
+        lines = [f"{corner:20}" + "".join(f"{title:>19}" for title in titles.values())]
+        for row, values in table[kind].items():
+            ends = table["intervals"][kind][row]
+            lines.append(f"{ROWS[row]:20}" + "".join(f"{cell(values[s], ends[s]):>19}" for s in titles))
+        return lines
+
+    lines = [*block("rows", SCORES), "", *block("text", TEXT_SCORES, "found anywhere, %"), ""]
     ceiling = table["rows"]["real"]["hoi_map"]
     shares = [
-        f"{ROWS[row]} {table['rows'][row]['hoi_map'] / ceiling if ceiling else 0:.2f}"
-        for row in list(titles)[1:]
+        f"{ROWS[row]} {values['hoi_map'] / ceiling if ceiling else 0:.2f}"
+        for row, values in table["rows"].items()
+        if row != "real"
     ]
-    lines += ["", "HOI mAP as a share of the ceiling: " + ", ".join(shares)]
+    lines.append("HOI mAP as a share of the ceiling: " + ", ".join(shares))
     swapped, ends = table["action_swap"], table["intervals"]["action_swap"]
+    if swapped is not None:
+        lines.append(
+            f"action swap: adapter {cell(swapped['adapter'], ends['adapter'])}, boxes only "
+            f"{cell(swapped['boxes_only'], ends['boxes_only'])}, chance {100 * swapped['chance']:.1f}"
+        )
     lines.append(
-        f"action swap: adapter {cell(swapped['adapter'], ends['adapter'])}, boxes only "
-        f"{cell(swapped['boxes_only'], ends['boxes_only'])}, chance {100 * swapped['chance']:.1f}"
-    )
-    lines.append(
-        f"{table['scenes']} held-out scenes, seed {table['seed']}, {table['steps']} steps, guidance "
-        f"{table['guidance_scale']:g}, 95% intervals"
+        f"{table['scenes']} held-out scenes of {table['size']} px, seed {table['seed']}, "
+        f"{table['steps']} steps, guidance {table['guidance_scale']:g}, 95% intervals"
     )
     return "\n".join(lines)

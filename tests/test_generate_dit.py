@@ -1,0 +1,205 @@
+"""Drawing and scoring with diffusion transformers: stock Flux and SD3 pipelines, tiny and random."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tiny import RIDING, trained_adapter
+from tiny_dit import TEXT_LENGTH, tiny_flux_pipeline
+from transformers import CLIPTokenizer
+
+import interactdiff.stickworld
+from interactdiff.cli import main
+from interactdiff.evaluation.world import Drawing, Order, draw, evaluate_world, format_table
+from interactdiff.generate import Drawer, call_arguments
+from interactdiff.models import default_adapter, lasting
+from interactdiff.picture import read_record
+from interactdiff.scene import Scene, SceneError
+from interactdiff.stickworld.detector import Detector
+
+BOXES = "person|riding|bike|0.30,0.20,0.62,0.80|0.28,0.55,0.70,0.92"
+LONG = " ".join(["a"] * TEXT_LENGTH)  # for T5 one more token, the end; for CLIP not too long
+
+
+@pytest.fixture
+def drawer(flux_pipe: Any) -> Drawer:
+    return Drawer(flux_pipe, None, "tiny", None)
+
+
+@pytest.fixture
+def packaged(
+    flux_pipe: Any, pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The tiny Flux in the place of the packaged one, an adapter for a U-Net, and an empty working folder."""
+    flux_pipe.save_pretrained(tmp_path / "dit", safe_serialization=True)
+    trained_adapter(pipe.unet).save_pretrained(tmp_path / "adapter")
+    packaged_detector = interactdiff.stickworld.model_path("detector")
+    folders = {"stickworld-dit": tmp_path / "dit", "detector": packaged_detector}
+    monkeypatch.setattr(interactdiff.stickworld, "model_path", folders.__getitem__)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+def test_each_kind_of_pipeline_is_told_the_guidance_its_own_way(
+    pipe: StableDiffusionPipeline, flux_pipe: Any, sd3_pipe: Any, tokenizer: CLIPTokenizer
+) -> None:
+    distilled = tiny_flux_pipeline(tokenizer, guidance_embeds=True)
+    padded = {"max_sequence_length": TEXT_LENGTH}
+    asked = {"prompt": "a", "negative_prompt": "b"}
+    assert call_arguments(pipe, "a", "b", 2.0) == {**asked, "guidance_scale": 2.0}
+    assert call_arguments(sd3_pipe, "a", "b", 2.0) == {**asked, "guidance_scale": 2.0}
+    assert call_arguments(flux_pipe, "a", "b", 2.0) == {**asked, "true_cfg_scale": 2.0, **padded}
+    assert call_arguments(distilled, "a", "b", 2.0) == {**asked, "guidance_scale": 2.0, **padded}
+
+
+def test_a_pipeline_is_told_no_more_than_it_has_to_be(pipe: StableDiffusionPipeline, flux_pipe: Any) -> None:
+    assert call_arguments(pipe, "a") == {"prompt": "a"}
+    assert call_arguments(pipe, ["a", "c"], guidance_scale=2.0) == {
+        "prompt": ["a", "c"], "guidance_scale": 2.0
+    }  # fmt: skip
+    # but true CFG is done only where there is a negative prompt
+    assert call_arguments(flux_pipe, "a", guidance_scale=2.0)["negative_prompt"] == ""
+    assert call_arguments(flux_pipe, ["a", "c"], guidance_scale=2.0)["negative_prompt"] == ["", ""]
+
+
+def test_text_is_padded_to_what_its_encoder_takes_and_never_beyond_the_pipelines_default(
+    flux_pipe: Any, sd3_pipe: Any
+) -> None:
+    flux_pipe.tokenizer_2.model_max_length = 2000
+    assert call_arguments(flux_pipe, "a")["max_sequence_length"] == 512
+    sd3_pipe.tokenizer_3 = flux_pipe.tokenizer_2
+    assert call_arguments(sd3_pipe, "a")["max_sequence_length"] == 256
+    sd3_pipe.tokenizer_3.model_max_length = 32
+    assert call_arguments(sd3_pipe, "a")["max_sequence_length"] == 32
+
+
+def test_flux_draws_what_its_pipeline_draws(drawer: Drawer) -> None:
+    scene = Scene("a bike", negative_prompt="a dog", seed=4, steps=2, guidance_scale=3.0, width=32, height=48)
+    wanted = drawer.pipeline(
+        prompt="a bike",
+        negative_prompt="a dog",
+        true_cfg_scale=3.0,
+        width=32,
+        height=48,
+        num_inference_steps=2,
+        max_sequence_length=TEXT_LENGTH,
+        generator=torch.Generator().manual_seed(4),
+    ).images[0]
+    got = drawer.draw(scene)
+    assert got.size == (32, 48)
+    assert got.tobytes() == wanted.tobytes()
+    for other in ({"seed": 5}, {"guidance_scale": 1.0}, {"negative_prompt": ""}, {"prompt": "a box"}):
+        assert drawer.draw(replace(scene, **other)).tobytes() != wanted.tobytes()
+    off = replace(scene, guidance_scale=1.0)
+    assert drawer.draw(off).tobytes() == drawer.draw(replace(off, guidance_scale=None)).tobytes()
+
+
+def test_a_size_that_nobody_asked_for_is_the_models_own(drawer: Drawer, sd3_pipe: Any) -> None:
+    assert drawer.size == 256  # which is all that a Flux pipeline knows
+    assert replace(drawer, model="stickworld-dit").size == 96
+    sd3 = Drawer(sd3_pipe, None, "tiny", None)
+    assert sd3.draw(Scene("a dog", steps=1)).size == (32, 32)
+    assert sd3.draw(Scene("a dog", steps=1, width=24)).size == (24, 32)
+
+
+def test_what_the_pipeline_would_cut_or_round_is_refused(drawer: Drawer, sd3_pipe: Any) -> None:
+    for name in ("prompt", "negative_prompt"):
+        with pytest.raises(SceneError, match=rf"^{name}: expected at most {TEXT_LENGTH} tokens.* got 11$"):
+            drawer.ask(replace(Scene("a"), **{name: LONG}))
+        with pytest.raises(SceneError, match=rf"^{name}: expected at most 24 tokens.* got 32$"):
+            drawer.ask(replace(Scene("a"), **{name: "b" * 30}))
+    drawer.ask(Scene(LONG.removesuffix(" a")))
+    with pytest.raises(SceneError, match="expected at most 24 tokens"):
+        Drawer(sd3_pipe, None, "tiny", None).ask(Scene("b" * 30))
+    drawer.pipeline.vae_scale_factor = 8  # as Flux has it
+    drawer.ask(Scene("a", width=32))
+    with pytest.raises(SceneError, match=r"^height: expected a multiple of 16 pixels, got 40$"):
+        drawer.ask(Scene("a", height=40))
+
+
+def test_interactions_need_an_adapter(drawer: Drawer) -> None:
+    with pytest.raises(SceneError, match=r"expected an adapter for 1 interactions .* got none for tiny"):
+        drawer.ask(Scene("a", (RIDING,)))
+
+
+def test_the_packaged_transformer_has_a_name_and_no_adapter() -> None:
+    assert default_adapter("stickworld-dit") is None
+    assert lasting("stickworld-dit") == "stickworld-dit"
+
+
+def test_generate_draws_with_the_packaged_transformer(packaged: Path) -> None:
+    flags = ["--model", "stickworld-dit", "--steps", "2", "--device", "cpu"]
+    assert main(["generate", "a red bike", *flags, "--out", "x.png"]) == 0
+    record = read_record("x.png")
+    assert (record.model, record.adapter, record.dtype) == ("stickworld-dit", None, "float32")
+    assert Image.open("x.png").size == (96, 96)
+    assert main(["generate", "--from", "x.png"]) == 0
+    assert Path("x.again.png").read_bytes() == Path("x.png").read_bytes()
+    assert main(["generate", "--from", "x.png", "--guidance-scale", "3", "--out", "own.png"]) == 0
+    assert Image.open("own.png").tobytes() == Image.open("x.png").tobytes()
+    assert main(["generate", "--from", "x.png", "--guidance-scale", "1", "--out", "off.png"]) == 0
+    assert Image.open("off.png").tobytes() != Image.open("x.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--interaction", BOXES], "expected an adapter for 1 interactions and 0 entities, got none for "),
+        (["--adapter", "../adapter"], "expected a model with a U-Net for the adapter ../adapter, got a Flux"),
+        (["--negative-prompt", LONG], "negative_prompt: expected at most 10 tokens"),
+    ],
+)
+def test_what_a_transformer_cannot_draw_is_one_sentence(
+    flags: list[str], message: str, packaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "a bike", "--model", "stickworld-dit", "--device", "cpu", *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"interactdiff: {message}")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_transformer_of_an_unknown_kind_is_refused(
+    packaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = packaged / "dit/model_index.json"
+    parts = json.loads(index.read_text())
+    del parts["transformer"]
+    index.write_text(json.dumps(parts | {"_class_name": "DiffusionPipeline"}))
+    assert main(["generate", "a bike", "--model", "stickworld-dit"]) == 2
+    assert "expected a" in capsys.readouterr().err
+
+
+def test_pictures_that_are_scored_are_guided_and_have_noise_of_their_own(drawer: Drawer) -> None:
+    orders = [Order(0, "a red bike"), Order(1, "a dog")]
+    together = draw(orders, drawer, seed=0, how=Drawing(2, 3.0, 32))
+    assert together.shape == (2, 3, 32, 32)
+    alone = torch.cat([draw([order], drawer, seed=0, how=Drawing(2, 3.0, 32)) for order in orders])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert not torch.allclose(together, draw(orders, drawer, seed=0, how=Drawing(2, 1.0, 32)), atol=1e-3)
+
+
+def test_a_transformer_is_scored_by_its_captions(drawer: Drawer) -> None:
+    torch.manual_seed(0)
+    detector = Detector((8, 8, 8, 8)).eval()
+    table = evaluate_world(
+        "", None, 2, 5, 1, 2, "cpu", progress=False, size=32, drawer=drawer, detector=detector
+    )
+    assert list(table["rows"]) == list(table["text"]) == ["real", "base"]
+    assert "found anywhere" in format_table(table)
+
+
+def test_evaluate_scores_the_packaged_transformer(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "stickworld-dit", "--scenes", "1", "--steps", "1", "--device", "cpu"]
+    assert main(["evaluate", "--world", *flags, "--json", "score.json"]) == 0
+    table = json.loads(Path("score.json").read_text())
+    assert (table["model"], table["adapter"], table["action_swap"]) == ("stickworld-dit", None, None)
+    assert (table["size"], table["guidance_scale"]) == (96, 3.0)
+    assert table["text"]["real"]["object_acc"] == 1.0
+    assert format_table(table) in capsys.readouterr().out
+    assert main(["evaluate", "--world", *flags, "--fast"]) == 2
+    assert "--fast: expected --adapter for the model stickworld-dit, got none" in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""CLEAR's distillation (arXiv 2412.16112, section 4): attention within windows learns to do what full attention did.
+
+The base is the teacher, and the student is the base with other attention projections: the layers that they share
+are in memory once. Both see pictures that the base drew itself.
+"""
+
+import copy
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from interactdiff.attach import attach
+from interactdiff.clear.adapter import ClearAdapter, ClearConfig
+from interactdiff.files import write_aside
+from interactdiff.generate import call_arguments
+from interactdiff.sites import attention_sites
+from interactdiff.stickworld.world import HELD_OUT, sample_scene
+from interactdiff.training.dit import FlowBatch
+from interactdiff.training.recipe import Recipe, RecipeError
+from interactdiff.training.world_data import grid
+
+
+def sharing_copy(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """Another module with the very same parameters and buffers: they are in memory once."""
+    tensors = [*transformer.parameters(), *transformer.buffers()]
+    return copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
+
+
+class AttentionOutputs:
+    """What the attentions of a transformer gave in its last call, in the order of its sites."""
+
+    def __init__(self, transformer: FluxTransformer2DModel):
+        self.seen: list[Tensor] = []
+        for site in attention_sites(transformer):
+            site.attention.register_forward_hook(self._keep)
+        transformer.register_forward_pre_hook(lambda *_: self.seen.clear())
+
+    def _keep(self, module: nn.Module, args: object, output: Any) -> None:
+        self.seen.append(torch.cat(output[::-1], 1) if isinstance(output, tuple) else output)
+
+
+class DistillRecipe(Recipe):
+    """Trains a `ClearAdapter`: the attention projections of a Flux base, and the weights of pooling.
+
+    Extra configuration keys: `base` (pipeline folder or Hub id), `clear` (arguments of `ClearConfig`), `data`:
+    `folder`, `pictures` (how many the base draws), `prompts` (a text file with one a line, or null for captions
+    of stickworld), `size` (pixels), `steps`, `guidance_scale`, `batch_size`; `output_weight`,
+    `attention_weight` (of the losses against the teacher), `export_to`.
+    """
+
+    def build(self) -> nn.Module:
+        config = self.config
+        load: Any = FluxPipeline.from_pretrained
+        self.pipe: Any = load(config["base"]).to(self.device, torch.float32)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.teacher = self.pipe.transformer.requires_grad_(False).eval()
+        self.student = sharing_copy(self.teacher)
+        adapter = ClearAdapter.for_denoiser(self.student, ClearConfig(**config["clear"]))
+        self.handle = attach(self.student, adapter.train())
+        self.handle.configure(min_tokens=0)
+        self.outputs = AttentionOutputs(self.teacher), AttentionOutputs(self.student)
+        self.data = self_generated(self.pipe, config["data"], config["seed"])
+        return adapter
+
+    def batch(self, step: int) -> dict[str, Any]:
+        rng = random.Random(self.config["seed"] * 1_000_003 + step)
+        count = len(self.data["latents"])
+        chosen = [rng.randrange(count) for _ in range(self.config["batch_size"])]
+        return {name: tensor[chosen].float().to(self.device) for name, tensor in self.data.items()}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """Flow matching, and the teacher's output and attention outputs (section 4, equations 5 to 7)."""
+        flow = FlowBatch(**batch, generator=generator)
+        if self.teacher.config.guidance_embeds:
+            scale = self.config["data"]["guidance_scale"]
+            flow.inputs["guidance"] = torch.full_like(flow.inputs["timestep"], scale)
+        with torch.no_grad():
+            wanted = self.teacher(**flow.inputs).sample
+        predicted = self.student(**flow.inputs).sample
+        pairs = zip(self.outputs[1].seen, self.outputs[0].seen, strict=True)
+        attention = torch.stack([F.mse_loss(mine.float(), own.float()) for mine, own in pairs]).mean()
+        output = F.mse_loss(predicted.float(), wanted.float())
+        weights = self.config["output_weight"], self.config["attention_weight"]
+        return flow.loss(predicted) + weights[0] * output + weights[1] * attention
+
+    @torch.no_grad()
+    def sample(self) -> Image.Image:
+        """The teacher's pictures above the student's, from the same noise."""
+        data = self.config["data"]
+        prompts = [sample_scene(HELD_OUT + n).caption for n in range(8)]
+        if data["prompts"]:
+            prompts = read_prompts(data["prompts"])[:8]
+        rows = []
+        for transformer in (self.teacher, self.student):
+            self.pipe.transformer = transformer
+            rows.append(draw(self.pipe, prompts, data, 0, "pt").float().cpu() * 2 - 1)
+        self.pipe.transformer = self.teacher
+        return grid(torch.cat(rows), len(prompts))
+
+    def export(self) -> None:
+        adapter = self.accelerator.unwrap_model(self.model)
+        half = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
+        ClearAdapter(adapter.config, half).save_pretrained(self.config["export_to"])
+
+
+def draw(pipe: Any, prompts: list[str], data: dict[str, Any], seed: int, output_type: str) -> Tensor:
+    """What the base draws for prompts, each from noise of its own."""
+    return pipe(
+        **call_arguments(pipe, prompts, guidance_scale=data["guidance_scale"]),
+        height=data["size"],
+        width=data["size"],
+        num_inference_steps=data["steps"],
+        generator=[torch.Generator().manual_seed(seed + n) for n in range(len(prompts))],
+        output_type=output_type,
+    ).images
+
+
+@torch.no_grad()
+def self_generated(pipe: Any, data: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Latents that the base draws, with the text states that they were drawn by; made once and kept.
+
+    A part is written as soon as it is drawn, so that a run that was cut off goes on where it stopped.
+
+    Returns:
+        `latents` [N, C, H, W], `text` [N, T, D] and `pooled` [N, P], float16 on the CPU.
+    """
+    folder = Path(data["folder"]) / _made_of(pipe, data, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = read_prompts(data["prompts"]) if data["prompts"] else None
+    firsts = range(0, data["pictures"], data["batch_size"])
+    parts = []
+    for first in tqdm(firsts, desc="pictures of the base", disable=None):
+        file = folder / f"{first:06d}.safetensors"
+        if not file.exists():
+            numbers = range(first, min(first + data["batch_size"], data["pictures"]))
+            texts = [prompts[n % len(prompts)] if prompts else sample_scene(n).caption for n in numbers]
+            part = _drawn(pipe, texts, data, seed * 1_000_003 + first)
+            write_aside(file, lambda aside, part=part: save_file(part, aside))
+        with safe_open(file, "pt") as opened:
+            parts.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _drawn(pipe: Any, texts: list[str], data: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    tokens = draw(pipe, texts, data, seed, "latent")
+    latents = pipe._unpack_latents(tokens, data["size"], data["size"], pipe.vae_scale_factor)
+    length = call_arguments(pipe, texts).get("max_sequence_length", 512)
+    text, pooled, _ = pipe.encode_prompt(texts, max_sequence_length=length)
+    tensors = {"latents": latents, "text": text, "pooled": pooled}
+    return {name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _made_of(pipe: Any, data: dict[str, Any], seed: int) -> str:
+    """A name for the pictures that this base draws under these settings."""
+    settings = {name: value for name, value in data.items() if name not in ("folder", "pictures")}
+    mark = hashlib.sha256(repr((sorted(settings.items()), seed)).encode())
+    for parameter in pipe.transformer.parameters():
+        mark.update(parameter.detach().float().sum().cpu().numpy().tobytes())
+    return mark.hexdigest()[:12]
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise RecipeError(f"expected prompts in {path}, one a line, got none")
+    return prompts
