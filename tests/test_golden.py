@@ -6,18 +6,25 @@ A file's kind is known by its tensors and every size is read from it, so files o
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from safetensors import safe_open
 from torch import Tensor
 
 from interactdiff.attach import attach
+from interactdiff.clear import ClearAdapter, ClearConfig
+from interactdiff.clear.adapter import SPATIAL_WEIGHT
+from interactdiff.clear.processors import Layout, window_processor
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.fuser import GatedSelfAttention
 from interactdiff.interaction.tokens import InteractionTokenizer
 from interactdiff.ldm import adapter_tensors_from_ldm, unet_from_ldm
+from interactdiff.sites import AttentionSite
 
+BACKENDS = ["auto", "reference", "tiles", "flex"]
 FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 
@@ -28,6 +35,7 @@ class Golden:
         with safe_open(file, "pt") as opened:
             self.metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        self.tensors = tensors
         self.inputs, self.outputs, self.state = (
             {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
             for part in ("in.", "out.", "state.")
@@ -35,11 +43,13 @@ class Golden:
 
     @property
     def kind(self) -> str | None:
-        """Which of the three this is; None for vectors of other methods."""
+        """Which of the four this is; None for vectors of other methods."""
         if any(name.startswith("time_embed.") for name in self.state):
             return "ldm_unet"
         if any(name.endswith("null_position_feature") for name in self.state):
             return "hoi_tokens"
+        if "cases" in self.metadata:
+            return "clear_attention"
         return "gated_self_attention" if "alpha_attn" in self.state else None
 
     def scaled_outputs(self, name: str) -> dict[float, Tensor]:
@@ -68,8 +78,17 @@ def tokenizer_of(state: dict[str, Tensor]) -> InteractionTokenizer:
     return tokenizer
 
 
+def clear_cases() -> list[Any]:
+    return [
+        pytest.param(golden, name, case, id=f"{file.stem}-{name}")
+        for file in files("clear_attention")
+        for golden in [Golden(file)]
+        for name, case in json.loads(golden.metadata["cases"]).items()
+    ]
+
+
 def test_the_folder_has_vectors():
-    assert files("hoi_tokens") + files("gated_self_attention") + files("ldm_unet")
+    assert any(Golden(file).kind for file in FOLDER.glob("*.safetensors"))
 
 
 @golden_cases("hoi_tokens")
@@ -103,3 +122,40 @@ def test_whole_unet_through_the_converter(golden: Golden):
         for scale, expected in golden.scaled_outputs("eps").items():
             handle.set_tokens(adapter(**scene), strength=scale)
             assert off_by(unet(x, timesteps, context).sample, expected) < 1e-3, f"scale {scale}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("golden", "name", "case"), clear_cases())
+@torch.no_grad()
+def test_clear_attention(golden: Golden, name: str, case: dict[str, int], backend: str):
+    inputs, outputs, state = (
+        {
+            key.removeprefix(f"{name}.{part}."): t
+            for key, t in golden.tensors.items()
+            if key.startswith(f"{name}.{part}.")
+        }
+        for part in ("in", "out", "state")
+    )
+    layer = flux_attention(state, case)
+    pooling = {f"attn.{SPATIAL_WEIGHT}": state["spatial_weight"]} if "spatial_weight" in state else {}
+    adapter = ClearAdapter(ClearConfig(case["window_size"], case["down_factor"]), pooling)
+    layout = Layout((case["height"], case["width"]), case["text_length"], backend, "proportional" in name)
+    layer.processor = window_processor(AttentionSite("attn", layer, "first"), adapter, layout)
+    tables = inputs.pop("rope_cos"), inputs.pop("rope_sin")
+    got = layer(**inputs, image_rotary_emb=tables)
+    got = got if isinstance(got, tuple) else (got,)
+    for states, expected in zip(got, ("hidden_states", "encoder_hidden_states"), strict=False):
+        assert off_by(states, outputs[expected]) < 1e-4
+
+
+def flux_attention(state: dict[str, Tensor], case: dict[str, int]) -> FluxAttention:
+    """A joint block's attention, or a single block's."""
+    width = case["heads"] * case["head_dim"]
+    kind: dict[str, Any] = {"pre_only": True}
+    if "add_q_proj.weight" in state:
+        kind = {"added_kv_proj_dim": width, "context_pre_only": False}
+    layer = FluxAttention(
+        width, heads=case["heads"], dim_head=case["head_dim"], out_dim=width, bias=True, eps=1e-6, **kind
+    )
+    layer.load_state_dict({key: tensor for key, tensor in state.items() if key != "spatial_weight"})
+    return layer

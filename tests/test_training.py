@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from recipes import CONFIGS, TEXT, VAE, short, state
 from safetensors.torch import load_file
 
 from interactdiff import InteractionAdapter
@@ -18,51 +19,17 @@ from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import COLOURS, PLACES, sample_scene
 from interactdiff.training.adapter import in_random_slots
 from interactdiff.training.base import velocity_loss
-from interactdiff.training.recipe import Recipe, RecipeError, checkpoints, make_optimizers
+from interactdiff.training.recipe import RecipeError, checkpoints, make_optimizers
 from interactdiff.training.run import load_config, make_recipe, run
 from interactdiff.training.text import QUESTIONS, told_caption, told_phrase
 from interactdiff.training.tokenizer import make_tokenizer, world_words
 from interactdiff.training.world_data import cached_renders
-
-CONFIGS = Path(__file__).parent.parent / "training" / "configs"
-SHORT = {
-    "renders": 12,
-    "steps": 6,
-    "batch_size": 2,
-    "warmup_steps": 1,
-    "log_every": 3,
-    "checkpoint_every": 3,
-    "sample_every": 6,
-    "mixed_precision": "no",
-    "compile": False,
-}
-VAE = {
-    "latent_channels": 4,
-    "encoder_block_out_channels": [8] * 4,
-    "decoder_block_out_channels": [8] * 4,
-    "num_encoder_blocks": [0, 0, 0, 1],
-    "num_decoder_blocks": [1, 0, 0, 0],
-    "scaling_factor": 1.0,
-}
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 40,
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs of this module follow each other: autoencoder, base, adapter."""
     return tmp_path_factory.mktemp("runs")
-
-
-def short(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
-    """The packaged configuration of a recipe, cut down to six tiny steps."""
-    config = load_config(CONFIGS / f"{name}.yaml", []) | SHORT | changes
-    return config | {"cache_dir": str(folder / "cache"), "output_dir": str(folder / name)}
 
 
 def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -88,14 +55,6 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
             folder, "stickworld_interaction", base=str(world), adapter=adapter, export_to=str(made)
         ),
     }
-
-
-def state(recipe: Recipe) -> list[torch.Tensor]:
-    """Every number that training carries from step to step."""
-    states = [s for optimizer in recipe.optimizers for s in optimizer.state.values()]
-    moments = [v for s in states for v in s.values() if torch.is_tensor(v)]
-    rate = torch.tensor([rate for s in recipe.schedulers for rate in (*s.get_last_lr(), recipe.step)])
-    return [*recipe.model.state_dict().values(), *recipe.ema.shadow_params, *moments, rate]
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ class HighResolution:
         text_class = self._classes[0]
         if base_steps is None:
             base_steps = inspect.signature(text_class.__call__).parameters["num_inference_steps"].default
-        _check_whole("base_steps", base_steps, 1)
+        for name, value in (("height", height), ("width", width), ("base_steps", base_steps)):
+            _check_whole(name, value, 1)
         token = self.pipeline.vae_scale_factor * 2  # both families make a token of 2 x 2 latents
         largest = getattr(self.pipeline.transformer.config, "pos_embed_max_size", None) or math.inf
         begun = int(max(self.steps - min(self.steps * self.strength, self.steps), 0))  # as diffusers rounds
@@ -150,7 +151,7 @@ class HighResolution:
         for index, scale in enumerate(self.scales):
             sides = {"height": height * scale, "width": width * scale}
             for name, side in sides.items():
-                if side <= 0 or side % token:
+                if side % token:
                     raise ClearError(
                         f"{name}: expected a multiple of {token} px at every scale, got {side} at scale {scale}"
                     )
@@ -200,7 +201,7 @@ class HighResolution:
             OSError: the folder cannot be written.
         """
         stages = self.stages(height, width, base_steps)
-        _check_whole("seed", seed, 0)
+        _check_whole("seed", seed, 0, 2**64 - 1)
         self._check_call(prompt, call_arguments)
         tile = _tile_size(self.pipeline.vae, self.tile)
         saved, images = None, []
@@ -226,7 +227,7 @@ class HighResolution:
                     before_stage(stage)
                 own = base if stage.index == 0 else self._image_arguments(stage, images[-1])
                 own |= {"prompt": prompt, "generator": _generator(seed, stage.index)}
-                image = self._draw(stage, {**call_arguments, **own}, base_steps or stages[0].steps, tile, bar)
+                image = self._draw(stage, call_arguments | own, tile, bar)
                 if image is None:
                     break
                 images.append(image)
@@ -241,7 +242,7 @@ class HighResolution:
         return {"image": large, "strength": self.strength, "guidance_scale": self.guidance_scale}
 
     def _draw(
-        self, stage: Stage, arguments: dict[str, Any], base_steps: int, tile: int | None, bar: Any
+        self, stage: Stage, arguments: dict[str, Any], tile: int | None, bar: Any
     ) -> Image.Image | None:
         """One stage's picture, or None if a callback interrupted it."""
         pipeline = self._stage_pipeline(stage)
@@ -251,7 +252,9 @@ class HighResolution:
         try:
             with _tiles(pipeline.vae, tile, stage) as start_decoding:
 
-                def after_step(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                def after_step(
+                    pipeline: Any, step: int, time: Any, tensors: dict[str, Any]
+                ) -> dict[str, Any]:
                     bar.update()
                     if step == stage.steps - 1:
                         start_decoding()
@@ -260,7 +263,7 @@ class HighResolution:
                 drawn = pipeline(
                     height=stage.height,
                     width=stage.width,
-                    num_inference_steps=base_steps if stage.index == 0 else self.steps,
+                    num_inference_steps=stage.steps if stage.index == 0 else self.steps,
                     callback_on_step_end=after_step,
                     **arguments,
                 )
@@ -312,3 +315,169 @@ def _classes_of(pipeline: Any) -> tuple[Any, Any]:
         got = type(pipeline.scheduler).__name__
         raise ClearError(f"scheduler: expected FlowMatchEulerDiscreteScheduler, got {got}")
     return text, image
+
+
+def _check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        upper = "up" if most == math.inf else f"to {most}"
+        raise ClearError(f"{name}: expected a whole number from {least} {upper}, got {value!r}")
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """Of one stage alone, so that a stage's noise does not depend on whether those before it were drawn."""
+    if index > 0:
+        seed = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "big")
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _tile_size(vae: Any, tile: int | str | None) -> int | None:
+    """Side in pixels of the tiles, or None where the VAE is to stay as it is."""
+    if tile is None:
+        return None
+    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny)):
+        if tile == "auto":
+            return None
+        raise ClearError(f"tile: expected None or auto for {type(vae).__name__}, got {tile!r}")
+    # Tiles overlap by a share of their side, which has to be whole latents or they do not fit together.
+    unit = _pixels_per_latent(vae) * round(1 / vae.tile_overlap_factor)
+    if tile == "auto":
+        own = vae.tile_sample_min_size  # a config's sample_size, which may be height and width
+        return max((min(own) if isinstance(own, (list, tuple)) else own) // unit, 1) * unit
+    if not isinstance(tile, int) or isinstance(tile, bool) or tile < unit or tile % unit:
+        raise ClearError(f"tile: expected None, auto or a multiple of {unit} px, got {tile!r}")
+    return tile
+
+
+def _pixels_per_latent(vae: Any) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@contextmanager
+def _tiles(vae: Any, tile: int | None, stage: Stage) -> Iterator[Callable[[], None]]:
+    """Let the VAE work in tiles, and set it back afterwards.
+
+    AutoencoderKL encodes and decodes in tiles. AutoencoderTiny only decodes: its encoding in tiles is written
+    for 4 latent channels, Flux and SD3 have 16. Both of its ways take for granted that a latent is 8 px wide,
+    and divide pictures that fit into one tile.
+
+    Yields:
+        What has to be called before the picture is decoded.
+    """
+    before = {name: getattr(vae, name) for name in TILE_SETTINGS if hasattr(vae, name)}
+
+    def start_decoding() -> None:
+        if tile is not None and max(stage.height, stage.width) > tile:
+            vae.enable_tiling()
+
+    try:
+        if tile is not None:
+            vae.disable_tiling()
+            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // _pixels_per_latent(vae)
+            if isinstance(vae, AutoencoderKL):
+                start_decoding()
+            else:
+                vae.spatial_scale_factor = _pixels_per_latent(vae)
+        yield start_decoding
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
+
+
+def _model(pipeline: Any, classes: tuple[Any, Any]) -> dict[str, Any]:
+    """What a folder remembers of the pipeline."""
+    scheduler, transformer = pipeline.scheduler, pipeline.transformer
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {
+        "pipeline": classes[0].__name__,
+        "model": transformer.config.get("_name_or_path"),
+        "dtype": str(transformer.dtype),
+        "scheduler": _written(config | {"shift": scheduler.shift}),
+    }
+
+
+def _written(value: Any) -> Any:
+    """An argument as JSON has it; tensors and pictures by the digest of what they hold."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _written(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_written(one) for one in value]
+    if isinstance(value, Tensor):
+        held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"{value.dtype} {list(value.shape)} {_digest(held.tobytes())}"
+    if isinstance(value, (Image.Image, np.ndarray)):
+        array = np.asarray(value)
+        return f"{array.dtype} {list(array.shape)} {_digest(array.tobytes())}"
+    raise ClearError(f"expected arguments that a folder can remember, got a {type(value).__name__}")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class _SavedRun:
+    """The finished pictures of a run, in a folder that knows the run's arguments and their digests."""
+
+    def __init__(self, folder: Path, arguments: dict[str, Any]):
+        self._folder, self._state = folder, {"arguments": arguments, "pictures": {}}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClearError(
+                f"folder: expected one that can be made, got {folder}: {error.strerror}"
+            ) from None
+        if reason := why_unwritable(folder / STATE_FILE):
+            raise ClearError(f"folder: expected one that can be written, got {folder}: {reason}")
+        if (folder / STATE_FILE).exists():
+            self._resume(arguments)
+        elif strays := sorted(folder.glob("stage_*.png")):
+            raise ClearError(f"folder: expected no pictures of another run, got {strays[0]}")
+        else:
+            self._save_state()
+
+    def pictures(self, stages: Sequence[Stage]) -> list[Image.Image]:
+        """Those of the first stages, up to the first that is missing or damaged."""
+        images = []
+        for stage in stages:
+            path = self._path(stage)
+            data = path.read_bytes() if path.is_file() else b""
+            if _digest(data) != self._state["pictures"].get(path.name):
+                break
+            images.append(PngImageFile(BytesIO(data)).convert("RGB"))  # Image.open refuses very large ones
+        return images
+
+    def add(self, stage: Stage, image: Image.Image) -> None:
+        """Write a picture, then that it is finished."""
+        path = self._path(stage)
+        write_aside(path, lambda aside: image.save(aside, format="PNG"))
+        self._state["pictures"][path.name] = _digest(path.read_bytes())
+        self._save_state()
+
+    def _path(self, stage: Stage) -> Path:
+        return self._folder / f"stage_{stage.index + 1}_{stage.width}x{stage.height}.png"
+
+    def _save_state(self) -> None:
+        text = json.dumps(self._state, indent=1)
+        write_aside(self._folder / STATE_FILE, lambda aside: aside.write_text(text))
+
+    def _resume(self, arguments: dict[str, Any]) -> None:
+        path = self._folder / STATE_FILE
+        try:
+            state = json.loads(path.read_text())
+            begun, _ = dict(state["arguments"]), dict(state["pictures"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ClearError(f"folder: expected the state of a run in {path}, got something else") from None
+        now = json.loads(json.dumps(arguments))
+        for name in now | begun:
+            if name not in now or name not in begun or begun[name] != now[name]:
+                had, has = (_shown(name, some) for some in (begun, now))
+                raise ClearError(
+                    f"folder: expected the arguments of the run in {self._folder}, {had}, got {has}"
+                )
+        self._state = state
+
+
+def _shown(name: str, arguments: Mapping[str, Any]) -> str:
+    value = json.dumps(arguments[name]) if name in arguments else "not given"
+    return f"{name} {shorten(value, 80, placeholder=' ...')}"

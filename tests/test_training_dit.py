@@ -1,0 +1,174 @@
+"""Six real steps of the diffusion transformer's recipes at tiny size, one after the other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from recipes import TEXT, VAE, short, state
+from safetensors.torch import load_file
+from tiny_dit import tiny_flux
+
+from interactdiff import attach
+from interactdiff.clear import ClearAdapter, ClearConfig
+from interactdiff.training.distill import sharing_copy
+from interactdiff.training.dit import FlowBatch, image_ids, packed
+from interactdiff.training.recipe import RecipeError
+from interactdiff.training.run import make_recipe
+from interactdiff.training.tokenizer import make_t5_tokenizer, world_words
+
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+TRANSFORMER = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": [4, 6, 6],
+}
+NAMES = ["stickworld_t5", "stickworld_dit", "distill_clear_stickworld"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs follow each other, with an autoencoder and CLIP's text encoder made before them."""
+    made = tmp_path_factory.mktemp("runs")
+    for name, part in (("stickworld_vae", {"model": VAE}), ("stickworld_text", {"text_encoder": TEXT})):
+        where = made / "world" / ("vae" if name == "stickworld_vae" else "")
+        make_recipe(short(made, name, **part, steps=1, export_to=str(where))).train()
+    return made
+
+
+def recipe_config(folder: Path, name: str) -> dict[str, Any]:
+    """A recipe that reads what those before it wrote."""
+    world = str(folder / "world")
+    data = {"folder": str(folder / "drawn"), "pictures": 5, "prompts": None, "size": 96, "steps": 2}
+    changes: dict[str, dict[str, Any]] = {
+        "stickworld_t5": {"text_encoder": T5, "export_to": world},
+        "stickworld_dit": {
+            "text": world,
+            "transformer": TRANSFORMER,
+            "large": {"every": 2, "from_step": 1, "renders": 4, "batch_size": 1},
+            "export_to": world,
+        },
+        "distill_clear_stickworld": {
+            "base": world,
+            "clear": {"window": 2, "down_factor": 2},
+            "data": data | {"guidance_scale": 2.0, "batch_size": 3},
+            "export_to": str(folder / "clear"),
+        },
+    }
+    return short(folder, name, **changes[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_run_has_the_losses_of_the_unbroken_one(folder: Path, name: str) -> None:
+    config = recipe_config(folder, name)
+    unbroken = make_recipe(config | {"stop_after": 0.0})
+    assert len(unbroken.train()) == 1
+    resumed = make_recipe(config)
+    resumed.resume("latest")
+    for one, other in zip(state(unbroken), state(resumed), strict=True):
+        assert torch.equal(one, other)
+    unbroken.config["stop_after"] = float("inf")
+    losses = unbroken.train()
+    assert len(losses) == 5
+    assert resumed.train() == pytest.approx(losses, rel=2e-3)
+    shown = "read.jsonl" if name == "stickworld_t5" else "samples/000006.png"
+    assert (unbroken.output / shown).is_file()
+
+
+def test_what_the_recipes_write_is_loaded_by_stock_classes(folder: Path) -> None:
+    pipe: Any = FluxPipeline.from_pretrained(folder / "world")
+    pipe.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 1, "height": 96, "width": 96, "max_sequence_length": 32}
+    assert pipe("a person", output_type="np", **how).images.shape == (1, 96, 96, 3)
+    for weights in (folder / "world").rglob("*.safetensors"):
+        assert {t.dtype for t in load_file(weights).values() if t.is_floating_point()} == {torch.float16}
+    layers = ClearAdapter.from_pretrained(folder / "clear")
+    assert layers.config == ClearConfig(2, 2)
+    with attach(pipe, layers) as handle:
+        handle.configure(min_tokens=0)
+        pipe("a person", output_type="np", **how)
+        assert handle.active
+
+
+def test_an_untrained_transformer_predicts_nothing_yet(folder: Path) -> None:
+    recipe = make_recipe(recipe_config(folder, "stickworld_dit") | {"output_dir": str(folder / "untrained")})
+    text, pooled = recipe.text.states(["a person"])
+    flow = FlowBatch(torch.randn(1, 4, 4, 6), text, pooled, torch.Generator().manual_seed(0))
+    assert recipe.model(**flow.inputs).sample.abs().max() == 0
+
+
+def test_large_steps_come_as_often_as_asked(folder: Path) -> None:
+    recipe = make_recipe(recipe_config(folder, "stickworld_dit") | {"output_dir": str(folder / "large")})
+    shapes = [tuple(recipe.batch(step)["latents"].shape) for step in range(5)]
+    small, large = (2, 4, 12, 12), (1, 4, 24, 24)
+    assert shapes == [small, small, large, small, large]
+
+
+def test_flow_is_between_noise_and_latents() -> None:
+    latents, text, pooled = torch.randn(64, 4, 4, 6), torch.zeros(64, 3, 5), torch.zeros(64, 2)
+    for logits, middle in ((None, 0.5), ((1.3, 1.2), 0.73)):
+        flow = FlowBatch(latents, text, pooled, torch.Generator().manual_seed(0), logits)
+        share = flow.inputs["timestep"][:, None, None]
+        x = flow.inputs["hidden_states"]
+        assert torch.allclose(x - share * flow.target, packed(latents), atol=1e-5)
+        assert flow.inputs["timestep"].mean().item() == pytest.approx(middle, abs=0.08)
+        assert flow.loss(flow.target) == 0
+    assert image_ids(latents)[:, 1:].tolist() == [[float(y), float(x)] for y in range(2) for x in range(3)]
+
+
+def test_teacher_and_student_share_all_but_attention() -> None:
+    teacher = tiny_flux().requires_grad_(False)
+    student = sharing_copy(teacher)
+    layers = ClearAdapter.for_denoiser(student, ClearConfig(2)).train()
+    handle = attach(student, layers)
+    handle.configure(min_tokens=0)
+    latents = torch.randn(1, 4, 8, 8)
+    flow = FlowBatch(latents, torch.randn(1, 3, 12), torch.randn(1, 16), torch.Generator().manual_seed(0))
+    before = teacher(**flow.inputs).sample
+    F.mse_loss(student(**flow.inputs).sample, before).backward()
+    own = {id(p) for p in teacher.parameters()}
+    apart = {name for name, p in student.named_parameters() if id(p) not in own}
+    assert apart == layers.state_dict().keys()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layers.parameters() if p.ndim > 1)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert torch.equal(teacher(**flow.inputs).sample, before)
+
+
+def test_pictures_of_the_base_are_drawn_once(folder: Path) -> None:
+    config = recipe_config(folder, "distill_clear_stickworld") | {"output_dir": str(folder / "again")}
+    first = make_recipe(config)
+    files = {file: file.stat().st_mtime_ns for file in (folder / "drawn").rglob("*.safetensors")}
+    assert len(files) == 2  # parts of three and of two
+    min(files).unlink()  # as if a run had been cut off
+    again = make_recipe(config)
+    assert {f.stat().st_mtime_ns == files[f] for f in files if f != min(files)} == {True}
+    assert all(torch.equal(again.data[name], tensor) for name, tensor in first.data.items())
+    other = make_recipe(config | {"data": config["data"] | {"guidance_scale": 3.0}})
+    assert not torch.equal(other.data["latents"], first.data["latents"])
+
+
+def test_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a person\n\na bike\n")
+    config = recipe_config(folder, "distill_clear_stickworld") | {"output_dir": str(folder / "prompts")}
+    asked = config["data"] | {"prompts": str(tmp_path / "prompts.txt")}
+    text = make_recipe(config | {"data": asked}).data["text"]
+    assert torch.equal(text[0], text[2])
+    assert not torch.equal(text[0], text[1])
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(RecipeError, match="one a line, got none"):
+        make_recipe(config | {"data": asked})
+
+
+def test_every_word_of_the_world_is_one_token_of_t5() -> None:
+    tokenizer = make_t5_tokenizer(32)
+    for word in world_words():
+        assert len(tokenizer(word).input_ids) == 2, word
+    assert tokenizer.decode(tokenizer("quiz").input_ids, skip_special_tokens=True) == "quiz"
+    assert tokenizer.get_vocab() == make_t5_tokenizer(32).get_vocab()
