@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from interactdiff.attach import Handle, attach
     from interactdiff.checkpoint import AdapterError
+    from interactdiff.clear.adapter import ClearAdapter
+    from interactdiff.clear.high_resolution import HighResolution
+    from interactdiff.clear.linearize import linearize
+    from interactdiff.clear.pattern import ClearError
     from interactdiff.interaction.adapter import InteractionAdapter
     from interactdiff.scene import Entity, Interaction, Scene, SceneError
     from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
@@ -18,8 +22,11 @@ if TYPE_CHECKING:
 __version__ = metadata.version("interactdiff")
 __all__ = [
     "AdapterError",
+    "ClearAdapter",
+    "ClearError",
     "Entity",
     "Handle",
+    "HighResolution",
     "Interaction",
     "InteractionAdapter",
     "Scene",
@@ -28,12 +35,16 @@ __all__ = [
     "attach",
     "interactions_from_lists",
     "interactions_from_text",
+    "linearize",
 ]
 
 _HOMES = {
     "AdapterError": "interactdiff.checkpoint",
+    "ClearAdapter": "interactdiff.clear.adapter",
+    "ClearError": "interactdiff.clear.pattern",
     "Entity": "interactdiff.scene",
     "Handle": "interactdiff.attach",
+    "HighResolution": "interactdiff.clear.high_resolution",
     "Interaction": "interactdiff.scene",
     "InteractionAdapter": "interactdiff.interaction.adapter",
     "Scene": "interactdiff.scene",
@@ -41,6 +52,7 @@ _HOMES = {
     "attach": "interactdiff.attach",
     "interactions_from_lists": "interactdiff.scene_forms",
     "interactions_from_text": "interactdiff.scene_forms",
+    "linearize": "interactdiff.clear.linearize",
 }
 
 

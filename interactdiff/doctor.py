@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from interactdiff.attach import attached_handle
+from interactdiff.clear.flex import can_run_flex
+from interactdiff.clear.tiles import can_run_tiles
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.sites import unet_of
 
@@ -114,6 +116,10 @@ def _why_no_compile() -> str | None:
     return None if found else f"no C++ compiler was found ({compiler})"
 
 
+def _best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _why_no_bfloat16() -> str | None:
     if torch.cuda.is_available():
         return None if torch.cuda.is_bf16_supported() else "emulated on this GPU, and slow"
@@ -126,6 +132,8 @@ _BACKENDS: dict[str, Callable[[], str | None]] = {
     "scaled dot product attention": lambda: None,
     "bfloat16": _why_no_bfloat16,
     "torch.compile": _why_no_compile,
+    "windows by tiles (CLEAR)": lambda: can_run_tiles(_best_device(), torch.float32),
+    "windows by FlexAttention (CLEAR)": lambda: can_run_flex(_best_device(), torch.float32),
     "cuda": _why_no_cuda,
     "mps": lambda: None if torch.backends.mps.is_available() else "not a Mac, or a torch built without it",
 }

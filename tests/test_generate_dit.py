@@ -1,13 +1,14 @@
 """Drawing and scoring with diffusion transformers: stock Flux and SD3 pipelines, tiny and random."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline
 from PIL import Image
 from tiny import RIDING, trained_adapter
 from tiny_dit import TEXT_LENGTH, tiny_flux_pipeline
@@ -166,12 +167,20 @@ def test_what_a_transformer_cannot_draw_is_one_sentence(
 def test_a_transformer_of_an_unknown_kind_is_refused(
     packaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    make: Any = PixArtTransformer2DModel
+    other = make(
+        num_attention_heads=1, attention_head_dim=8, num_layers=1, cross_attention_dim=8,
+        norm_num_groups=1, sample_size=8, caption_channels=8,
+    )  # fmt: skip
+    shutil.rmtree(packaged / "dit/transformer")
+    other.save_pretrained(packaged / "dit/transformer")
     index = packaged / "dit/model_index.json"
     parts = json.loads(index.read_text())
-    del parts["transformer"]
-    index.write_text(json.dumps(parts | {"_class_name": "DiffusionPipeline"}))
-    assert main(["generate", "a bike", "--model", "stickworld-dit"]) == 2
-    assert "expected a" in capsys.readouterr().err
+    index.write_text(json.dumps(parts | {"transformer": ["diffusers", "PixArtTransformer2DModel"]}))
+    assert main(["generate", "a bike", "--model", "stickworld-dit", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"interactdiff: {packaged / 'dit'}: expected a UNet2DConditionModel, a Flux")
+    assert said.endswith("got PixArtTransformer2DModel\n")
 
 
 def test_pictures_that_are_scored_are_guided_and_have_noise_of_their_own(drawer: Drawer) -> None:

@@ -1,17 +1,24 @@
 """CLEAR: linear attention that makes diffusion transformers fast at high resolution (arXiv 2412.16112)."""
 
 from interactdiff.clear.adapter import ClearAdapter, ClearConfig
-from interactdiff.clear.attention import local_attention
+from interactdiff.clear.attention import BACKENDS, MIN_TOKENS, choose_backend, local_attention
+from interactdiff.clear.flex import can_run_flex
 from interactdiff.clear.handle import ClearHandle
 from interactdiff.clear.linearize import linearize
 from interactdiff.clear.pattern import ClearError, Pattern, proportional_scale
+from interactdiff.clear.tiles import can_run_tiles
 
 __all__ = [
+    "BACKENDS",
+    "MIN_TOKENS",
     "ClearAdapter",
     "ClearConfig",
     "ClearError",
     "ClearHandle",
     "Pattern",
+    "can_run_flex",
+    "can_run_tiles",
+    "choose_backend",
     "linearize",
     "local_attention",
     "proportional_scale",

@@ -1,14 +1,22 @@
-"""CLEAR's local attention (arXiv 2412.16112): check, choose a backend, one call."""
+"""CLEAR's local attention (arXiv 2412.16112): check, choose a backend, one call per backend."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from interactdiff.clear.flex import can_run_flex, flex_attention
 from interactdiff.clear.pattern import ClearError, Pattern, pool
 from interactdiff.clear.reference import reference_attention
-from interactdiff.clear.tiles import tiles_attention
+from interactdiff.clear.tiles import can_run_tiles, tiles_attention
+
+BACKENDS = ("reference", "tiles", "flex")
+MIN_TOKENS = 1024
+"""Image tokens below which full attention is faster than any window here (2 CPU cores, float32)."""
+DENSE_TOKENS = 512
+"""Text and image tokens up to which a dense mask is faster than tiles."""
+
+_RUN = {"reference": reference_attention, "tiles": tiles_attention, "flex": flex_attention}
 
 
 def local_attention(
@@ -27,11 +35,113 @@ def local_attention(
     backend: str = "auto",
     text_first: bool = True,
 ) -> Tensor:
-    """Joint attention."""
+    """Joint attention in which image tokens see a window of the image and all of the text (CLEAR, section 3).
+
+    `Pattern` says exactly who sees whom. Every backend computes the same, to rounding.
+
+    Args:
+        q: queries [B, heads, L, D] after norm and rotary embedding, L = text_length + H * W, in raster order.
+        k: keys, likewise.
+        v: values [B, heads, L, D].
+        grid: H and W of the image tokens, any from 1 up.
+        text_length: text tokens, from 0 up.
+        window: radius r, from 1 up: image tokens at a distance below r are seen.
+        down_factor: d above 1 lets image tokens also see all d x d means of image keys and values.
+        spatial_weight: the means' weights [1, 1, 1, d, 1, d, 1], learned; default 1 / d^2 throughout.
+        scale: of the scores; default 1 / sqrt(D). `proportional_scale` gives that of high resolution.
+        shape: "circle", as published, or "square".
+        dilation: image tokens per step of the window, from 1 up.
+        backend: "reference", "tiles", "flex", or "auto": see `choose_backend`.
+        text_first: text tokens come first (Flux), or the image's (SD3).
+
+    Returns:
+        [B, heads, L, D]
+
+    Raises:
+        ClearError: in one sentence, for shapes or values that do not fit, or a backend that cannot run.
+    """
     pattern = Pattern(tuple(grid), text_length, window, down_factor, shape, dilation, text_first)
-    pooled = None
-    if down_factor > 1:
-        pooled = (pool(k[:, :, pattern.image], pattern, spatial_weight), pool(v[:, :, pattern.image], pattern, spatial_weight))
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return {"reference": reference_attention, "tiles": tiles_attention, "auto": tiles_attention}[backend](q, k, v, pooled, pattern, scale)
-MIN_TOKENS = 4096
+    _check(q, k, v, pattern, spatial_weight)
+    if torch.is_autocast_enabled(q.device.type):  # to the type that SDPA would take there
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (q, k, v, spatial_weight) if t is not None
+    )
+    name = _backend(backend, pattern, q.device, q.dtype, grad)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    with torch.autocast(q.device.type, enabled=False):
+        pooled = None
+        if pattern.pooled_length:
+            of_image = (t[:, :, pattern.image] for t in (k, v))
+            pooled_k, pooled_v = (pool(t, pattern, spatial_weight) for t in of_image)
+            pooled = (pooled_k, pooled_v)
+        return _RUN[name](q, k, v, pooled, pattern, scale)
+
+
+def choose_backend(
+    pattern: Pattern, device: torch.device | str, dtype: torch.dtype, grad: bool = False
+) -> tuple[str, str]:
+    """The backend that `local_attention` takes by itself, and why.
+
+    Args:
+        pattern: who sees whom.
+        device: of q, k and v.
+        dtype: of q, k and v.
+        grad: whether gradients will be asked for.
+
+    Returns:
+        Its name, and the reason in words.
+
+    Raises:
+        ClearError: if none can run.
+    """
+    device = torch.device(device)
+    if pattern.length <= DENSE_TOKENS:
+        return "reference", f"{pattern.length} tokens are few enough for a dense mask, up to {DENSE_TOKENS}"
+    if device.type == "cuda":
+        why_not = can_run_flex(device, dtype, grad)
+        if why_not is None:
+            return "flex", "FlexAttention in tile order is made for CUDA"
+        return "tiles", why_not
+    if why_not := can_run_tiles(device, dtype):
+        return "reference", why_not
+    return "tiles", f"on {device.type} tiles are faster than FlexAttention, and have gradients"
+
+
+def _backend(name: str, pattern: Pattern, device: torch.device, dtype: torch.dtype, grad: bool) -> str:
+    if name == "auto":
+        return choose_backend(pattern, device, dtype, grad)[0]
+    if name not in BACKENDS:
+        raise ClearError(f"backend: expected auto, {', '.join(BACKENDS)}, got {name!r}")
+    why_not = {
+        "reference": None,
+        "tiles": can_run_tiles(device, dtype),
+        "flex": can_run_flex(device, dtype, grad),
+    }
+    if why := why_not[name]:
+        raise ClearError(f"backend: expected one that can run here, got {name!r}: {why}")
+    return name
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, spatial_weight: Tensor | None) -> None:
+    shapes = [tuple(t.shape) for t in (q, k, v)]
+    if q.ndim != 4 or len(set(shapes)) > 1:
+        raise ClearError(f"q, k, v: expected one shape [B, heads, L, D], got {', '.join(map(str, shapes))}")
+    kinds = [f"{t.dtype} on {t.device}" for t in (q, k, v)]
+    if len(set(kinds)) > 1:
+        raise ClearError(f"q, k, v: expected one dtype and device, got {', '.join(kinds)}")
+    if q.shape[2] != pattern.length:
+        height, width = pattern.grid
+        raise ClearError(
+            f"grid: expected {height} x {width} image and {pattern.text_length} text tokens, "
+            f"{pattern.length} in all, got {q.shape[2]}"
+        )
+    if spatial_weight is None:
+        return
+    d = pattern.down_factor
+    if d == 1:
+        raise ClearError(
+            "spatial_weight: expected None with down_factor 1, which pools nothing, got a tensor"
+        )
+    if (got := tuple(spatial_weight.shape)) != (1, 1, 1, d, 1, d, 1):
+        raise ClearError(f"spatial_weight: expected shape {(1, 1, 1, d, 1, d, 1)}, got {got}")

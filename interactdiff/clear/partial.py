@@ -1,7 +1,8 @@
 """Attention to a part of the keys, its merge with other parts, and its gradient.
 
-Parts are merged by log-sum-exp: the softmax over all keys is the mean of the parts' own, weighted by their sums
-of exponentials. The gradient of a part, given the *merged* result, is exact (ring attention, arXiv 2310.01889).
+Parts are merged by log-sum-exp: the softmax over all keys is the mean of the parts' own, weighted by their
+sums of exponentials. The gradient of a part, given the *merged* result, is exact (ring attention, arXiv
+2310.01889).
 """
 
 import torch
@@ -15,7 +16,7 @@ FUSED = (
 
 
 def fused(device: torch.device) -> bool:
-    """Whether torch's CPU kernel, which alone says its log-sum-exp, can be used. It is private: torch may drop it."""
+    """Whether torch's kernel for CPUs is there, which also returns log-sum-exps; it is private to torch."""
     return device.type == "cpu" and all(hasattr(torch.ops.aten, name) for name in FUSED)
 
 
@@ -26,18 +27,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
         q: queries [N, M, Q, D], of any strides.
         k: keys [N, M, K, D].
         v: values [N, M, K, D].
-        bias: [Q, K], added to the scores; each query has a key where it is finite.
+        bias: [1, M or 1, Q, K], added to the scores; each query has a key where it is finite.
         scale: of the scores.
 
     Returns:
-        The result [N, M, Q, D] and the log-sum-exp of the scores, float32 [N, M, Q].
+        The result [N, M, Q, D] and the log-sum-exp of the scores [N, M, Q], float32 at least.
     """
     if fused(q.device):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         return kernel(q, k, v, attn_mask=bias, scale=scale)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     for part, rows in _chunks(q, k):
-        scores = _scores(q[part, :, rows], k[part], None if bias is None else bias[rows], scale)
+        scores = _scores(q[part, :, rows], k[part], None if bias is None else bias[:, :, rows], scale)
         lse[part, :, rows] = total = scores.logsumexp(-1)
         out[part, :, rows] = (scores.sub_(total[..., None]).exp_() @ v[part].to(scores.dtype)).to(q.dtype)
     return out, lse
@@ -75,7 +77,7 @@ def attend_backward(
     to_q, to_k, to_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
     mean = (grad.to(dtype) * out).sum(-1, keepdim=True)
     for part, rows in _chunks(q, k):
-        scores = _scores(q[part, :, rows], k[part], None if bias is None else bias[rows], scale)
+        scores = _scores(q[part, :, rows], k[part], None if bias is None else bias[:, :, rows], scale)
         weights = scores.sub_(lse[part, :, rows, None]).exp_()
         above = grad[part, :, rows].to(dtype)
         to_v[part] += weights.mT @ above

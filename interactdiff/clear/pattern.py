@@ -20,8 +20,8 @@ class ClearError(ValueError):
 class Pattern:
     """Who sees whom among the text tokens and the H x W image tokens, in raster order.
 
-    Image token (y, x) sees the image tokens at (y + dilation * dy, x + dilation * dx) that lie on the grid and
-    have dy^2 + dx^2 < window^2 (circle) or max(|dy|, |dx|) < window (square), and every text token. Text
+    Image token (y, x) sees the image tokens at (y + dilation * dy, x + dilation * dx) that lie on the grid
+    and have dy^2 + dx^2 < window^2 (circle) or max(|dy|, |dx|) < window (square), and every text token. Text
     tokens see every text and image token. With `down_factor` d > 1 image tokens also see every pooled token.
     At the edge of the grid a window is cut off, as published; NATTEN's windows move inwards instead.
 
@@ -50,7 +50,8 @@ class Pattern:
     text_first: bool = True
 
     def __post_init__(self):
-        if not (isinstance(self.grid, tuple) and len(self.grid) == 2 and all(_whole(n, 1) for n in self.grid)):
+        sides = self.grid if isinstance(self.grid, tuple) else ()
+        if len(sides) != 2 or not all(_whole(n, 1) for n in sides):
             raise ClearError(f"grid: expected two whole numbers from 1 up, (H, W), got {self.grid!r}")
         for name, least in (("text_length", 0), ("window", 1), ("down_factor", 1), ("dilation", 1)):
             if not _whole(value := getattr(self, name), least):
@@ -60,7 +61,8 @@ class Pattern:
         if any(n % self.down_factor for n in self.grid):
             height, width = self.grid
             raise ClearError(
-                f"down_factor: expected a number that divides the grid {height} x {width}, got {self.down_factor}"
+                f"down_factor: expected a number that divides the grid {height} x {width}, "
+                f"got {self.down_factor}"
             )
 
     @property
@@ -106,7 +108,8 @@ class Pattern:
         rows, columns = y[:, None] - y, x[:, None] - x
         steps = [offsets.div(self.dilation, rounding_mode="floor") for offsets in (rows, columns)]
         near = self.within(steps[0][:, None, :, None], steps[1][None, :, None, :])
-        near &= (rows % self.dilation == 0)[:, None, :, None] & (columns % self.dilation == 0)[None, :, None, :]
+        alike = [offsets % self.dilation == 0 for offsets in (rows, columns)]
+        near &= alike[0][:, None, :, None] & alike[1][None, :, None, :]
         mask = torch.ones(self.length, self.length + self.pooled_length, dtype=torch.bool, device=device)
         mask[self.image, self.image] = near.reshape(self.image_length, self.image_length)
         mask[self.text, self.length :] = False

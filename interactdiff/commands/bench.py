@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_to(commands: Commands) -> None:
-    """Add `bench interaction`."""
+    """Add `bench interaction` and `bench clear`."""
     parser = commands.add_parser("bench", help="time control against the base alone")
     kinds = parser.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
     interaction = kinds.add_parser(
@@ -28,15 +28,53 @@ def add_to(commands: Commands) -> None:
         "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="default: float32"
     )
     interaction.add_argument("--rounds", type=positive, default=5, help="default: %(default)s")
-    interaction.add_argument(
+    _add_where(interaction)
+    clear = kinds.add_parser(
+        "clear",
+        help="one attention call, full and with CLEAR's windows",
+        description="One attention call over text and a square grid of image tokens: full attention, "
+        "compiled FlexAttention with the published mask, ours; in turn within one process, medians.",
+    )
+    clear.set_defaults(run=_clear)
+    for flag, default, what in (
+        ("--grids", "32,64,128,256", "sides of the grids, in tokens"),
+        ("--windows", "8,16,32", "radii"),
+        ("--text", "77,512", "text tokens"),
+    ):
+        clear.add_argument(
+            flag, type=_numbers, default=default, metavar="N,N", help=f"{what} (default: %(default)s)"
+        )
+    clear.add_argument("--heads", type=positive, default=8, help="default: %(default)s")
+    clear.add_argument("--dim", type=positive, default=64, help="of a head (default: %(default)s)")
+    clear.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    clear.add_argument("--rounds", type=positive, default=5, help="default: %(default)s")
+    _add_where(clear)
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, cuda or else cpu"
     )
-    interaction.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+
+
+def _numbers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def _check_json(path: Path | None) -> None:
+    if path is not None and (reason := why_unwritable(path)):
+        raise UsageError(f"--json: expected a file that can be written, got {path}: {reason}")
+
+
+def _write(path: Path | None, values: dict[str, Any]) -> None:
+    if path is not None:
+        text = json.dumps(values, indent=2) + "\n"
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _interaction(args: argparse.Namespace) -> None:
-    if args.json is not None and (reason := why_unwritable(args.json)):
-        raise UsageError(f"--json: expected a file that can be written, got {args.json}: {reason}")
+    _check_json(args.json)
     quiet_libraries()
     import torch
 
@@ -52,9 +90,49 @@ def _interaction(args: argparse.Namespace) -> None:
             named = {"base": base, "dtype": dtype, "device": device.type, "rounds": args.rounds}
             rows.append({**named, **measured})
             print(_shown(rows[-1]), flush=True)
-            if args.json is not None:  # after each row: a long run that is stopped keeps what it has
-                text = json.dumps({"rows": rows}, indent=2) + "\n"
-                write_aside(args.json, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+            _write(args.json, {"rows": rows})  # after each: a long run that is stopped keeps what it has
+
+
+def _clear(args: argparse.Namespace) -> None:
+    _check_json(args.json)
+    quiet_libraries()
+    import torch
+
+    from interactdiff.bench.clear import ClearShapes, bench_clear
+    from interactdiff.generate import DTYPES, usable_device
+
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(best if args.device == "auto" else args.device)
+    shapes = ClearShapes(args.heads, args.dim, DTYPES[args.dtype], device)
+    run = {"heads": args.heads, "dim": args.dim, "device": device.type, "rounds": args.rounds}
+    run |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    rows: list[dict[str, Any]] = []
+    for row in bench_clear(args.grids, args.windows, args.text, shapes, args.rounds):
+        if not rows or (row["grid"], row["text"]) != (rows[-1]["grid"], rows[-1]["text"]):
+            print(_clear_title(row, run))
+        print(_clear_line(row), flush=True)
+        rows.append(row)
+        _write(args.json, {**run, "rows": rows})
+
+
+def _clear_title(row: dict[str, Any], run: dict[str, Any]) -> str:
+    return (
+        f"{row['grid']} x {row['grid']} image and {row['text']} text tokens, {run['heads']} heads x "
+        f"{run['dim']}, {row['dtype']}, {run['device']}, medians of {run['rounds']} rounds\n"
+        f"{'':16}{'window':>7}{'seconds':>10}{'x full':>9}{'over limit':>12}{'peak MB':>9}"
+    )
+
+
+def _clear_line(row: dict[str, Any]) -> str:
+    name = f"{row['backend']:16}{row['window'] or '':>7}"
+    if "skipped" in row:
+        return f"{name}  left out: {row['skipped']}"
+    line = f"{name}{row['seconds']:10.4f}"
+    line += f"{row['times_full']:9.2f}{row['times_limit']:12.2f}" if "times_full" in row else f"{'':21}"
+    line += f"{row['peak_mb']:9.0f}"
+    if "mask_seconds" in row:
+        line += f"  and {row['mask_seconds']:.2f} s for its mask, {row['compile_seconds']:.2f} s to compile"
+    return line
 
 
 def _shown(row: dict[str, Any]) -> str:

@@ -170,9 +170,9 @@ def picture_scores(found: Sequence[Detections], asked: Sequence[Sequence[Triplet
 def text_scores(found: Sequence[Detections], asked: Sequence[Sequence[Triplet]]) -> dict[str, Score]:
     """Score pictures by what a caption says of them, wherever that is found.
 
-    A caption says of no place, so boxes do not count here. Each thing that is found stands for one thing that
-    was said at most, and as many things that were said as can be have one that stands for them. Who does it
-    to what is not asked: a person who rides a dog counts for riding a bike.
+    A caption says of no place, so boxes do not count here. Each thing that is found stands for at most one
+    that was said, paired so that as many as possible are right. Who does it to what is not asked: a person
+    who rides a dog counts for riding a bike.
 
     Args:
         found: by picture.
