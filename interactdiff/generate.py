@@ -203,11 +203,13 @@ def call_arguments(
 
 
 def text_limits(pipeline: Any) -> list[tuple[Any, int]]:
-    """Each tokenizer of a pipeline, and how many tokens of a prompt the pipeline lets through."""
-    limits = [(one, one.model_max_length) for one in _tokenizers(pipeline) if one is not None]
+    """The tokenizers that have to take a whole prompt, and how many tokens of it the pipeline lets through.
+
+    Beside T5, CLIP reads the beginning alone, as is usual with Flux and SD3: there only T5 counts.
+    """
     if (padded := _padded_length(pipeline)) is not None:
-        limits[-1] = (limits[-1][0], padded)
-    return limits
+        return [(_tokenizers(pipeline)[-1], padded)]
+    return [(one, one.model_max_length) for one in _tokenizers(pipeline) if one is not None]
 
 
 def _config(pipeline: Any) -> dict[str, Any]:

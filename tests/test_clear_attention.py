@@ -169,15 +169,16 @@ def test_tiles_in_other_dtypes(dtype, tolerance, kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["fused", "plain"])
-def test_tiles_in_small_portions_are_the_same(kernel, monkeypatch):
-    """One head, one strip of tiles, a few rows of scores at a time."""
+@pytest.mark.parametrize("limit", [1, 1e5])
+def test_tiles_in_small_portions_are_the_same(kernel, limit, monkeypatch):
+    """One head, one or three strips of tiles, some rows of scores at a time."""
     if kernel == "plain":
         monkeypatch.setattr(parts, "fused", lambda device: False)
     case = CASES["interior tiles"]
     tensors = inputs(case, grad=True)
     expected, exact = attend(tensors, case, "tiles"), gradients(tensors, case, "tiles")
-    for module, limit in ((tiles, "STRIP_BYTES"), (tiles, "GRADIENT_BYTES"), (parts, "CHUNK_BYTES")):
-        monkeypatch.setattr(module, limit, 1)
+    for module, name in ((tiles, "STRIP_BYTES"), (tiles, "GRADIENT_BYTES"), (parts, "CHUNK_BYTES")):
+        monkeypatch.setattr(module, name, limit)
     assert (attend(tensors, case, "tiles") - expected).abs().max() < 1e-6
     for one, other in zip(gradients(tensors, case, "tiles"), exact, strict=True):
         assert (one - other).abs().max() < 1e-5

@@ -113,8 +113,7 @@ def test_what_the_pipeline_would_cut_or_round_is_refused(drawer: Drawer, sd3_pip
     for name in ("prompt", "negative_prompt"):
         with pytest.raises(SceneError, match=rf"^{name}: expected at most {TEXT_LENGTH} tokens.* got 11$"):
             drawer.ask(replace(Scene("a"), **{name: LONG}))
-        with pytest.raises(SceneError, match=rf"^{name}: expected at most 24 tokens.* got 32$"):
-            drawer.ask(replace(Scene("a"), **{name: "b" * 30}))
+    drawer.ask(Scene("standing balancing carrying"))  # CLIP spells it in 28 tokens and cuts it, as usual
     drawer.ask(Scene(LONG.removesuffix(" a")))
     with pytest.raises(SceneError, match="expected at most 24 tokens"):
         Drawer(sd3_pipe, None, "tiny", None).ask(Scene("b" * 30))

@@ -5,6 +5,8 @@ sums of exponentials. The gradient of a part, given the *merged* result, is exac
 2310.01889).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -87,10 +89,16 @@ def attend_backward(
     return to_q.to(q.dtype), to_k.to(q.dtype), to_v.to(q.dtype)
 
 
-def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Merge a part into what has been merged, in place; an `lse` of -inf is of no keys yet."""
-    out.lerp_(part, torch.sigmoid(part_lse - lse)[..., None].to(out.dtype))
-    lse.copy_(torch.logaddexp(lse, part_lse))
+def merge(parts: Sequence[tuple[Tensor, Tensor]], out: Tensor, lse: Tensor) -> None:
+    """Write one part or two merged, each a result [..., D] and its log-sum-exp [...], to out and lse."""
+    (first, first_lse), *others = parts
+    if not others:
+        out.copy_(first)
+        lse.copy_(first_lse)
+    for part, part_lse in others:
+        share = torch.sigmoid(part_lse - first_lse)[..., None].to(out.dtype)
+        torch.lerp(first, part, share, out=out)
+        torch.logaddexp(first_lse, part_lse, out=lse)
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
