@@ -1,6 +1,7 @@
 """CLEAR's local attention (arXiv 2412.16112): check, choose a backend, one call per backend."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def local_attention(
     Raises:
         ClearError: in one sentence, for shapes or values that do not fit, or a backend that cannot run.
     """
-    pattern = Pattern(tuple(grid), text_length, window, down_factor, shape, dilation, text_first)
+    size = cast(tuple[int, int], tuple(grid))  # of a list too
+    pattern = Pattern(size, text_length, window, down_factor, shape, dilation, text_first)
     _check(q, k, v, pattern, spatial_weight)
     if torch.is_autocast_enabled(q.device.type):  # to the type that SDPA would take there
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))

@@ -89,7 +89,7 @@ def _forward(
             sheets += [t[0].unflatten(1, pattern.grid) for t in part]
         for own in _residues(pattern):
             tensors = [t[own] for t in sheets]
-            _window(*tensors[:5], tensors[5:], tiling_of(tensors[0]), scale)
+            _window(tensors, tiling_of(tensors[0]), scale)
     return out, lse
 
 
@@ -128,7 +128,7 @@ def _backward(
         sheets = [t[batch, heads, image].unflatten(1, pattern.grid) for t in tensors]
         for own in _residues(pattern):
             parts = [t[own] for t in sheets]
-            _window_backward(*parts, tiling_of(parts[0]), scale)
+            _window_backward(parts, tiling_of(parts[0]), scale)
     to_k[:, :, text] += to_shared_k[:, :, :length]
     to_v[:, :, text] += to_shared_v[:, :, :length]
     return to_q, to_k, to_v, to_shared_k[:, :, length:].clone(), to_shared_v[:, :, length:].clone()
@@ -198,43 +198,36 @@ def _tilings(pattern: Pattern, like: Tensor) -> Callable[[Tensor], Tiling]:
     return lambda sheet: of_size(*sheet.shape[1:3])
 
 
-def _window(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    shared: list[Tensor],
-    tiling: Tiling,
-    scale: float,
-) -> None:
-    """Write the windows [N, H, W, D] to out and lse, merged with what shared keys gave, if any."""
+def _window(sheets: list[Tensor], tiling: Tiling, scale: float) -> None:
+    """Write the windows to out and lse, merged with what shared keys gave, if any.
+
+    Args:
+        sheets: q, k, v, out and lse [N, H, W, ...], and the result and log-sum-exp of shared keys, or not.
+        tiling: of all of them.
+        scale: of the scores.
+    """
+    q, k, v, out, lse, *shared = sheets
     for group in tiling.groups(_strip_bytes(k, tiling), STRIP_BYTES):
         of_q = tiling.query_strips("q", q, group)
         of_k, of_v = tiling.key_strips("k", k, group), tiling.key_strips("v", v, group)
         for at in product(tiling.rows, group):
             seen = rectangles(of_k, *at), rectangles(of_v, *at)
-            window = attend(queries(of_q, *at), *seen, tiling.bias(*at), scale)
-            parts = [tuple(placed(t, *at) for t in window)]
+            part, part_lse = attend(queries(of_q, *at), *seen, tiling.bias(*at), scale)
+            parts = [(placed(part, *at), placed(part_lse, *at))]
             if shared:
-                parts.insert(0, tuple(place(t, *at) for t in shared))
+                parts.insert(0, (place(shared[0], *at), place(shared[1], *at)))
             merge(parts, place(out, *at), place(lse, *at))
 
 
-def _window_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    to_q: Tensor,
-    to_k: Tensor,
-    to_v: Tensor,
-    tiling: Tiling,
-    scale: float,
-) -> None:
-    """Add the windows' gradients to to_q, to_k and to_v, all [N, H, W, ...]."""
+def _window_backward(sheets: list[Tensor], tiling: Tiling, scale: float) -> None:
+    """Add the windows' gradients to those of q, k and v.
+
+    Args:
+        sheets: the gradient of out; q, k, v; out and lse; the gradients of q, k, v; all [N, H, W, ...].
+        tiling: of all of them.
+        scale: of the scores.
+    """
+    grad, q, k, v, out, lse, to_q, to_k, to_v = sheets
     exact = torch.promote_types(q.dtype, torch.float32)  # of sums over many tiles
     for group in tiling.groups(_strip_bytes(k, tiling), STRIP_BYTES):
         named = {"grad": grad, "q": q, "out": out, "lse": lse}
