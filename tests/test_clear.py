@@ -17,7 +17,7 @@ from torch import Tensor
 from interactdiff import AdapterError, attach
 from interactdiff.clear import ClearAdapter, ClearConfig, ClearError, linearize
 from interactdiff.clear.adapter import SPATIAL_WEIGHT, expected_tensors
-from interactdiff.clear.attention import MIN_TOKENS
+from interactdiff.clear.attention import least_tokens
 from interactdiff.clear.handle import attached_clear
 from interactdiff.sites import attention_sites, denoiser_of
 
@@ -83,7 +83,7 @@ def test_the_base_draws_below_the_least_tokens_and_it_is_said_once(
     assert torch.equal(draw(any_pipe), expected)
     told = [str(w.message) for w in recwarn if "CLEAR is off" in str(w.message)]
     assert len(told) == 1
-    assert f"below {MIN_TOKENS} full attention is faster" in told[0]
+    assert f"below {least_tokens(2)} full attention is faster" in told[0]
     assert not handle.active
 
 

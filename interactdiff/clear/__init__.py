@@ -1,7 +1,7 @@
 """CLEAR: linear attention that makes diffusion transformers fast at high resolution (arXiv 2412.16112)."""
 
 from interactdiff.clear.adapter import ClearAdapter, ClearConfig
-from interactdiff.clear.attention import BACKENDS, MIN_TOKENS, choose_backend, local_attention
+from interactdiff.clear.attention import BACKENDS, choose_backend, least_tokens, local_attention
 from interactdiff.clear.flex import can_run_flex
 from interactdiff.clear.handle import ClearHandle
 from interactdiff.clear.linearize import linearize
@@ -10,7 +10,6 @@ from interactdiff.clear.tiles import can_run_tiles
 
 __all__ = [
     "BACKENDS",
-    "MIN_TOKENS",
     "ClearAdapter",
     "ClearConfig",
     "ClearError",
@@ -19,6 +18,7 @@ __all__ = [
     "can_run_flex",
     "can_run_tiles",
     "choose_backend",
+    "least_tokens",
     "linearize",
     "local_attention",
     "proportional_scale",

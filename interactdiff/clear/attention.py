@@ -12,12 +12,6 @@ from interactdiff.clear.reference import reference_attention
 from interactdiff.clear.tiles import can_run_tiles, tiles_attention
 
 BACKENDS = ("reference", "tiles", "flex")
-MIN_TOKENS = 1600
-"""Image tokens below which full attention is faster than the smallest window, r = 8.
-
-Measured on 2 CPU cores in float32 with 77 and 512 text tokens. With r = 16 it is up to some 3100 tokens; with
-r = 32, 4096 are still too few and 16384 are enough.
-"""
 DENSE_TOKENS = 224
 """Text and image tokens up to which a dense mask is faster than tiles; measured likewise."""
 
@@ -82,6 +76,20 @@ def local_attention(
             pooled_k, pooled_v = (pool(t, pattern, spatial_weight) for t in of_image)
             pooled = (pooled_k, pooled_v)
         return _RUN[name](q, k, v, pooled, pattern, scale)
+
+
+def least_tokens(window: int, device: torch.device | str = "cpu") -> int:
+    """Image tokens from which a window is faster than full attention, with 512 text tokens.
+
+    On a CPU 1000 + 9 r^2, fitted to what `interactdiff bench clear` prints in float32 on 2 cores: times were
+    equal at 1024 tokens for a radius of 4, 1500 for 8, 3250 for 16 and 8900 for 32. On CUDA, where it has not
+    been measured, 128^2: CLEAR's author finds no gain at 1024 px and some from 2048 px on.
+
+    Args:
+        window: radius r.
+        device: where.
+    """
+    return 128**2 if torch.device(device).type == "cuda" else 1000 + 9 * window**2
 
 
 def choose_backend(

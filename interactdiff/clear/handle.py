@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from interactdiff.checkpoint import AdapterError
 from interactdiff.clear.adapter import ClearAdapter, site_layers
-from interactdiff.clear.attention import MIN_TOKENS
+from interactdiff.clear.attention import least_tokens
 from interactdiff.clear.pattern import ClearError
 from interactdiff.clear.processors import Layout, window_processor
 from interactdiff.compiled import forget_compiled
@@ -32,7 +32,8 @@ class ClearHandle:
     def __init__(self, denoiser: Denoiser, adapter: ClearAdapter, given: object = None):
         self.denoiser, self.adapter = denoiser, adapter
         self._given = given
-        self._layout, self._min_tokens, self._ntk_factor = Layout(), MIN_TOKENS, 1.0
+        self._layout, self._ntk_factor = Layout(), 1.0
+        self._min_tokens: int | None = None
         self._ids: tuple[Tensor | None, tuple[int, int]] = (None, (0, 0))
         self._told = False
         self._swaps = [_Swap(site, adapter, self._layout) for site in attention_sites(denoiser)]
@@ -52,8 +53,8 @@ class ClearHandle:
 
         Args:
             backend: of `local_attention`; "auto" at first.
-            min_tokens: image tokens below which an attention stays as it is in the base; at first as many as
-                windows need to be faster. 0: windows always act.
+            min_tokens: image tokens below which an attention stays as it is in the base; at first
+                `least_tokens`, as many as the window needs to be faster. 0: windows always act.
             proportional: whether the softmax scale grows with the number of keys, as for pictures larger than
                 the base was trained on; off at first.
             ntk_factor: of the base of Flux's rotary positions, likewise; 1 at first, published is 10.
@@ -106,13 +107,16 @@ class ClearHandle:
         for swap in self._swaps:
             height, width = swap.site.grid(rows, columns)
             counts[swap] = height * width
-        large = {swap for swap, count in counts.items() if count >= self._min_tokens}
+        least = self._min_tokens
+        if least is None:
+            least = least_tokens(self.adapter.config.window, self.denoiser.device)
+        large = {swap for swap, count in counts.items() if count >= least}
         for swap in large:
             swap.check(self._layout)
         if not large and not self._told:
             self._told = True
             warnings.warn(
-                f"CLEAR is off at {rows} x {columns} tokens: below {self._min_tokens} full attention is "
+                f"CLEAR is off at {rows} x {columns} tokens: below {least} full attention is "
                 "faster; min_tokens=0 keeps it on",
                 stacklevel=2,
             )
