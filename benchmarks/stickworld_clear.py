@@ -3,8 +3,8 @@
     python benchmarks/stickworld_clear.py --scenes 100
     python benchmarks/stickworld_clear.py --scenes 100 --size 192 --sheet out/clear.png
 
-docs/clear.md has the tables. Every row draws the same captions from the same noise; distances are to the pictures
-of the teacher, which attends to everything. --layers names other layers than the packaged ones.
+docs/clear.md has the tables. Every row draws the same captions from the same noise; distances are to the
+pictures of the teacher, which attends to everything. --layers names other layers than the packaged ones.
 """
 
 import argparse
