@@ -1,5 +1,7 @@
 """Distances between pictures."""
 
+from itertools import pairwise
+
 import torch
 
 from interactdiff.evaluation.images import LAYERS, feature_distance
@@ -9,7 +11,7 @@ from interactdiff.stickworld.world import sample_scene
 
 
 def pictures(*seeds: int) -> torch.Tensor:
-    stack = torch.stack([torch.from_numpy(render(sample_scene(seed)).image) for seed in seeds])
+    stack = torch.stack([torch.tensor(render(sample_scene(seed)).image) for seed in seeds])
     return stack.permute(0, 3, 1, 2).float() / 255
 
 
@@ -22,7 +24,7 @@ def test_distance_grows_with_what_differs() -> None:
         for changed in (one, one + 0.02 * noise, one + 0.1 * noise, other)
     ]
     assert distances[0].abs().max() < 1e-6
-    assert all((a < b).all() for a, b in zip(distances, distances[1:], strict=False))
+    assert all((a < b).all() for a, b in pairwise(distances))
     assert torch.allclose(feature_distance(detector, other, one), distances[3], atol=1e-5)
     assert not any(module._forward_hooks for module in detector.modules())
 

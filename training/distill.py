@@ -1,7 +1,7 @@
-"""CLEAR's distillation (arXiv 2412.16112, section 4): attention within windows learns to do what full attention did.
+"""CLEAR's distillation (arXiv 2412.16112, section 4): windows learn to do what full attention did.
 
-The base is the teacher, and the student is the base with other attention projections: the layers that they share
-are in memory once. Both see pictures that the base drew itself.
+The base is the teacher, and the student is the base with other attention projections: the layers that they
+share are in memory once. Both see pictures that the base drew itself.
 """
 
 import copy
@@ -52,9 +52,9 @@ class AttentionOutputs:
 class DistillRecipe(Recipe):
     """Trains a `ClearAdapter`: the attention projections of a Flux base, and the weights of pooling.
 
-    Extra configuration keys: `base` (pipeline folder or Hub id), `clear` (arguments of `ClearConfig`), `data`:
-    `folder`, `pictures` (how many the base draws), `prompts` (a text file with one a line, or null for captions
-    of stickworld), `size` (pixels), `steps`, `guidance_scale`, `batch_size`; `output_weight`,
+    Extra configuration keys: `base` (pipeline folder or Hub id), `clear` (arguments of `ClearConfig`),
+    `data`: `folder`, `pictures` (how many the base draws), `prompts` (a text file with one a line, or null
+    for captions of stickworld), `size` (pixels), `steps`, `guidance_scale`, `batch_size`; `output_weight`,
     `attention_weight` (of the losses against the teacher), `export_to`.
     """
 

@@ -57,9 +57,9 @@ class FlowBatch:
         logits: tuple[float, float] | None = None,
     ):
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        density, mean_std = ("logit_normal", logits) if logits else ("none", ())
+        density, (mean, deviation) = ("logit_normal", logits) if logits else ("none", (0.0, 1.0))
         times: Any = compute_density_for_timestep_sampling(
-            density, len(latents), *mean_std, generator=generator
+            density, len(latents), mean, deviation, generator=generator
         )
         times = times.to(latents)
         share = times[:, None, None, None]

@@ -165,7 +165,7 @@ class _Swap:
         if on == self.on:
             return
         self.on = on
-        self.site.attention.processor = self._processor if on else self._own
+        cast(Any, self.site.attention).processor = self._processor if on else self._own
         for layer, leaf, own, mine in self._projections:
             new, old = (mine, own) if on else (own, mine)
             if new.device != old.device or (new.dtype != old.dtype and not self._adapter.training):

@@ -162,7 +162,7 @@ class FluxWindowProcessor(WindowProcessor):
             query, key, value = (torch.cat(both, 1) for both in zip(text, (query, key, value), strict=True))
         query = cast(Tensor, apply_rotary_emb(query, cast(Any, image_rotary_emb), sequence_dim=1))
         key = cast(Tensor, apply_rotary_emb(key, cast(Any, image_rotary_emb), sequence_dim=1))
-        out = self.attend(*(t.transpose(1, 2) for t in (query, key, value)), text_length)
+        out = self.attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), text_length)
         out = out.transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return out
@@ -204,7 +204,8 @@ class JointWindowProcessor(WindowProcessor):
             text_length = encoder_hidden_states.shape[1]
             names = ("add_q_proj", "add_k_proj", "add_v_proj")
             parts.append(_projected(attn, encoder_hidden_states, names, attn.norm_added_q, attn.norm_added_k))
-        out = self.attend(*(torch.cat(both, 2) for both in zip(*parts, strict=True)), text_length)
+        query, key, value = (torch.cat(both, 2) for both in zip(*parts, strict=True))
+        out = self.attend(query, key, value, text_length)
         out = out.transpose(1, 2).flatten(2)
         out, text_out = out[:, :length], out[:, length:]
         out = _out(attn, out)
