@@ -105,7 +105,7 @@ def test_a_base_that_differs_in_its_heads_alone_is_told_apart(pipe, adapter):
 
 
 def test_a_name_is_no_adapter(pipe):
-    with pytest.raises(AdapterError, match=r"expected an InteractionAdapter, .*, got str"):
+    with pytest.raises(AdapterError, match=r"expected an InteractionAdapter or a ClearAdapter, .*, got str"):
         attach(pipe, "stickworld-interaction")
 
 

@@ -1,6 +1,5 @@
 """The packaged models: their size, that stock classes load them, and that the adapter does what is asked."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from diffusers import FluxPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.cli import main
 from interactdiff.evaluation.hoi import text_scores, with_interval
 from interactdiff.evaluation.world import (
@@ -38,30 +36,30 @@ def test_the_drawing_models_are_float16_safetensors_of_24_mb_together() -> None:
             assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}
 
 
-def test_the_transformer_and_its_windows_are_float16_safetensors() -> None:
-    for name, most in (("stickworld-dit", 14_000_000), ("stickworld-dit-clear", 1_500_000)):
-        files = [path for path in model_path(name).rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} == {".json", ".safetensors"}
-        assert sum(path.stat().st_size for path in files) <= most
-        for path in files:
-            if path.suffix == ".safetensors":
-                tensors = load_file(path).values()
-                assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float16}
+def test_the_transformer_is_float16_safetensors_of_14_mb() -> None:
+    files = [path for path in model_path("stickworld-dit").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) <= 14_000_000
+    for path in files:
+        if path.suffix == ".safetensors":
+            assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}
 
 
-def test_the_transformer_draws_what_captions_say_within_windows_too() -> None:
-    """The whole score is in docs/clear.md; this would catch weights that were mixed up."""
-    drawer, detector = Drawer.load("stickworld-dit", device="cpu"), packaged_detector()
+def found_of_captions(drawer: Drawer) -> list[float]:
+    """Shares of what a few captions say that is found in the pictures: objects, actions, colours."""
+    scenes = held_out_scenes(12, 3)
+    orders = [Order(n, scene.caption) for n, scene in enumerate(scenes)]
+    found = packaged_detector().detect(draw(orders, drawer, 3, Drawing(12, 3.0)))
+    scores = text_scores(found, [scene.triplets for scene in scenes])
+    return [with_interval(score, len(scenes))[0] for score in scores.values()]
+
+
+def test_the_transformer_draws_what_captions_say() -> None:
+    """`evaluate --world --model stickworld-dit` has the whole score; this would catch weights mixed up."""
+    drawer = Drawer.load("stickworld-dit", device="cpu")
     assert type(drawer.pipeline) is FluxPipeline
     drawer.pipeline.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(12, 3)
-    orders, how = [Order(n, scene.caption) for n, scene in enumerate(scenes)], Drawing(12, 3.0)
-    layers = ClearAdapter.from_pretrained(model_path("stickworld-dit-clear"))
-    for adapter in (None, layers):
-        with nullcontext() if adapter is None else linearize(drawer.pipeline, 3, 1, adapter, min_tokens=0):
-            found = detector.detect(draw(orders, drawer, 3, how))
-        scores = text_scores(found, [scene.triplets for scene in scenes])
-        assert all(with_interval(score, 12)[0] > 0.6 for score in scores.values())
+    assert min(found_of_captions(drawer)) > 0.6
 
 
 def test_the_base_is_a_stock_pipeline_without_a_safety_checker() -> None:
