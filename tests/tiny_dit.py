@@ -11,7 +11,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -21,6 +21,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from interactdiff.clear import ClearAdapter, ClearConfig
 from interactdiff.training.tokenizer import make_t5_tokenizer
 
 make_flux, make_sd3, make_vae, make_clip_config, make_flux_pipeline, make_sd3_pipeline = cast(
@@ -149,3 +150,20 @@ def tiny_sd3_pipeline(tokenizer: CLIPTokenizer, **options: Any) -> StableDiffusi
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def draw(pipe: Any, size: tuple[int, int] = (32, 32), **arguments: Any) -> Tensor:
+    """A picture's latents from fixed noise."""
+    if hasattr(pipe, "transformer"):
+        arguments |= {"max_sequence_length": TEXT_LENGTH}
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    return pipe(
+        "a dog", height=height, width=width, num_inference_steps=2, output_type="latent",
+        generator=generator, **arguments,
+    ).images  # fmt: skip
+
+
+def trained_layers(denoiser: Any, config: ClearConfig) -> ClearAdapter:
+    """Layers that differ from the base's, as training would leave them."""
+    return shaken(ClearAdapter.for_denoiser(denoiser, config), 7)  # type: ignore[return-value]

@@ -144,11 +144,17 @@ class ClearAdapter(nn.Module):
 
         Raises:
             AdapterError: naming the window that they are for and the first tensor that is missing,
-                superfluous or of another shape.
+                superfluous or of another shape; or a LoRA is fused into what they replace.
         """
         got = self.state_dict()
         if not got:
             return
+        for site in attention_sites(denoiser):
+            if any(getattr(module, "merged", False) for module in site.attention.modules()):
+                raise AdapterError(
+                    f"expected LoRAs beside the projections that trained layers replace, got a fused one at "
+                    f"{site.path}: unfuse it first"
+                )
         expected = expected_tensors(denoiser, self.config)
         wrong = [
             (name, *(list(t[name].shape) if name in t else "no such tensor" for t in (expected, got)))
