@@ -54,8 +54,9 @@ class DistillRecipe(Recipe):
 
     Extra configuration keys: `base` (pipeline folder or Hub id), `clear` (arguments of `ClearConfig`),
     `data`: `folder`, `pictures` (how many the base draws), `prompts` (a text file with one a line, or null
-    for captions of stickworld), `size` (pixels), `steps`, `guidance_scale`, `batch_size`; `output_weight`,
-    `attention_weight` (of the losses against the teacher), `export_to`.
+    for captions of stickworld), `size` (pixels), `steps`, `guidance_scale`, `batch_size`; `logits` (mean
+    and deviation of the times' logit-normal density, or null to spread them evenly, as published),
+    `output_weight`, `attention_weight` (of the losses against the teacher), `export_to`.
     """
 
     def build(self) -> nn.Module:
@@ -80,7 +81,7 @@ class DistillRecipe(Recipe):
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Flow matching, and the teacher's output and attention outputs (section 4, equations 5 to 7)."""
-        flow = FlowBatch(**batch, generator=generator)
+        flow = FlowBatch(**batch, generator=generator, logits=self.config["logits"])
         if self.teacher.config.guidance_embeds:
             scale = self.config["data"]["guidance_scale"]
             flow.inputs["guidance"] = torch.full_like(flow.inputs["timestep"], scale)

@@ -7,7 +7,7 @@ def model_path(name: str) -> Path:
     """Where a packaged model lies.
 
     Args:
-        name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction" or
-            "stickworld-dit-clear" (adapters), or "detector".
+        name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction"
+            (adapter) or "detector".
     """
     return Path(__file__).parent / "models" / name
