@@ -15,7 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tiny import trained_adapter
-from tiny_dit import tiny_flux_pipeline, tiny_sd3_pipeline
+from tiny_dit import clip_config, tiny_flux_pipeline, tiny_sd3_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from interactdiff.interaction.adapter import InteractionAdapter
@@ -57,21 +57,6 @@ def tiny_vae() -> AutoencoderKL:
     ).eval()
 
 
-def tiny_text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    return make_text_config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        projection_dim=width,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def tiny_scheduler() -> DDIMScheduler:
     return DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
@@ -98,7 +83,7 @@ def pipe(unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> StableDiffusio
     torch.manual_seed(1)
     pipeline = make_pipeline(
         vae=tiny_vae(),
-        text_encoder=CLIPTextModel(tiny_text_config(tokenizer, TEXT_WIDTH)).eval(),
+        text_encoder=CLIPTextModel(clip_config(tokenizer, TEXT_WIDTH)).eval(),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=tiny_scheduler(),
@@ -122,8 +107,8 @@ def xl_pipe(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
     torch.manual_seed(4)
     pipeline = make_xl_pipeline(
         vae=tiny_vae(),
-        text_encoder=CLIPTextModel(tiny_text_config(tokenizer, TEXT_WIDTH)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(tokenizer, TEXT_2_WIDTH)).eval(),
+        text_encoder=CLIPTextModel(clip_config(tokenizer, TEXT_WIDTH)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, TEXT_2_WIDTH)).eval(),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -100,12 +101,12 @@ def tiny_vae() -> AutoencoderKL:
     ).eval()
 
 
-def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def clip_config(tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH) -> CLIPTextConfig:
     """Of a text encoder of one layer."""
     return make_clip_config(
         vocab_size=len(tokenizer),
-        hidden_size=CLIP_WIDTH,
-        projection_dim=CLIP_WIDTH,
+        hidden_size=width,
+        projection_dim=width,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -167,3 +168,14 @@ def draw(pipe: Any, size: tuple[int, int] = (32, 32), **arguments: Any) -> Tenso
 def trained_layers(denoiser: Any, config: ClearConfig) -> ClearAdapter:
     """Layers that differ from the base's, as training would leave them."""
     return shaken(ClearAdapter.for_denoiser(denoiser, config), 7)  # type: ignore[return-value]
+
+
+make_tiny_vae = cast(Any, AutoencoderTiny)
+
+
+def tiny_autoencoder(channels: int, levels: int = 2) -> Any:
+    """One convolution block a level, so that no pixel depends on one farther away than a few latents."""
+    torch.manual_seed(5)
+    shape = {f"{part}_block_out_channels": (8,) * levels for part in ("encoder", "decoder")}
+    blocks = {f"num_{part}_blocks": (1,) * levels for part in ("encoder", "decoder")}
+    return make_tiny_vae(latent_channels=channels, **shape, **blocks).eval()

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from interactdiff.generate import call_arguments
 from interactdiff.stickworld.world import HELD_OUT, sample_scene
 from interactdiff.training.base import cached_latents, varied_caption
 from interactdiff.training.recipe import Recipe
@@ -174,13 +175,10 @@ class DitRecipe(Recipe):
         pipe: Any = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         drawn = pipe(
-            captions,
-            negative_prompt=[""] * len(captions),
-            true_cfg_scale=self.config["guidance_scale"],
+            **call_arguments(pipe, captions, guidance_scale=self.config["guidance_scale"]),
             height=96,
             width=96,
             num_inference_steps=30,
-            max_sequence_length=self.text.tokenizer_2.model_max_length,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).images
