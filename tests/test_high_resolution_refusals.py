@@ -7,7 +7,7 @@ import torch
 from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
-from test_high_resolution import CALL, OPTIONS
+from test_high_resolution import CALL, OPTIONS, Counter
 
 from interactdiff.clear.high_resolution import HighResolution
 from interactdiff.clear.pattern import ClearError
