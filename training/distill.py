@@ -71,6 +71,7 @@ class DistillRecipe(Recipe):
         self.handle.configure(min_tokens=0)
         self.outputs = AttentionOutputs(self.teacher), AttentionOutputs(self.student)
         self.data = self_generated(self.pipe, config["data"], config["seed"])
+        self.empty = encoded(self.pipe, [""])
         return adapter
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -82,17 +83,32 @@ class DistillRecipe(Recipe):
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Flow matching, and the teacher's output and attention outputs (section 4, equations 5 to 7)."""
         flow = FlowBatch(**batch, generator=generator, logits=self.config["logits"])
-        if self.teacher.config.guidance_embeds:
-            scale = self.config["data"]["guidance_scale"]
-            flow.inputs["guidance"] = torch.full_like(flow.inputs["timestep"], scale)
         with torch.no_grad():
-            wanted = self.teacher(**flow.inputs).sample
-        predicted = self.student(**flow.inputs).sample
+            wanted = self.predicted(self.teacher, flow.inputs)
+        predicted = self.predicted(self.student, flow.inputs)
         pairs = zip(self.outputs[1].seen, self.outputs[0].seen, strict=True)
         attention = torch.stack([F.mse_loss(mine.float(), own.float()) for mine, own in pairs]).mean()
         output = F.mse_loss(predicted.float(), wanted.float())
         weights = self.config["output_weight"], self.config["attention_weight"]
         return flow.loss(predicted) + weights[0] * output + weights[1] * attention
+
+    def predicted(self, transformer: FluxTransformer2DModel, inputs: dict[str, Tensor]) -> Tensor:
+        """The flow that pictures are drawn by.
+
+        A base that is told its guidance predicts it in one call, as in the paper. Any other is guided by a
+        second call without a prompt (arXiv 2207.12598, equation 6): what both come to is distilled, since
+        their errors are drawn with as many times over.
+        """
+        scale = self.config["data"]["guidance_scale"]
+        if transformer.config.guidance_embeds:
+            return transformer(**inputs, guidance=torch.full_like(inputs["timestep"], scale)).sample
+        if scale <= 1:
+            return transformer(**inputs).sample
+        both = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items() if "_ids" not in name}
+        for name, empty in zip(("encoder_hidden_states", "pooled_projections"), self.empty, strict=True):
+            both[name] = torch.cat([inputs[name], empty.expand_as(inputs[name])])
+        asked, free = transformer(**inputs | both).sample.chunk(2)
+        return free + scale * (asked - free)
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
@@ -155,10 +171,17 @@ def self_generated(pipe: Any, data: dict[str, Any], seed: int) -> dict[str, Tens
 def _drawn(pipe: Any, texts: list[str], data: dict[str, Any], seed: int) -> dict[str, Tensor]:
     tokens = draw(pipe, texts, data, seed, "latent")
     latents = pipe._unpack_latents(tokens, data["size"], data["size"], pipe.vae_scale_factor)
-    length = call_arguments(pipe, texts).get("max_sequence_length", 512)
-    text, pooled, _ = pipe.encode_prompt(texts, max_sequence_length=length)
+    text, pooled = encoded(pipe, texts)
     tensors = {"latents": latents, "text": text, "pooled": pooled}
     return {name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def encoded(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """[B, T, D] states of texts and their [B, P] pooled state, as the pipeline draws by them."""
+    length = call_arguments(pipe, texts).get("max_sequence_length", 512)
+    text, pooled, _ = pipe.encode_prompt(texts, max_sequence_length=length)
+    return text, pooled
 
 
 def _made_of(pipe: Any, data: dict[str, Any], seed: int) -> str:
