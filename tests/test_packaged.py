@@ -9,6 +9,7 @@ from diffusers import FluxPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.cli import main
 from interactdiff.evaluation.hoi import text_scores, with_interval
 from interactdiff.evaluation.world import (
@@ -36,8 +37,9 @@ def test_the_drawing_models_are_float16_safetensors_of_24_mb_together() -> None:
             assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}
 
 
-def test_the_transformer_is_float16_safetensors_of_14_mb() -> None:
-    files = [path for path in model_path("stickworld-dit").rglob("*") if path.is_file()]
+def test_the_transformer_and_its_windows_are_float16_safetensors_of_14_mb() -> None:
+    names = ["stickworld-dit", "stickworld-dit-clear"]
+    files = [path for name in names for path in model_path(name).rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in files) <= 14_000_000
     for path in files:
@@ -60,6 +62,13 @@ def test_the_transformer_draws_what_captions_say() -> None:
     assert type(drawer.pipeline) is FluxPipeline
     drawer.pipeline.set_progress_bar_config(disable=True)
     assert min(found_of_captions(drawer)) > 0.6
+    layers = ClearAdapter.from_pretrained(model_path("stickworld-dit-clear"))
+    found = {}
+    for name, windows in (("trained", layers), ("untrained", ClearAdapter(layers.config).eval())):
+        with linearize(drawer.pipeline, weights=windows, min_tokens=0) as handle:
+            found[name] = sum(found_of_captions(drawer))
+            assert handle.active
+    assert found["trained"] > found["untrained"] + 0.2
 
 
 def test_the_base_is_a_stock_pipeline_without_a_safety_checker() -> None:

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from interactdiff.attach import attach
-from interactdiff.clear.adapter import ClearAdapter, ClearConfig
+from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
 from interactdiff.files import write_aside
 from interactdiff.generate import call_arguments
 from interactdiff.sites import attention_sites
 from interactdiff.stickworld.world import HELD_OUT, sample_scene
-from interactdiff.training.dit import FlowBatch
+from interactdiff.training.dit import FlowBatch, encoded
 from interactdiff.training.recipe import Recipe, RecipeError
 from interactdiff.training.world_data import grid
 
@@ -53,9 +53,10 @@ class DistillRecipe(Recipe):
     """Trains a `ClearAdapter`: the attention projections of a Flux base, and the weights of pooling.
 
     Extra configuration keys: `base` (pipeline folder or Hub id), `clear` (arguments of `ClearConfig`),
-    `data`: `folder`, `pictures` (how many the base draws), `prompts` (a text file with one a line, or null
-    for captions of stickworld), `size` (pixels), `steps`, `guidance_scale`, `batch_size`; `logits` (mean
-    and deviation of the times' logit-normal density, or null to spread them evenly, as published),
+    `init_from` (folder of layers to go on from, or null; those trained without pooling are a start for
+    pooling), `data`: `folder`, `pictures` (how many the base draws), `prompts` (a text file with one a line,
+    or null for captions of stickworld), `size` (pixels), `steps`, `guidance_scale`, `batch_size`; `logits`
+    (mean and deviation of the times' logit-normal density, or null to spread them evenly, as published),
     `output_weight`, `attention_weight` (of the losses against the teacher), `export_to`.
     """
 
@@ -67,6 +68,13 @@ class DistillRecipe(Recipe):
         self.teacher = self.pipe.transformer.requires_grad_(False).eval()
         self.student = sharing_copy(self.teacher)
         adapter = ClearAdapter.for_denoiser(self.student, ClearConfig(**config["clear"]))
+        if config["init_from"]:
+            trained = ClearAdapter.from_pretrained(config["init_from"])
+            trained.check(self.student)
+            missing, unexpected = adapter.load_state_dict(trained.state_dict(), strict=False)
+            if unexpected or not all(name.endswith(SPATIAL_WEIGHT) for name in missing):
+                got = f"layers for {trained.config}"
+                raise RecipeError(f"expected layers of which {adapter.config} can go on, got {got}")
         self.handle = attach(self.student, adapter.train())
         self.handle.configure(min_tokens=0)
         self.outputs = AttentionOutputs(self.teacher), AttentionOutputs(self.student)
@@ -100,7 +108,7 @@ class DistillRecipe(Recipe):
         their errors are drawn with as many times over.
         """
         scale = self.config["data"]["guidance_scale"]
-        if transformer.config.guidance_embeds:
+        if cast(Any, transformer.config).guidance_embeds:
             return transformer(**inputs, guidance=torch.full_like(inputs["timestep"], scale)).sample
         if scale <= 1:
             return transformer(**inputs).sample
@@ -174,14 +182,6 @@ def _drawn(pipe: Any, texts: list[str], data: dict[str, Any], seed: int) -> dict
     text, pooled = encoded(pipe, texts)
     tensors = {"latents": latents, "text": text, "pooled": pooled}
     return {name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def encoded(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """[B, T, D] states of texts and their [B, P] pooled state, as the pipeline draws by them."""
-    length = call_arguments(pipe, texts).get("max_sequence_length", 512)
-    text, pooled, _ = pipe.encode_prompt(texts, max_sequence_length=length)
-    return text, pooled
 
 
 def _made_of(pipe: Any, data: dict[str, Any], seed: int) -> str:

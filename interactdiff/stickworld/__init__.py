@@ -8,6 +8,6 @@ def model_path(name: str) -> Path:
 
     Args:
         name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction"
-            (adapter) or "detector".
+            (adapter), "stickworld-dit-clear" (layers for CLEAR's windows) or "detector".
     """
     return Path(__file__).parent / "models" / name
