@@ -1,7 +1,7 @@
 """Attaches an adapter to a denoiser, by hooks alone, and takes it off again.
 
-A hook before the U-Net plans what this call needs (which step, which half of guidance); hooks at each site
-let the fuser act (`interaction.unet`). Nothing else of the base is touched.
+A hook before the denoiser plans what this call needs (which step, which half of guidance); hooks at each site
+let the adapter act (`interaction.unet`, `interaction.transformer`). Nothing else of the base is touched.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,16 @@ from interactdiff.clear.adapter import ClearAdapter
 from interactdiff.clear.handle import ClearHandle, attach_clear
 from interactdiff.compiled import forget_compiled
 from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.interaction.call import SceneTable
 from interactdiff.interaction.control import Control
+from interactdiff.interaction.joint import SceneTokens
 from interactdiff.interaction.phrases import PhraseEncoder, pipeline_phrases
-from interactdiff.interaction.tokens import Item, check_count, scene_phrases, scene_tensors
-from interactdiff.interaction.unet import FusedSite
+from interactdiff.interaction.tokens import Item, check_count, scene_phrases
+from interactdiff.interaction.transformer import InTransformer
+from interactdiff.interaction.unet import InUNet
 from interactdiff.scene import MAX_STRENGTH, Entity, Interaction, SceneError
 from interactdiff.scene_checks import Schedule, checked_number, checked_schedule, shown
-from interactdiff.sites import find_sites, unet_of
+from interactdiff.sites import Denoiser, denoiser_of
 
 
 class Handle:
@@ -31,27 +34,29 @@ class Handle:
 
     Attributes:
         adapter: the attached adapter.
-        unet: the U-Net that it acts in.
+        denoiser: the U-Net or transformer that it acts in.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: Denoiser,
         adapter: InteractionAdapter,
         pipeline: Any = None,
         phrase_encoder: PhraseEncoder | None = None,
         given: object = None,
     ):
-        self.unet, self.adapter = unet, adapter
-        self._given = given  # to attach, maybe a compiled U-Net
+        self.denoiser, self.adapter = denoiser, adapter
+        self._given = given  # to attach, maybe a compiled denoiser
         self._pipeline, self._phrase_encoder = pipeline, phrase_encoder
         self._control: Control | None = None
-        fusers = adapter.fusers
-        self._sites = [FusedSite(site, fusers[site.path]) for site in find_sites(unet)]
-        self._hooks = [unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)]
-        for site in self._sites:
-            self._hooks += site.hook()
-        forget_compiled(unet, given)
+        if isinstance(denoiser, UNet2DConditionModel):
+            self._place = InUNet(denoiser, adapter)
+        else:
+            self._place = InTransformer(denoiser, adapter, pipeline)
+        self._hooks = [denoiser.register_forward_pre_hook(self._before, with_kwargs=True)]
+        for site in self._place.sites:
+            site.hook()
+        forget_compiled(denoiser, given)
 
     def set_scene(
         self,
@@ -73,9 +78,10 @@ class Handle:
                 off].
             fast: reuse what the fusers added at an earlier step, see `schedule.refreshes`: less exact, and
                 most of their time is saved.
-            num_inference_steps: for a bare U-Net, whose schedule is otherwise not followed; a pipeline knows.
+            num_inference_steps: for a bare denoiser, whose schedule is otherwise not followed; a pipeline
+                knows.
             guidance: whether batches are [unconditional half, conditional half]; None asks the pipeline, and
-                takes a bare U-Net's batches as conditional.
+                takes a bare denoiser's batches as conditional.
 
         Raises:
             SceneError: too many interactions, a phrase too long, a strength or schedule out of range.
@@ -84,49 +90,45 @@ class Handle:
         scenes = _as_scenes(interactions)
         strength, shares = checked_number("strength", strength, 0.0, MAX_STRENGTH), checked_schedule(schedule)
         self._check_attached()
-        used = [len(scene) if any(item.strength for item in scene) else 0 for scene in scenes]
-        tokens = self._encode(scenes) if any(used) else None
+        asked = any(item.strength for scene in scenes for item in scene)
+        table = self._encode(scenes) if asked else None
         self.clear()
-        if tokens is not None:
+        if table is not None:
             self._control = Control(
-                self._sites, tokens, used, strength, shares,
+                self._place.sites, table, strength, shares,
                 self._pipeline, guidance, num_inference_steps, fast,
             )  # fmt: skip
 
     def set_tokens(
         self,
-        tokens: Tensor,
+        tokens: Tensor | SceneTokens,
         strength: float = 1.0,
         schedule: Schedule = 1.0,
         *,
         num_inference_steps: int | None = None,
     ) -> None:
-        """Give the tokens themselves, as training does: gradients flow to them and to the fusers, nothing is
-        cached.
+        """Give the tokens themselves, as training does: gradients flow to them and to what acts at the sites,
+        nothing is cached.
 
         Call `backward` before giving other tokens: gradient checkpointing runs the blocks again.
 
         Args:
-            tokens: [B, 3N, token_dim] of the adapter's `position_net`, one row for each row of the U-Net's
-                batch.
+            tokens: what the adapter makes of `scene_tensors`, one row for each row of the denoiser's batch.
             strength: as in `set_scene`.
             schedule: as in `set_scene`.
             num_inference_steps: as in `set_scene`.
 
         Raises:
-            SceneError: the tokens' shape is not that, or a strength or schedule is out of range.
+            SceneError: the tokens are not that, or a strength or schedule is out of range.
             AdapterError: the handle is detached.
         """
         strength, shares = checked_number("strength", strength, 0.0, MAX_STRENGTH), checked_schedule(schedule)
         self._check_attached()
-        width = self.adapter.config.base.cross_attention_dim
-        if tokens.ndim != 3 or tokens.shape[-1] != width:
-            raise SceneError(f"expected tokens of shape [batch, 3N, {width}], got {list(tokens.shape)}")
+        table = self._place.rows(tokens)
         self.clear()
         self._control = Control(
-            self._sites,
-            tokens,
-            None,
+            self._place.sites,
+            table,
             strength,
             shares,
             self._pipeline,
@@ -140,16 +142,17 @@ class Handle:
     def clear(self) -> None:
         """Ask for nothing: the base draws as it always did."""
         self._control = None
-        for site in self._sites:
-            site.forget()
+        self._place.forget()
 
     def detach(self) -> None:
         """Take every hook off again. Doing it twice is the same as once."""
         self.clear()
         if self._hooks:
-            forget_compiled(self.unet, self._given)
+            forget_compiled(self.denoiser, self._given)
         while self._hooks:
             self._hooks.pop().remove()
+        for site in self._place.sites:
+            site.unhook()
 
     def __enter__(self) -> "Handle":
         """The handle itself; leaving the block detaches."""
@@ -164,33 +167,34 @@ class Handle:
             raise AdapterError("expected an attached adapter, got a handle that is detached")
 
     @torch.no_grad()
-    def _encode(self, scenes: list[tuple[Item, ...]]) -> Tensor:
-        """Tokens of the scenes, and last those of the unconditional half: the same with every mask 0."""
+    def _encode(self, scenes: list[tuple[Item, ...]]) -> SceneTable:
         if self._phrase_encoder is None:
             raise AdapterError(
                 "expected a pipeline with a tokenizer and a text encoder to encode phrases, got none: "
                 "attach to the pipeline, give attach a phrase_encoder, or use set_tokens"
             )
-        limit = self.adapter.config.max_interactions
-        check_count(scenes, limit)  # before the text encoder does any work
+        check_count(scenes, self.adapter.config.max_interactions)  # before the text encoder does any work
         null = self.adapter.position_net.null_positive_feature
         features = {p: f.to(null.device) for p, f in self._phrase_encoder(scene_phrases(scenes)).items()}
-        return self.adapter(**scene_tensors([*scenes, ()], features, limit))
+        return self._place.scenes(scenes, features)
 
     @cast(Any, torch.compiler.disable)
-    def _before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = None
+        for site in self._place.sites:
+            site.hook()
+            site.call = None  # if this one is refused
         if self._control is not None:
-            sample = args[0] if args else kwargs["sample"]
-            self._follow_unet(sample.device)
-            call = self._control.plan(sample, args[1] if len(args) > 1 else kwargs["timestep"])
-        for site in self._sites:
+            reading = self._place.read(args, kwargs)
+            self._follow(reading.device)
+            call = self._control.plan(reading)
+        for site in self._place.sites:
             site.call = call
 
-    def _follow_unet(self, device: torch.device | str) -> None:
-        """Move the adapter to where the U-Net runs; in eval mode, give it the U-Net's dtype too."""
+    def _follow(self, device: torch.device | str) -> None:
+        """Move the adapter to where the denoiser runs; in eval mode, give it the denoiser's dtype too."""
         null = self.adapter.position_net.null_positive_feature
-        dtype = null.dtype if self.adapter.training else self.unet.dtype
+        dtype = null.dtype if self.adapter.training else self.denoiser.dtype
         if (null.device, null.dtype) != (torch.device(device), dtype):
             self.adapter.to(device, dtype)
             if self._control is not None:
@@ -218,9 +222,9 @@ def attach(
     own.
 
     Args:
-        pipeline_or_denoiser: a diffusers pipeline or its denoiser. Interactions need a
-            `UNet2DConditionModel`, and the pipeline that you are going to call: it knows about guidance and
-            steps. CLEAR takes Flux's and SD3's transformers too.
+        pipeline_or_denoiser: a diffusers pipeline or its denoiser: a `UNet2DConditionModel`, or a transformer
+            of Flux or SD3. Interactions need the pipeline that you are going to call: it knows about guidance
+            and steps.
         adapter: the weights.
         phrase_encoder: for interactions: phrases in, a [feature_dim] feature for each out; the pipeline's
             text encoders if not given.
@@ -236,11 +240,11 @@ def attach(
             "expected an InteractionAdapter or a ClearAdapter, such as from_pretrained loads, got "
             f"{type(adapter).__name__}"
         )
-    unet = unet_of(pipeline_or_denoiser)
-    adapter.config.base.check(unet)
-    if attached_handle(unet) is not None:
+    denoiser = denoiser_of(pipeline_or_denoiser)
+    adapter.config.base.check(denoiser)
+    if attached_handle(denoiser) is not None:
         raise AdapterError(
-            "expected a U-Net without an adapter attached, got one that has it: detach that first"
+            "expected a denoiser without an adapter attached, got one that has it: detach that first"
         )
     pipeline = pipeline_or_denoiser if hasattr(pipeline_or_denoiser, "scheduler") else None
     if phrase_encoder is None and pipeline is not None:
@@ -249,20 +253,20 @@ def attach(
         raise AdapterError(
             f"expected guidance by the prompt alone, got {type(pipeline).__name__}: it guides by pictures too"
         )
-    handle = Handle(unet, adapter, pipeline, phrase_encoder, pipeline_or_denoiser)
+    handle = Handle(denoiser, adapter, pipeline, phrase_encoder, pipeline_or_denoiser)
     try:
         if not adapter.training:
-            adapter.to(unet.dtype)  # every weight: a file may hold several dtypes
-        handle._follow_unet(unet.device if pipeline is None else cast(Any, pipeline)._execution_device)
+            adapter.to(denoiser.dtype)  # every weight: a file may hold several dtypes
+        handle._follow(denoiser.device if pipeline is None else cast(Any, pipeline)._execution_device)
     except Exception:  # no memory left there, say
         handle.detach()
         raise
     return handle
 
 
-def attached_handle(unet: UNet2DConditionModel) -> Handle | None:
-    """The handle of the adapter that is attached to a U-Net, if there is one."""
-    owners = (getattr(hook, "__self__", None) for hook in unet._forward_pre_hooks.values())
+def attached_handle(denoiser: nn.Module) -> Handle | None:
+    """The handle of the adapter that is attached to a denoiser, if there is one."""
+    owners = (getattr(hook, "__self__", None) for hook in denoiser._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, Handle)), None)
 
 

@@ -9,12 +9,14 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from interactdiff.attach import attached_handle
 from interactdiff.clear.flex import can_run_flex
+from interactdiff.clear.handle import attached_clear
 from interactdiff.clear.tiles import can_run_tiles
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.sites import unet_of
+from interactdiff.sites import denoiser_of, held_denoiser
 
 PACKAGES = ("interactdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors")
 OPTIONAL = {
@@ -31,7 +33,7 @@ def doctor(pipeline: Any = None) -> str:
     """A report in plain text.
 
     Args:
-        pipeline: a diffusers pipeline or U-Net, of which the report says what is attached; may be None.
+        pipeline: a diffusers pipeline or denoiser, of which the report says what is attached; may be None.
     """
     sections = {
         "versions": [
@@ -68,20 +70,24 @@ def backends() -> dict[str, str | None]:
 
 
 def attached(pipeline: Any) -> list[str]:
-    """What acts in a pipeline or U-Net besides its base."""
-    unet = unet_of(pipeline)
-    lines = [f"base: {type(pipeline).__name__}, U-Net on {unet.device} in {_dtype(unet.dtype)}"]
-    handle = attached_handle(unet)
+    """What acts in a pipeline or a denoiser besides its base."""
+    denoiser = denoiser_of(pipeline)
+    part = "U-Net" if isinstance(denoiser, UNet2DConditionModel) else "transformer"
+    lines = [f"base: {type(pipeline).__name__}, {part} on {denoiser.device} in {_dtype(denoiser.dtype)}"]
+    handle = attached_handle(denoiser)
     if handle is None:
         lines.append("interaction adapter: none")
     else:
         lines.append(f"interaction adapter: {describe(handle.adapter)}")
         lines.append(f"asked of it: {handle.asked() or 'nothing'}")
-    loras = getattr(unet, "peft_config", None)
+    windows = attached_clear(denoiser)
+    lines.append(f"CLEAR: {windows.adapter.config if windows is not None else 'none'}")
+    loras = getattr(denoiser, "peft_config", None)
     lines.append(f"LoRA: {', '.join(loras) if loras else 'none'}")
-    kinds = sorted({type(processor).__name__ for processor in unet.attn_processors.values()})
+    kinds = sorted({type(processor).__name__ for processor in denoiser.attn_processors.values()})
     lines.append(f"attention processors: {', '.join(kinds)}")
-    compiled = hasattr(getattr(pipeline, "unet", None), "_orig_mod") or unet._compiled_call_impl is not None
+    wrapped = hasattr(held_denoiser(pipeline), "_orig_mod")
+    compiled = wrapped or denoiser._compiled_call_impl is not None
     lines.append(f"compiled: {'yes' if compiled else 'no'}")
     return lines
 

@@ -76,9 +76,6 @@ class Drawer:
             weights = InteractionAdapter.from_pretrained(resolve("adapter", adapter))
         pipeline = load_pipeline(pipeline_at, place, DTYPES[precision])
         if weights is not None:
-            if not hasattr(pipeline, "unet"):
-                kind = type(pipeline).__name__
-                raise AdapterError(f"expected a model with a U-Net for the adapter {adapter}, got a {kind}")
             handle = attach(pipeline, weights)
         return cls(pipeline, handle, lasting(model), None if adapter is None else lasting(adapter))
 

@@ -51,7 +51,8 @@ class Interaction:
         subject_box: where the subject is, xyxy in [0, 1] with x0 < x1 and y0 < y1.
         object_box: where the object is, likewise. Boxes are stored as tuples of four floats.
         strength: how strongly this one acts: 0 as if it were not there, 1 as trained, up to 2.
-        action_region: where the action is: "between" the boxes as published, or their "union" (OneHOI).
+        action_region: where the action is: "between" the boxes as published, or their "union" (OneHOI);
+            None is where the adapter was trained to look.
 
     Raises:
         SceneError: on construction, if a phrase is empty or no text, a box is no such box, the strength is
@@ -64,7 +65,7 @@ class Interaction:
     subject_box: Box
     object_box: Box
     strength: float = 1.0
-    action_region: ActionRegion = "between"
+    action_region: ActionRegion | None = None
 
     def __post_init__(self) -> None:
         for name in ("subject", "object"):
@@ -74,7 +75,7 @@ class Interaction:
         for name in ("subject_box", "object_box"):
             object.__setattr__(self, name, checked_box(name, getattr(self, name)))
         object.__setattr__(self, "strength", checked_number("strength", self.strength, 0.0, MAX_STRENGTH))
-        if self.action_region not in ACTION_REGIONS:
+        if self.action_region not in (None, *ACTION_REGIONS):
             raise SceneError(f"action_region: expected between or union, got {shown(self.action_region)}")
 
     @property
@@ -91,8 +92,16 @@ class Interaction:
 
     @property
     def action_box(self) -> Box:
-        """The action's region, xyxy in [0, 1]: the between box, or the smallest box around both."""
-        if self.action_region == "between":
+        """The action's region, xyxy in [0, 1], as published where the interaction does not say."""
+        return self.action_box_in("between")
+
+    def action_box_in(self, region: ActionRegion) -> Box:
+        """The action's region, xyxy in [0, 1]: the between box, or the smallest box around both.
+
+        Args:
+            region: which it is, where the interaction itself does not say.
+        """
+        if (self.action_region or region) == "between":
             return self.between_box
         s, o = self.subject_box, self.object_box
         return (min(s[0], o[0]), min(s[1], o[1]), max(s[2], o[2]), max(s[3], o[3]))

@@ -39,7 +39,7 @@ def json_schema() -> dict[str, Any]:
             "subject_box": box,
             "object_box": box,
             "strength": strength,
-            "action_region": {"enum": list(ACTION_REGIONS), "default": ACTION_REGIONS[0]},
+            "action_region": {"enum": [None, *ACTION_REGIONS], "default": None},
         },
         "required": ["subject", "action", "object", "subject_box", "object_box"],
         "additionalProperties": False,

@@ -1,18 +1,22 @@
 """Finds where a denoiser can be controlled, by what its modules are and never by what they are called."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxAttention
-from torch import nn
+from torch import Tensor, nn
 
 from interactdiff.checkpoint import AdapterError
 
-Denoiser = UNet2DConditionModel | FluxTransformer2DModel | SD3Transformer2DModel
-KINDS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by cross-attention width
+Transformer = FluxTransformer2DModel | SD3Transformer2DModel
+Denoiser = UNet2DConditionModel | Transformer
+KINDS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of U-Nets, by cross-attention width
+UNET = UNet2DConditionModel.__name__
+TRANSFORMERS = {FluxTransformer2DModel.__name__: "Flux", SD3Transformer2DModel.__name__: "SD3"}
 
 
 @dataclass(frozen=True)
@@ -46,46 +50,54 @@ class Site:
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter has to know of the U-Net that it is made for.
+    """What an adapter has to know of the denoiser that it is made for.
 
     Attributes:
-        cross_attention_dim: width of the text features that the U-Net reads.
+        cross_attention_dim: width of the text features that the denoiser reads.
         sites: for the path of each site, its width and its attention heads.
+        denoiser: its class.
     """
 
     cross_attention_dim: int
     sites: dict[str, tuple[int, int]]
+    denoiser: str = UNET
 
     def __str__(self) -> str:
         """Name it as an error message does: the kind, the text width, the sites' widths."""
-        kind = KINDS.get(self.cross_attention_dim, "a U-Net of no published kind")
         widths = ", ".join(str(w) for w in sorted({dim for dim, _ in self.sites.values()}))
-        text = self.cross_attention_dim
-        return f"{kind} (cross-attention width {text}, {len(self.sites)} sites of width {widths})"
+        text, where = self.cross_attention_dim, f"{len(self.sites)} sites of width {widths}"
+        if self.denoiser in TRANSFORMERS:
+            return f"{TRANSFORMERS[self.denoiser]} (text width {text}, {where})"
+        kind = KINDS.get(self.cross_attention_dim, "a U-Net of no published kind")
+        return f"{kind} (cross-attention width {text}, {where})"
 
     @classmethod
-    def of(cls, unet: UNet2DConditionModel) -> "Base":
-        """Read it off a U-Net.
+    def of(cls, denoiser: Denoiser) -> "Base":
+        """Read it off a denoiser.
 
         Raises:
-            AdapterError: the U-Net has no transformer blocks, or they read text of several widths.
+            AdapterError: a U-Net has no transformer blocks, or they read text of several widths.
         """
-        sites = {site.path: (site.dim, site.heads) for site in find_sites(unet)}
+        if not isinstance(denoiser, UNet2DConditionModel):
+            width = cast(Any, denoiser.config).joint_attention_dim
+            joint = {site.path: (site.dim, site.heads) for site in joint_sites(denoiser)}
+            return cls(width, joint, type(denoiser).__name__)
+        sites = {site.path: (site.dim, site.heads) for site in find_sites(denoiser)}
         if not sites:
             raise AdapterError("expected a U-Net with transformer blocks, got one without any")
-        width = cast(Any, unet.config).cross_attention_dim
+        width = cast(Any, denoiser.config).cross_attention_dim
         widths = set(width) if isinstance(width, Sequence) else {width}
         if len(widths) != 1:
             raise AdapterError(f"expected a U-Net that reads text of one width, got {sorted(widths)}")
         return cls(widths.pop(), sites)
 
-    def check(self, unet: UNet2DConditionModel) -> None:
-        """Make sure that a U-Net is this base.
+    def check(self, denoiser: Denoiser) -> None:
+        """Make sure that a denoiser is this base.
 
         Raises:
             AdapterError: it is another; the message names both.
         """
-        got = Base.of(unet)
+        got = Base.of(denoiser)
         if got != self:
             wanted, found = str(self), str(got)
             if wanted == found:  # the first site that tells them apart
@@ -121,6 +133,51 @@ class AttentionSite:
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of the image tokens here, where the denoiser's own are these."""
         return _halved(rows, self.level), _halved(columns, self.level)
+
+
+@dataclass(frozen=True)
+class JointSite:
+    """One attention of a transformer over text and image: where its queries are, and what it gathers.
+
+    Attributes:
+        path: the attention's name in the transformer, such as "transformer_blocks.0.attn".
+        attention: the module.
+    """
+
+    path: str
+    attention: Any
+
+    @property
+    def dim(self) -> int:
+        """Width of what it gathers, all heads together."""
+        return self.attention.inner_dim
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.attention.heads
+
+    @property
+    def query(self) -> nn.Module:
+        """What puts out the queries, normalised if they are, not yet rotated.
+
+        [B, heads, L, D] with `heads_first`, else [B, L, heads, D] or [B, L, dim].
+        """
+        return self.attention.to_q if self.attention.norm_q is None else self.attention.norm_q
+
+    @property
+    def heads_first(self) -> bool:
+        """See `query`."""
+        return not isinstance(self.attention, FluxAttention) and self.attention.norm_q is not None
+
+    @property
+    def out(self) -> nn.Module | None:
+        """What reads the image's share of what was gathered, [B, L, dim].
+
+        None where the attention returns that, of text and image; its queries are those of both then, too.
+        """
+        out = getattr(self.attention, "to_out", None)
+        return None if out is None else out[0]
 
 
 def _halved(size: int, times: int) -> int:
@@ -170,18 +227,50 @@ def attention_sites(denoiser: Denoiser) -> list[AttentionSite]:
     return found
 
 
-def unet_of(pipeline_or_unet: object) -> UNet2DConditionModel:
-    """The U-Net of a pipeline, or the U-Net itself, whether or not it was compiled.
+def joint_sites(transformer: Transformer) -> list[JointSite]:
+    """Every attention over text and image, in the order of the modules.
 
-    Raises:
-        AdapterError: there is none.
+    Another transformer takes part once its attentions are described here and in `JointSite`.
     """
-    unet = getattr(pipeline_or_unet, "unet", pipeline_or_unet)
-    unet = getattr(unet, "_orig_mod", unet)
-    if not isinstance(unet, UNet2DConditionModel):
-        got = type(pipeline_or_unet).__name__
-        raise AdapterError(f"expected a UNet2DConditionModel or a pipeline that has one, got {got}")
-    return unet
+    sites = attention_sites(transformer)
+    return [JointSite(site.path, site.attention) for site in sites if site.text is not None]
+
+
+class TokenGrid:
+    """Tells rows and columns of a denoiser's image tokens, or of a U-Net's latents, from a call's arguments.
+
+    Flux is told the place of each token, the same tensor at every step of a run; it is read once.
+    """
+
+    def __init__(self):
+        self._ids: tuple[Tensor | None, tuple[int, int]] = (None, (0, 0))
+
+    def __call__(self, denoiser: Denoiser, call: Mapping[str, Any]) -> tuple[int, int]:
+        """Rows and columns.
+
+        Raises:
+            AdapterError: the tokens are not one whole grid in raster order.
+        """
+        if isinstance(denoiser, FluxTransformer2DModel):
+            ids = call["img_ids"]
+            if self._ids[0] is not ids:
+                self._ids = ids, _grid_of(ids)
+            return self._ids[1]
+        sample = call["sample" if isinstance(denoiser, UNet2DConditionModel) else "hidden_states"]
+        patch = getattr(denoiser.config, "patch_size", 1)
+        return sample.shape[-2] // patch, sample.shape[-1] // patch
+
+
+def _grid_of(ids: Tensor) -> tuple[int, int]:
+    ids = (ids[0] if ids.ndim == 3 else ids).float()
+    rows, columns = (int(n) + 1 for n in ids[:, 1:].amax(0))
+    places = ids[:, 1] * columns + ids[:, 2]
+    if rows * columns != len(ids) or not places.equal(torch.arange(len(ids)).to(places)):
+        raise AdapterError(
+            f"expected image tokens in one grid, row by row, got {len(ids)} tokens with places in "
+            f"{rows} x {columns}"
+        )
+    return rows, columns
 
 
 def find_sites(unet: UNet2DConditionModel) -> list[Site]:

@@ -14,7 +14,7 @@ from interactdiff.pipelines.hub import CODE_OPTIONS, is_published_folder, load_h
 from interactdiff.scene import Entity, Interaction, SceneError
 from interactdiff.scene_checks import Schedule
 from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
-from interactdiff.sites import unet_of
+from interactdiff.sites import denoiser_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,8 +74,8 @@ class InteractionMixin(DiffusionPipeline):
             AdapterError: it cannot be loaded or is made for another base.
         """
         if not isinstance(adapter, InteractionAdapter):
-            unet = unet_of(self)
-            adapter = InteractionAdapter.from_pretrained(adapter, unet=unet, dtype=unet.dtype)
+            unet, dtype = getattr(self, "unet", None), denoiser_of(self).dtype
+            adapter = InteractionAdapter.from_pretrained(adapter, unet=unet, dtype=dtype)
         before = self.interaction
         self.unload_interaction_adapter()
         try:

@@ -79,7 +79,7 @@ def test_leaving_the_block_detaches(pipe, adapter, ending):
 def test_second_adapter_is_refused_until_the_first_is_off(pipe, adapter):
     handle = attach(pipe, adapter)
     attached = state_of(pipe.unet)
-    with pytest.raises(AdapterError, match="expected a U-Net without an adapter attached"):
+    with pytest.raises(AdapterError, match="expected a denoiser without an adapter attached"):
         attach(pipe.unet, adapter)
     assert state_of(pipe.unet) == attached
     handle.detach()

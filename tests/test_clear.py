@@ -260,7 +260,7 @@ def test_calls_that_windows_cannot_serve_are_refused_before_anything_runs(flux_p
     with linearize(transformer, window=2, min_tokens=0):
         transformer(**call)
         reference = torch.cat([ids, ids + torch.tensor([1.0, 0.0, 0.0])])  # Kontext's second picture
-        with pytest.raises(ClearError, match="got 32 tokens with places in 4 x 4"):
+        with pytest.raises(AdapterError, match="got 32 tokens with places in 4 x 4"):
             transformer(**call | {"img_ids": reference, "hidden_states": torch.zeros(1, 32, 16)})
         attention = transformer.transformer_blocks[0].attn
         states, text = torch.zeros(1, 16, 32), torch.zeros(1, 3, 32)

@@ -10,6 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 from interactdiff.attach import attach
 from interactdiff.checkpoint import AdapterError
+from interactdiff.clear import ClearAdapter, ClearConfig
+from interactdiff.clear.handle import attached_clear
 from interactdiff.cli import main
 from interactdiff.evaluation.hoi import (
     Share,
@@ -269,6 +271,16 @@ def test_fast_control_has_a_row_of_its_own(drawer: Drawer, detector: Detector) -
     )
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_fast"]
     assert "adapter, fast" in format_table(table)
+
+
+def test_windows_have_a_row_of_their_own(drawer: Drawer, detector: Detector) -> None:
+    windows = ClearAdapter(ClearConfig(2)).eval()
+    table = evaluate_world(
+        "", "", 1, 5, 3, 3, "cpu", progress=False, drawer=drawer, detector=detector, clear=windows
+    )
+    assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_clear"]
+    assert "adapter+clear" in format_table(table)
+    assert attached_clear(drawer.denoiser) is None
 
 
 def test_without_an_adapter_there_are_the_rows_that_need_none(

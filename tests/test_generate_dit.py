@@ -151,7 +151,7 @@ def test_generate_draws_with_the_packaged_transformer(packaged: Path) -> None:
     ("flags", "message"),
     [
         (["--interaction", BOXES], "expected an adapter for 1 interactions and 0 entities, got none for "),
-        (["--adapter", "../adapter"], "expected a model with a U-Net for the adapter ../adapter, got a Flux"),
+        (["--adapter", "../adapter"], "expected the base that the adapter is made for, a U-Net of"),
         (["--negative-prompt", LONG], "negative_prompt: expected at most 10 tokens"),
     ],
 )

@@ -212,6 +212,8 @@ def test_the_union_region_is_the_smallest_box_around_both() -> None:
     left, right = (0.1, 0.3, 0.4, 0.9), (0.6, 0.2, 0.9, 0.5)
     assert Interaction("a", "b", "c", left, right).action_box == (0.4, 0.3, 0.6, 0.5)
     assert Interaction("a", "b", "c", left, right, action_region="union").action_box == (0.1, 0.2, 0.9, 0.9)
+    assert Interaction("a", "b", "c", left, right).action_box_in("union") == (0.1, 0.2, 0.9, 0.9)
+    assert Interaction("a", "b", "c", left, right, action_region="between").action_box_in("union")[0] == 0.4
 
 
 def test_options_follow_the_command_line_s_form() -> None:

@@ -11,7 +11,7 @@ from recipes import TEXT, VAE, check_that_a_resumed_run_is_the_unbroken_one, sho
 from safetensors.torch import load_file
 from tiny_dit import tiny_flux
 
-from interactdiff import attach
+from interactdiff import InteractionAdapter, attach
 from interactdiff.clear import ClearAdapter, ClearConfig
 from interactdiff.training.distill import sharing_copy
 from interactdiff.training.dit import FlowBatch, image_ids, packed
@@ -30,7 +30,7 @@ TRANSFORMER = {
     "pooled_projection_dim": 16,
     "axes_dims_rope": [4, 6, 6],
 }
-NAMES = ["stickworld_t5", "stickworld_dit", "distill_clear_stickworld"]
+NAMES = ["stickworld_t5", "stickworld_dit", "distill_clear_stickworld", "stickworld_dit_interaction"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,11 @@ def recipe_config(folder: Path, name: str) -> dict[str, Any]:
             "data": data | {"guidance_scale": 2.0, "batch_size": 3},
             "export_to": str(folder / "clear"),
         },
+        "stickworld_dit_interaction": {
+            "base": world,
+            "adapter": {"max_interactions": 3, "hidden": 16, "token_dim": 8, "init": "open"},
+            "export_to": str(folder / "interaction"),
+        },
     }
     return short(folder, name, **changes[name])
 
@@ -85,6 +90,20 @@ def test_what_the_recipes_write_is_loaded_by_stock_classes(folder: Path) -> None
         handle.configure(min_tokens=0)
         pipe("a person", output_type="np", **how)
         assert handle.active
+
+
+def test_an_interaction_adapter_trains_on_the_frozen_transformer(folder: Path) -> None:
+    base = load_file(folder / "world" / "transformer" / "diffusion_pytorch_model.safetensors")
+    recipe = make_recipe(
+        recipe_config(folder, "stickworld_dit_interaction")
+        | {"output_dir": str(folder / "frozen"), "steps": 2}
+    )
+    recipe.train()
+    after = recipe.pipe.transformer.state_dict()
+    assert all(torch.equal(after[name], tensor.float()) for name, tensor in base.items())
+    adapter = InteractionAdapter.from_pretrained(folder / "interaction")
+    assert adapter.config.feature_dim == 16
+    assert all(reader.to_v.weight.abs().sum() > 0 for reader in adapter.readers.values())
 
 
 def test_an_untrained_transformer_predicts_nothing_yet(folder: Path) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from interactdiff.clear import ClearAdapter, ClearConfig
+from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.training.tokenizer import make_t5_tokenizer
 
 make_flux, make_sd3, make_vae, make_clip_config, make_flux_pipeline, make_sd3_pipeline = cast(
@@ -155,19 +156,31 @@ def tiny_sd3_pipeline(tokenizer: CLIPTokenizer, **options: Any) -> StableDiffusi
 
 def draw(pipe: Any, size: tuple[int, int] = (32, 32), **arguments: Any) -> Tensor:
     """A picture's latents from fixed noise."""
+    arguments = {"num_inference_steps": 2} | arguments
     if hasattr(pipe, "transformer"):
         arguments |= {"max_sequence_length": TEXT_LENGTH}
     generator = torch.Generator().manual_seed(0)
     height, width = size
     return pipe(
-        "a dog", height=height, width=width, num_inference_steps=2, output_type="latent",
-        generator=generator, **arguments,
-    ).images  # fmt: skip
+        "a dog", height=height, width=width, output_type="latent", generator=generator, **arguments
+    ).images
 
 
 def trained_layers(denoiser: Any, config: ClearConfig) -> ClearAdapter:
     """Layers that differ from the base's, as training would leave them."""
     return shaken(ClearAdapter.for_denoiser(denoiser, config), 7)  # type: ignore[return-value]
+
+
+def trained_joint_adapter(transformer: Any, **joint: Any) -> InteractionAdapter:
+    """An adapter that acts, as training would leave it: every parameter random; `joint` of `JointConfig`."""
+    adapter = InteractionAdapter.for_transformer(
+        transformer, max_interactions=3, hidden=16, **{"token_dim": 8, "parts": 2} | joint
+    )
+    shaken(adapter, 8)
+    for reader in adapter.readers.values():
+        reader.alpha.data.fill_(1.0)
+        reader.to_v.weight.data *= 5
+    return adapter
 
 
 make_tiny_vae = cast(Any, AutoencoderTiny)

@@ -1,4 +1,4 @@
-"""The interaction adapter: tokens and fusers, trained on a frozen base (paper section 3.4).
+"""The interaction adapter, trained on a frozen base, a U-Net or Flux (paper section 3.4).
 
 The caption is kept, stripped of its verbs or dropped, so that the adapter has to say what the caption does
 not; the whole conditioning is nulled at times for the unconditional half of guidance, and the action alone at
@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 
 from interactdiff import attach
+from interactdiff.generate import call_arguments, load_pipeline
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.interaction.phrases import encode_phrases
-from interactdiff.interaction.tokens import scene_phrases, scene_tensors
+from interactdiff.interaction.phrases import pipeline_phrases
+from interactdiff.interaction.tokens import scene_phrases
 from interactdiff.picture import overlay
 from interactdiff.scene import Interaction
 from interactdiff.stickworld.world import HELD_OUT, WorldScene, sample_scene
 from interactdiff.training.base import cached_latents, sampler, text_states, velocity_loss
-from interactdiff.training.recipe import Recipe
+from interactdiff.training.dit import FlowBatch, encoded
+from interactdiff.training.recipe import Recipe, RecipeError
 from interactdiff.training.world_data import cached_renders, grid
 
 
@@ -57,27 +59,36 @@ class AdapterRecipe(Recipe):
     """Trains an `InteractionAdapter` on a frozen pipeline.
 
     Extra configuration keys: `base` (pipeline folder), `cache_dir`, `renders`, `adapter` (arguments of
-    `InteractionAdapter.for_unet`), `init_from` (adapter to go on from, or null), `keep_caption`,
-    `strip_caption`, `null_all`, `null_action` (probabilities), `timestep_power`, `guidance_scale` (of
-    samples), `export_to`.
+    `InteractionAdapter.for_unet` or `.for_transformer`), `init_from` (adapter to go on from, or null),
+    `keep_caption`, `strip_caption`, `null_all`, `null_action` (probabilities), `guidance_scale` (of samples),
+    `export_to`; `timestep_power` (of a U-Net, see `velocity_loss`) or `logits` (of a transformer, see
+    `FlowBatch`).
     """
 
     def build(self) -> nn.Module:
         config = self.config
-        self.pipe: Any = StableDiffusionPipeline.from_pretrained(config["base"], safety_checker=None)
-        self.pipe.scheduler = sampler()
+        self.pipe: Any = load_pipeline(config["base"], self.device, torch.float32)
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.to(self.device, torch.float32)
-        for module in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
-            module.requires_grad_(False).eval()
-        self.pipe.unet.to(memory_format=torch.channels_last)
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self.in_unet = hasattr(self.pipe, "unet")
+        if self.in_unet:
+            self.pipe.scheduler = sampler()
+            self.pipe.unet.to(memory_format=torch.channels_last)
         renders = cached_renders(Path(config["cache_dir"]), config["renders"])
         self.latents = cached_latents(Path(config["cache_dir"]), self.pipe.vae, renders)
         if config["init_from"]:
             adapter = InteractionAdapter.from_pretrained(config["init_from"]).float()
-        else:
+        elif self.in_unet:
             adapter = InteractionAdapter.for_unet(self.pipe.unet, **config["adapter"])
+        elif isinstance(self.pipe.transformer, FluxTransformer2DModel):
+            adapter = InteractionAdapter.for_transformer(self.pipe.transformer, **config["adapter"])
+        else:
+            kind = type(self.pipe).__name__
+            raise RecipeError(f"expected a base with a U-Net or a Flux transformer, got a {kind}")
         self.features: dict[str, Tensor] = {}
+        self.encode: Any = pipeline_phrases(self.pipe, adapter.config.feature_dim)
         self.handle = attach(self.pipe, adapter.train())
         return adapter
 
@@ -100,29 +111,41 @@ class AdapterRecipe(Recipe):
         }
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        pipe, config = self.pipe, self.config
-        with torch.no_grad():
-            text = text_states(pipe.tokenizer, pipe.text_encoder, batch["prompts"])
         tensors = in_random_slots(self._scene_tensors(batch["interactions"]), generator)
         self.handle.set_tokens(self.model(**tensors))
-        return velocity_loss(pipe.unet, batch["latents"], text, generator, config["timestep_power"])
+        loss = self._loss_in_unet if self.in_unet else self._loss_in_transformer
+        return loss(batch["latents"], batch["prompts"], generator)
+
+    def _loss_in_unet(self, latents: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            text = text_states(self.pipe.tokenizer, self.pipe.text_encoder, prompts)
+        return velocity_loss(self.pipe.unet, latents, text, generator, self.config["timestep_power"])
+
+    def _loss_in_transformer(self, latents: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
+        text, pooled = encoded(self.pipe, prompts)
+        flow = FlowBatch(latents, text, pooled, generator, self.config["logits"])
+        if self.pipe.transformer.config.guidance_embeds:
+            flow.inputs["guidance"] = torch.full_like(flow.inputs["timestep"], self.config["guidance_scale"])
+        return flow.loss(self.pipe.transformer(**flow.inputs).sample)
 
     def _scene_tensors(self, scenes: Sequence[Sequence[Interaction]]) -> dict[str, Tensor]:
         new = [phrase for phrase in scene_phrases(scenes) if phrase not in self.features]
-        with torch.autocast(self.device.type, enabled=False):
-            self.features |= encode_phrases(self.pipe.tokenizer, self.pipe.text_encoder, new)
-        slots = self.config["adapter"]["max_interactions"]
-        return scene_tensors(scenes, self.features, slots)
+        if new:
+            with torch.autocast(self.device.type, enabled=False):
+                self.features |= self.encode(new)
+        return self.handle.adapter.scene_tensors(scenes, self.features)
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
         scenes = [sample_scene(HELD_OUT + n) for n in range(8)]
         asked = [scene.interactions() for scene in scenes]
         self.handle.set_scene(asked)
+        captions = [scene.caption_without_verb for scene in scenes]
         drawn = self.pipe(
-            [scene.caption_without_verb for scene in scenes],
+            **call_arguments(self.pipe, captions, guidance_scale=self.config["guidance_scale"]),
+            height=96,
+            width=96,
             num_inference_steps=30,
-            guidance_scale=self.config["guidance_scale"],
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).images

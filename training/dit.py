@@ -36,6 +36,14 @@ def image_ids(latents: Tensor) -> Tensor:
     return FluxPipeline._prepare_latent_image_ids(1, rows, columns, latents.device, torch.float32)
 
 
+@torch.no_grad()
+def encoded(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """[B, T, D] states of texts and their [B, P] pooled state, as the pipeline draws by them."""
+    length = call_arguments(pipe, texts).get("max_sequence_length", 512)
+    text, pooled, _ = pipe.encode_prompt(texts, max_sequence_length=length)
+    return text, pooled
+
+
 class FlowBatch:
     """Noisy latents of rectified flow, what a transformer is called with, and what it should predict.
 

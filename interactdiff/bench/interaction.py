@@ -164,7 +164,7 @@ class Bench:
 
     def _prepare(self, handle: Handle) -> None:
         """Compute the keys and values of a run."""
-        cast(Any, handle._control).plan(self.inputs["sample"], self.timesteps[0])
+        handle._before(self.unet, (), self.inputs | {"timestep": self.timesteps[0]})
 
     def peaks(self) -> dict[str, float]:
         """Peak memory of each way in MB, weights aside; ours from the first step of a run on."""

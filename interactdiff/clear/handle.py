@@ -5,16 +5,14 @@ from inspect import signature
 from typing import Any, cast
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from interactdiff.checkpoint import AdapterError
 from interactdiff.clear.adapter import ClearAdapter, site_layers
 from interactdiff.clear.attention import least_tokens
-from interactdiff.clear.pattern import ClearError
 from interactdiff.clear.processors import Layout, window_processor
 from interactdiff.compiled import forget_compiled
-from interactdiff.sites import AttentionSite, Denoiser, attention_sites, denoiser_of
+from interactdiff.sites import AttentionSite, Denoiser, TokenGrid, attention_sites, denoiser_of
 
 
 class ClearHandle:
@@ -34,7 +32,7 @@ class ClearHandle:
         self._given = given
         self._layout, self._ntk_factor = Layout(), 1.0
         self._min_tokens: int | None = None
-        self._ids: tuple[Tensor | None, tuple[int, int]] = (None, (0, 0))
+        self._grid = TokenGrid()
         self._told = False
         self._swaps = [_Swap(site, adapter, self._layout) for site in attention_sites(denoiser)]
         self._theta = getattr(getattr(denoiser, "pos_embed", None), "theta", None)
@@ -100,7 +98,7 @@ class ClearHandle:
     @cast(Any, torch.compiler.disable)
     def _before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
-        self._layout.grid = rows, columns = self._grid(call)
+        self._layout.grid = rows, columns = self._grid(self.denoiser, call)
         if (text := call.get("encoder_hidden_states")) is not None:
             self._layout.text_length = text.shape[1]
         counts = {}
@@ -121,17 +119,6 @@ class ClearHandle:
                 stacklevel=2,
             )
         self._act(large)
-
-    def _grid(self, call: dict[str, Any]) -> tuple[int, int]:
-        """Rows and columns of the denoiser's image tokens."""
-        if isinstance(self.denoiser, FluxTransformer2DModel):
-            ids = call["img_ids"]
-            if self._ids[0] is not ids:
-                self._ids = ids, _grid_of(ids)
-            return self._ids[1]
-        sample = call["sample" if isinstance(self.denoiser, UNet2DConditionModel) else "hidden_states"]
-        patch = getattr(self.denoiser.config, "patch_size", 1)
-        return sample.shape[-2] // patch, sample.shape[-1] // patch
 
     def _act(self, where: "set[_Swap]") -> None:
         for swap in self._swaps:
@@ -197,18 +184,3 @@ def attached_clear(denoiser: nn.Module) -> ClearHandle | None:
     """The handle of the windows that are attached to a denoiser, if there is one."""
     owners = (getattr(hook, "__self__", None) for hook in denoiser._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, ClearHandle)), None)
-
-
-def _grid_of(ids: Tensor) -> tuple[int, int]:
-    """Rows and columns of one whole grid in raster order.
-
-    Raises:
-        ClearError: the tokens are not that.
-    """
-    ids = ids[0] if ids.ndim == 3 else ids
-    rows, columns = (int(n) + 1 for n in ids[:, 1:].amax(0))
-    if rows * columns != len(ids):
-        raise ClearError(
-            f"expected image tokens in one grid, got {len(ids)} tokens with places in {rows} x {columns}"
-        )
-    return rows, columns

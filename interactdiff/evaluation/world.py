@@ -1,8 +1,9 @@
 """Scores a model and its adapter on held-out scenes of stickworld."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from interactdiff.checkpoint import AdapterError
+from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, text_scores, with_interval
 from interactdiff.generate import Drawer, call_arguments
-from interactdiff.models import GUIDANCE_SCALES, MODEL, ModelError
+from interactdiff.models import CLEAR_LAYERS, GUIDANCE_SCALES, MODEL, ModelError
 from interactdiff.scene import Interaction, SceneError
 from interactdiff.scene_checks import checked_side
 from interactdiff.stickworld import model_path
@@ -27,6 +29,7 @@ ROWS = {
     "boxes_only": "adapter, boxes only",
     "adapter": "adapter",
     "adapter_fast": "adapter, fast",
+    "adapter_clear": "adapter+clear",
 }
 SCORES = {"hoi_map": "HOI mAP", "box_acc": "boxes", "action_acc": "actions", "colour_acc": "colours"}
 TEXT_ROWS = ("real", "base")  # also scored by what is found anywhere: text alone says of no place
@@ -35,7 +38,7 @@ TEXT_SCORES = {"object_acc": "objects", "action_acc": "actions", "colour_acc": "
 
 @dataclass(frozen=True)
 class Order:
-    """A picture to be drawn: of which scene, whose noise it takes, what is asked, and whether fast.
+    """A picture to be drawn: of which scene, whose noise it takes, what is asked, and in which way.
 
     `interactions` empty is the base alone.
     """
@@ -43,7 +46,7 @@ class Order:
     scene: int
     prompt: str
     interactions: tuple[Interaction, ...] = ()
-    fast: bool = False
+    way: Literal["exact", "fast", "clear"] = "exact"
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,15 @@ def evaluate_world(
     fast: bool = False,
     drawer: Drawer | None = None,
     detector: Detector | None = None,
+    clear: ClearAdapter | None = None,
 ) -> dict[str, Any]:
     """Draw held-out scenes and let the detector say what is in them.
 
     real: renders of the scenes, the ceiling. base: the full caption, verbs included, and no adapter.
     boxes_only: the caption without verbs, every box and phrase, and the actions left null; with the verbs,
     the caption would tell the action. adapter: the full caption and everything. adapter_fast, if asked for:
-    the same with fast control. Without an adapter there are the first two.
+    the same with fast control. adapter_clear, where there are layers for it: the same with attention within
+    CLEAR's windows. Without an adapter there are the first two.
     text: of the first two, what is found anywhere in the picture, see `text_scores`.
     action swap: the caption without verbs, the same boxes and noise, and one triplet's action set to each of
     its group in turn; the share of pictures in which the person at that box does it. boxes_only is the
@@ -126,6 +131,7 @@ def evaluate_world(
         fast: whether there is a row for fast control.
         drawer: a loaded model, with an adapter or without, in place of loading `model` and `adapter`.
         detector: in place of the packaged one.
+        clear: layers for the row of windows, in place of those that a packaged model has, if any.
 
     Returns:
         {"rows": {row: {score: share}}, "text": the same for other scores, "action_swap": {...} or None
@@ -150,11 +156,13 @@ def evaluate_world(
     how = Drawing(steps, guidance_scale, size or drawer.size)
     detector = detector.to(drawer.denoiser.device)
     worlds = held_out_scenes(scenes, seed)
-    orders = row_orders(worlds, drawer.handle is not None, fast)
+    if clear is None and drawer.handle is not None and drawer.model in CLEAR_LAYERS:
+        clear = ClearAdapter.from_pretrained(model_path(CLEAR_LAYERS[drawer.model]))
+    orders = row_orders(worlds, drawer.handle is not None, fast, clear is not None)
     swaps = [swap(i, world, seed) for i, world in enumerate(worlds)] if drawer.handle is not None else []
     wanted = [order for row in orders.values() for order in row]
     wanted += [order for s in swaps for order in (*s.pictures, s.without)]
-    seen = look_at(wanted, drawer, detector, seed, how, batch_size, progress)
+    seen = look_at(wanted, drawer, detector, seed, how, batch_size, progress, clear)
 
     asked = [world.triplets for world in worlds]
     found = {"real": look_at_renders(worlds, detector, batch_size)}
@@ -188,7 +196,9 @@ def evaluate_world(
     }
 
 
-def row_orders(worlds: Sequence[WorldScene], controlled: bool, fast: bool) -> dict[str, list[Order]]:
+def row_orders(
+    worlds: Sequence[WorldScene], controlled: bool, fast: bool, clear: bool
+) -> dict[str, list[Order]]:
     """The pictures of each row that is drawn: the base's alone, or those of its adapter too."""
     orders = {"base": [Order(i, world.caption) for i, world in enumerate(worlds)]}
     if controlled:
@@ -197,7 +207,9 @@ def row_orders(worlds: Sequence[WorldScene], controlled: bool, fast: bool) -> di
         ]
         orders["adapter"] = [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)]
     if fast:
-        orders["adapter_fast"] = [replace(order, fast=True) for order in orders["adapter"]]
+        orders["adapter_fast"] = [replace(order, way="fast") for order in orders["adapter"]]
+    if controlled and clear:
+        orders["adapter_clear"] = [replace(order, way="clear") for order in orders["adapter"]]
     return orders
 
 
@@ -261,21 +273,23 @@ def look_at(
     how: Drawing,
     batch_size: int,
     progress: bool,
+    clear: ClearAdapter | None = None,
 ) -> dict[Order, Detections]:
     """Draw pictures, each once however often it is ordered, and detect what is in them."""
     seen: dict[Order, Detections] = {}
-    alone = dict.fromkeys(order for order in orders if not order.interactions)
-    controlled = dict.fromkeys(order for order in orders if order.interactions and not order.fast)
-    fast = dict.fromkeys(order for order in orders if order.interactions and order.fast)
-    groups = [list(group) for group in (alone, controlled, fast)]
-    bar = tqdm(total=sum(map(len, groups)), unit="picture", disable=not progress)
+    groups: dict[tuple[bool, str], list[Order]] = {}
+    for order in dict.fromkeys(orders):
+        groups.setdefault((bool(order.interactions), order.way), []).append(order)
+    bar = tqdm(total=sum(map(len, groups.values())), unit="picture", disable=not progress)
     drawer.pipeline.set_progress_bar_config(disable=True)
-    for group in groups:
-        for first in range(0, len(group), batch_size):
-            batch = group[first : first + batch_size]
-            images = draw(batch, drawer, seed, how)
-            seen |= zip(batch, detector.detect(shrunk(images)), strict=True)
-            bar.update(len(batch))
+    for (_, way), group in groups.items():
+        windows = way == "clear"
+        with linearize(drawer.pipeline, weights=clear, min_tokens=0) if windows else nullcontext():
+            for first in range(0, len(group), batch_size):
+                batch = group[first : first + batch_size]
+                images = draw(batch, drawer, seed, how)
+                seen |= zip(batch, detector.detect(shrunk(images)), strict=True)
+                bar.update(len(batch))
     bar.close()
     return seen
 
@@ -283,10 +297,10 @@ def look_at(
 def draw(orders: Sequence[Order], drawer: Drawer, seed: int, how: Drawing) -> Tensor:
     """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1].
 
-    All of them are fast, or none is.
+    All of them are drawn in one way.
     """
     if drawer.handle is not None:
-        drawer.handle.set_scene([order.interactions for order in orders], fast=orders[0].fast)
+        drawer.handle.set_scene([order.interactions for order in orders], fast=orders[0].way == "fast")
     noise_seeds = [HELD_OUT + seed * 1_000_000 + order.scene for order in orders]
     prompts = [order.prompt for order in orders]
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):

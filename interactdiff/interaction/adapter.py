@@ -1,57 +1,93 @@
-"""InteractDiffusion as one module: the tokenizer and a fuser for every transformer block of the base."""
+"""InteractDiffusion as one module: the tokenizer, and what acts at every site of the base.
+
+In a U-Net that is a fuser for every transformer block, as published; in a transformer, cross-attention beside
+every joint attention.
+"""
 
 import os
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from interactdiff.checkpoint import check_tensors, save_adapter_files
-from interactdiff.interaction.config import InteractionConfig
+from interactdiff.interaction.config import InteractionConfig, JointConfig
 from interactdiff.interaction.fuser import GatedSelfAttention, Init
+from interactdiff.interaction.joint import JointCrossAttention, SceneTokens, TokenParts
 from interactdiff.interaction.loading import open_adapter, published_config
-from interactdiff.interaction.tokens import InteractionTokenizer
+from interactdiff.interaction.tokens import InteractionTokenizer, Item, scene_tensors
 from interactdiff.lazy_tensors import LazyTensor
 from interactdiff.module_paths import submodule_at
 from interactdiff.published import find_adapter
-from interactdiff.sites import Base
+from interactdiff.sites import Base, Transformer
 
 
 class InteractionAdapter(nn.Module):
-    """InteractDiffusion's weights: `position_net`, and below each site's path a `fuser`.
+    """InteractDiffusion's weights: `position_net`, and below each site's path what acts there.
 
     Module names follow the base's, so `state_dict` has the published names
     (`down_blocks.0.attentions.0.transformer_blocks.0.fuser.linear.weight`). `forward` makes the tokens; the
-    fusers act once the adapter is attached.
+    rest acts once the adapter is attached.
 
     Args:
         config: the shapes.
-        init: where training starts from, see `GatedSelfAttention`.
+        init: where training starts from, see `GatedSelfAttention` and `JointCrossAttention`.
     """
 
     def __init__(self, config: InteractionConfig, init: Init = "published"):
         super().__init__()
         self.config = config
+        width = config.token_dim
         self.position_net = InteractionTokenizer(
-            config.feature_dim, config.base.cross_attention_dim, config.max_interactions, config.hidden
+            config.feature_dim, width, config.max_interactions, config.hidden
         )
+        self.token_parts = None
+        if config.joint is not None:
+            self.token_parts = TokenParts(width, config.joint.parts, config.hidden)
         for path, (dim, heads) in config.base.sites.items():
-            submodule_at(self, path).add_module(
-                "fuser",
-                GatedSelfAttention(dim, config.base.cross_attention_dim, heads, config.grid_positions, init),
-            )
+            if config.joint is None:
+                fuser = GatedSelfAttention(dim, width, heads, config.grid_positions, init)
+                submodule_at(self, path).add_module("fuser", fuser)
+            else:
+                reader = JointCrossAttention(dim, width, heads, init)
+                submodule_at(self, path).add_module("cross_attention", reader)
 
     @property
     def fusers(self) -> dict[str, GatedSelfAttention]:
-        """The fuser of each site, by the site's path."""
+        """The fuser of each site of a U-Net, by the site's path."""
         paths = self.config.base.sites
         return {path: cast(GatedSelfAttention, self.get_submodule(f"{path}.fuser")) for path in paths}
 
-    def forward(self, **scene_tensors: Tensor) -> Tensor:
-        """Make tokens, [B, 3N, token_dim], of what `interaction.tokens.scene_tensors` returns."""
-        return self.position_net(**scene_tensors)
+    @property
+    def readers(self) -> dict[str, JointCrossAttention]:
+        """The cross-attention of each site of a transformer, by the site's path."""
+        paths = self.config.base.sites
+        return {
+            path: cast(JointCrossAttention, self.get_submodule(f"{path}.cross_attention")) for path in paths
+        }
+
+    def scene_tensors(
+        self, scenes: Sequence[Sequence[Item]], features: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What `forward` takes, of scenes and the features of their phrases, see `tokens.scene_tensors`."""
+        joint = self.config.joint
+        region = "between" if joint is None else joint.action_region
+        return scene_tensors(scenes, features, self.config.max_interactions, region)
+
+    def forward(self, **tensors: Tensor) -> Tensor | SceneTokens:
+        """Tokens of what `scene_tensors` returns: [B, 3N, token_dim]; for a transformer `SceneTokens`."""
+        if self.token_parts is None:
+            return self.position_net(**tensors)
+        masks = tensors["masks"]
+        weights = masks * tensors.pop("strengths", masks)
+        tokens = self.token_parts(self.position_net(**tensors))
+        roles = ("subject_boxes", "action_boxes", "object_boxes")
+        boxes = torch.cat([tensors[name] for name in roles], 1)
+        each = self.token_parts.parts
+        weights, boxes = (t.repeat_interleave(each, 1) for t in (weights.repeat(1, 3), boxes))
+        return SceneTokens(tokens.flatten(1, 2), weights, boxes)
 
     @classmethod
     def for_unet(
@@ -77,6 +113,31 @@ class InteractionAdapter(nn.Module):
         base = Base.of(unet)
         width = base.cross_attention_dim if feature_dim is None else feature_dim
         return cls(InteractionConfig(base, width, max_interactions, hidden, grid_positions), init)
+
+    @classmethod
+    def for_transformer(
+        cls,
+        transformer: Transformer,
+        *,
+        max_interactions: int = 30,
+        hidden: int = 512,
+        init: Init = "published",
+        **joint: Any,
+    ) -> "InteractionAdapter":
+        """An untrained adapter for a transformer, in float32 and train mode; attaching it changes no picture.
+
+        Phrase features are what the transformer's pipeline pools of them with CLIP.
+
+        Args:
+            transformer: the base, of Flux or SD3.
+            max_interactions: the most interactions that an image can have.
+            hidden: width inside the tokenizer.
+            init: where training starts from, see `JointCrossAttention`.
+            **joint: fields of `JointConfig`.
+        """
+        base, width = Base.of(transformer), cast(Any, transformer.config).pooled_projection_dim
+        config = InteractionConfig(base, width, max_interactions, hidden, joint=JointConfig(**joint))
+        return cls(config, init)
 
     @classmethod
     def from_pretrained(

@@ -1,13 +1,37 @@
 """What decides an InteractDiffusion adapter's shapes, and how its file says so."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from interactdiff.checkpoint import AdapterError
 from interactdiff.module_paths import checked_path
-from interactdiff.sites import Base
+from interactdiff.scene import ACTION_REGIONS, ActionRegion
+from interactdiff.sites import UNET, Base
 
 METHOD, VERSION = "interaction", 1
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """What decides an adapter's shapes in a transformer's joint attentions, and what is read there.
+
+    Attributes:
+        token_dim: width of the interaction tokens.
+        parts: of each token, each with keys of its own.
+        structured: whether a token is seen by the image tokens of its box alone.
+        action_region: where an action is that does not say.
+    """
+
+    token_dim: int = 1024
+    parts: int = 4
+    structured: bool = False
+    action_region: ActionRegion = "between"
+
+    def __post_init__(self) -> None:
+        for name in ("token_dim", "parts"):
+            _size(getattr(self, name))
+        if self.action_region not in ACTION_REGIONS:
+            raise ValueError(f"action_region {self.action_region!r}")
 
 
 @dataclass(frozen=True)
@@ -15,11 +39,12 @@ class InteractionConfig:
     """Everything that decides the adapter's shapes.
 
     Attributes:
-        base: the U-Net it is made for.
+        base: the denoiser it is made for.
         feature_dim: width of the phrase features.
         max_interactions: the most interactions that an image can have.
         hidden: width inside the tokenizer.
         grid_positions: whether fusers tell visual tokens where they are.
+        joint: of a transformer; None of a U-Net.
     """
 
     base: Base
@@ -27,10 +52,16 @@ class InteractionConfig:
     max_interactions: int = 30
     hidden: int = 512
     grid_positions: bool = False
+    joint: JointConfig | None = None
+
+    @property
+    def token_dim(self) -> int:
+        """Width of the interaction tokens."""
+        return self.base.cross_attention_dim if self.joint is None else self.joint.token_dim
 
     def to_json(self) -> dict[str, Any]:
         """The contents of `config.json`."""
-        return {
+        data: dict[str, Any] = {
             "method": METHOD,
             "version": VERSION,
             "base": {"cross_attention_dim": self.base.cross_attention_dim, "sites": self.base.sites},
@@ -39,6 +70,10 @@ class InteractionConfig:
             "hidden": self.hidden,
             "grid_positions": self.grid_positions,
         }
+        if self.joint is not None:
+            data["base"]["denoiser"] = self.base.denoiser
+            data["joint"] = asdict(self.joint)
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> "InteractionConfig":
@@ -55,12 +90,17 @@ class InteractionConfig:
                 checked_path(path): (_size(dim), _size(heads))
                 for path, (dim, heads) in data["base"]["sites"].items()
             }
+            denoiser = str(data["base"].get("denoiser", UNET))
+            joint = data.get("joint")
+            if (joint is None) != (denoiser == UNET):
+                raise ValueError(f"{denoiser} with joint {joint}")
             return cls(
-                base=Base(_size(data["base"]["cross_attention_dim"]), sites),
+                base=Base(_size(data["base"]["cross_attention_dim"]), sites, denoiser),
                 feature_dim=_size(data["feature_dim"]),
                 max_interactions=_size(data["max_interactions"]),
                 hidden=_size(data["hidden"]),
                 grid_positions=bool(data["grid_positions"]),
+                joint=None if joint is None else JointConfig(**joint),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterError(

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from interactdiff.checkpoint import AdapterError
-from interactdiff.interaction.tokens import token_table
-from interactdiff.interaction.unet import Call, FusedSite
+from interactdiff.interaction.call import Call, ControlledSite, Reading, SceneTable
 from interactdiff.scene import SceneError
 from interactdiff.schedule import StepClock, refreshes, scheduled
 
@@ -17,24 +16,20 @@ class Control:
     """What was asked for.
 
     Args:
-        sites: where the fusers are.
-        tokens: [S + 1, 3N, token_dim] of S scenes and then of the unconditional half; or one row for each
-            batch row.
-        used: for each scene how many slots are not empty; None where tokens were given instead of scenes:
-            gradients flow to them, and nothing is computed ahead.
+        sites: where the adapter acts.
+        table: the tokens.
         strength: multiplies the schedule's value.
         shares: the schedule, [on, linear decay, off].
         pipeline: asked about guidance and steps; may be None.
         guidance: whether batches come in two halves; None to ask the pipeline.
         num_inference_steps: of a run without a pipeline.
-        fast: whether to reuse what the fusers added at an earlier step.
+        fast: whether to reuse what was added at an earlier step.
     """
 
     def __init__(
         self,
-        sites: Sequence[FusedSite],
-        tokens: Tensor,
-        used: list[int] | None,
+        sites: Sequence[ControlledSite],
+        table: SceneTable,
         strength: float,
         shares: tuple[float, float, float],
         pipeline: Any = None,
@@ -42,58 +37,57 @@ class Control:
         num_inference_steps: int | None = None,
         fast: bool = False,
     ):
-        self._tokens, self._index = (tokens, None) if used is None else token_table(tokens, used)
-        self._sites, self._used, self._pipeline = sites, used, pipeline
+        self._sites, self._table, self._pipeline = sites, table, pipeline
         self._strength, self._shares, self._guidance, self._fast = strength, shares, guidance, fast
         self._clock = StepClock(pipeline, num_inference_steps)
         self._scale: tuple[float, Tensor] | None = None
-        self._rows: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
+        self._rows: dict[tuple[Any, ...], tuple[Tensor, Tensor | None] | None] = {}
         self._kept_for: tuple[Any, ...] | None = None
 
     def __str__(self) -> str:
         """What was asked for, in words."""
-        scenes = "tokens" if self._used is None else f"{len(self._used)} scenes"
+        scenes = "tokens" if self._table.given else f"{self._table.scenes} scenes"
         shares = ", ".join(f"{share:g}" for share in self._shares)
         fast = ", fast" if self._fast else ""
         return f"{scenes} at strength {self._strength:g}, schedule [{shares}]{fast}"
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow the adapter to another device or dtype."""
-        self._tokens = self._tokens.to(device, dtype)
-        self._index = None if self._index is None else self._index.to(device)
+        self._table = self._table.to(device, dtype)
         self._rows.clear()
         self._kept_for = None
         for site in self._sites:
             site.forget()
 
-    def plan(self, sample: Tensor, timestep: Tensor | float) -> Call | None:
+    def plan(self, reading: Reading) -> Call | None:
         """What a denoiser call needs; None if it needs nothing.
-
-        Args:
-            sample: [B, C, H, W], the latents that the call gets.
-            timestep: likewise.
 
         Raises:
             SceneError: scenes do not explain the batch.
             AdapterError: the pipeline does not tell whether guidance is on.
         """
-        step, value = self._scheduled(timestep)
+        step, value = self._scheduled(reading.timestep)
         value *= self._strength
         if value == 0:
             return None
-        batch, size = len(sample), (sample.shape[-2], sample.shape[-1])
-        scale = self._scalar(value, sample.device)
-        if self._used is None or self._index is None:
-            if batch != len(self._tokens):
-                raise SceneError(f"expected tokens for {batch} batch rows, got {len(self._tokens)}")
-            return Call(scale, size, tokens=self._tokens)
-        halves = self._halves()
+        batch, size, text_length = reading.batch, reading.size, reading.text_length
+        scale = self._scalar(value, reading.device)
+        if self._table.given:
+            if batch != self._table.scenes:
+                raise SceneError(f"expected tokens for {batch} batch rows, got {self._table.scenes}")
+            seen = self._table.seen(None, size)
+            return Call(scale, batch, size, text_length, tokens=self._table.tokens, seen=seen)
+        halves = self._halves(reading)
+        found = self._rows_of(batch, halves)
+        if found is None:
+            return None
         for site in self._sites:
-            site.prepare(self._tokens, size)
-        rows, controlled = self._rows_of(self._used, self._index, batch, halves)
+            site.prepare(self._table.tokens, size)
+        rows, controlled = found
         reuse = self._may_reuse(step, (batch, halves, size, value))
         keep = self._fast and step is not None
-        return Call(scale, size, rows=rows, controlled=controlled, reuse=reuse, keep=keep)
+        seen = self._table.seen(rows, size)
+        return Call(scale, batch, size, text_length, None, rows, controlled, seen, reuse, keep)
 
     def _scheduled(self, timestep: Tensor | float) -> tuple[int | None, float]:
         """The step, if anything depends on it, and the schedule's value at it.
@@ -119,13 +113,11 @@ class Control:
         same, self._kept_for = self._kept_for == kept_for, kept_for
         return self._fast and step is not None and same and not refreshes(step)
 
-    def _rows_of(
-        self, used: list[int], index: Tensor, batch: int, halves: tuple[bool, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        """For each controlled row of the batch its tokens, and which rows those are if not all."""
+    def _rows_of(self, batch: int, halves: tuple[bool, ...]) -> tuple[Tensor, Tensor | None] | None:
+        """For each controlled row of the batch its tokens, and which rows those are if not all; or None."""
         if (batch, halves) in self._rows:
             return self._rows[batch, halves]
-        scenes = len(used)
+        scenes = self._table.scenes
         images, rest = divmod(batch, len(halves))
         if rest or images % scenes:
             raise SceneError(
@@ -134,16 +126,19 @@ class Control:
             )
         per_prompt = images // scenes
         scene_of_row = [(image // per_prompt, half) for half in halves for image in range(images)]
-        controlled = [row for row, (scene, _) in enumerate(scene_of_row) if used[scene]]
-        tokens_of_row = [scene if conditional else scenes for scene, conditional in scene_of_row]
-        self._rows[batch, halves] = (
-            index[[tokens_of_row[row] for row in controlled]],
-            None if len(controlled) == batch else torch.tensor(controlled, device=index.device),
-        )
-        return self._rows[batch, halves]
+        controlled = [row for row, asked in enumerate(scene_of_row) if self._table.controls(*asked)]
+        found = None
+        if controlled:
+            rows = self._table.rows([scene_of_row[row] for row in controlled])
+            every = len(controlled) == batch
+            found = rows, None if every else torch.tensor(controlled, device=rows.device)
+        self._rows[batch, halves] = found
+        return found
 
-    def _halves(self) -> tuple[bool, ...]:
+    def _halves(self, reading: Reading) -> tuple[bool, ...]:
         """For each part of the batch whether it is conditional, in diffusers' order."""
+        if reading.halves is not None:
+            return reading.halves
         guidance = self._guidance
         if guidance is None and self._pipeline is not None:
             guidance = getattr(self._pipeline, "do_classifier_free_guidance", None)

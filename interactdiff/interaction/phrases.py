@@ -1,18 +1,21 @@
 """Phrase features: what a pipeline's text encoders make of a phrase on its own.
 
 Stable Diffusion 1.x and 2.x: the encoder's pooled output, before projection. SDXL: that of its first encoder,
-and the projected one of its second, one after the other (768 + 1280 = 2048).
+and the projected one of its second, one after the other (768 + 1280 = 2048). Flux: that of its first encoder,
+since T5 pools nothing; SD3: the projected ones of its first two, as its transformer gets them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
 from interactdiff.checkpoint import AdapterError
 from interactdiff.scene import SceneError
+from interactdiff.sites import denoiser_of
 
 PhraseEncoder = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
@@ -31,7 +34,7 @@ def pipeline_phrases(pipeline: Any, feature_dim: int) -> PhraseEncoder | None:
     """
     pairs = [
         (getattr(pipeline, f"tokenizer{end}"), getattr(pipeline, f"text_encoder{end}"))
-        for end in ("", "_2")
+        for end in (("",) if isinstance(denoiser_of(pipeline), FluxTransformer2DModel) else ("", "_2"))
         if hasattr(pipeline, f"text_encoder{end}")
     ]
     if not pairs or any(part is None for pair in pairs for part in pair):

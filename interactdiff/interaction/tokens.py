@@ -11,7 +11,7 @@ import torch
 from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox
 from torch import Tensor, nn
 
-from interactdiff.scene import Box, Entity, Interaction, SceneError
+from interactdiff.scene import ActionRegion, Box, Entity, Interaction, SceneError
 
 Item = Interaction | Entity  # what takes a slot
 
@@ -192,7 +192,10 @@ def check_count(scenes: Sequence[Sequence[Item]], max_interactions: int) -> None
 
 
 def scene_tensors(
-    scenes: Sequence[Sequence[Item]], features: Mapping[str, Tensor], max_interactions: int
+    scenes: Sequence[Sequence[Item]],
+    features: Mapping[str, Tensor],
+    max_interactions: int,
+    region: ActionRegion = "between",
 ) -> dict[str, Tensor]:
     """Lay out scenes as the keyword arguments of `InteractionTokenizer.forward`.
 
@@ -203,6 +206,7 @@ def scene_tensors(
         scenes: B scenes of at most `max_interactions` interactions and entities each.
         features: a [feature_dim] vector for every phrase in the scenes, all on one device.
         max_interactions: N, the slots of an image; unused ones are zero and masked.
+        region: of the actions that do not say.
 
     Returns:
         Boxes [B, N, 4], masks and strengths [B, N] in float32, features [B, N, feature_dim] in the features'
@@ -222,7 +226,7 @@ def scene_tensors(
     for row, scene in enumerate(scenes):
         for slot, item in enumerate(scene):
             strengths[row, slot] = item.strength
-            for role, phrase, box in _placed(item):
+            for role, phrase, box in _placed(item, region):
                 masks[role][row, slot] = 1
                 embeddings[role][row, slot] = features[phrase]
                 boxes[role][row, slot] = torch.tensor(box)
@@ -256,7 +260,7 @@ def token_table(tokens: Tensor, used: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.cat(parts), index
 
 
-def _placed(item: Item) -> Iterator[tuple[str, str, Box]]:
+def _placed(item: Item, region: ActionRegion) -> Iterator[tuple[str, str, Box]]:
     """Role, phrase and box of each token that an item has."""
     if isinstance(item, Entity):
         yield "subject", item.phrase, item.box
@@ -265,4 +269,4 @@ def _placed(item: Item) -> Iterator[tuple[str, str, Box]]:
     yield "subject", item.subject, item.subject_box
     yield "object", item.object, item.object_box
     if item.action is not None:
-        yield "action", item.action, item.action_box
+        yield "action", item.action, item.action_box_in(region)

@@ -8,39 +8,53 @@ fusers is planned before it (`control.Control.plan`), where torch.compile does n
 tensors, so that no step compiles anew; where the schedule is 0 the U-Net is a graph of its own.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.interaction.call import Call, Reading
 from interactdiff.interaction.fuser import GatedSelfAttention, KeysValues, grid_features
-from interactdiff.sites import Site
+from interactdiff.interaction.tokens import Item, token_table
+from interactdiff.scene import SceneError
+from interactdiff.sites import Site, find_sites
 
 
-@dataclass
-class Call:
-    """What one denoiser call needs of the fusers.
+class TokenTable:
+    """Tokens for fusers: each scene's, and those of the unconditional half, which fusers read too.
 
-    Attributes:
-        scale: strength times schedule, a float32 scalar on the U-Net's device.
-        size: rows and columns of the latents.
-        tokens: [B, 3N, token_dim], a row for each batch row, where gradients flow to them; None where each
-            site has its keys and values prepared.
-        rows: [R, 3N] for each controlled batch row where its keys and values are among those prepared.
-        controlled: [R] the batch rows that have a scene; None where all have.
-        reuse: whether to add once more what was added last.
-        keep: whether to keep what is added.
+    Args:
+        tokens: [S + 1, 3N, token_dim] of S scenes and then of the unconditional half; or one row for each
+            batch row.
+        used: for each scene how many slots are not empty; None where there is a row for each batch row.
     """
 
-    scale: Tensor
-    size: tuple[int, int]
-    tokens: Tensor | None = None
-    rows: Tensor | None = None
-    controlled: Tensor | None = None
-    reuse: bool = False
-    keep: bool = False
+    def __init__(self, tokens: Tensor, used: list[int] | None):
+        self.tokens, self._index = (tokens, None) if used is None else token_table(tokens, used)
+        self._used = used or []
+        self.scenes, self.given = (len(tokens), True) if used is None else (len(used), False)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TokenTable":
+        """The same elsewhere."""
+        self.tokens = self.tokens.to(device, dtype)
+        self._index = None if self._index is None else self._index.to(device)
+        return self
+
+    def controls(self, scene: int, conditional: bool) -> bool:
+        """Whether a batch row is controlled: in both halves of guidance, where its scene is not empty."""
+        return self._used[scene] > 0
+
+    def rows(self, scenes: list[tuple[int, bool]]) -> Tensor:
+        """[R, 3N] rows of the table, for batch rows of these scenes and halves."""
+        return cast(Tensor, self._index)[[scene if half else self.scenes for scene, half in scenes]]
+
+    def seen(self, rows: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+        """All tokens are seen by all."""
+        return None
 
 
 class FusedSite:
@@ -59,14 +73,21 @@ class FusedSite:
         self._objects: KeysValues | None = None
         self._positions: Tensor | float = 0.0
         self._size: tuple[int, int] | None = None
+        self._hooks: list[RemovableHandle] = []
 
-    def hook(self) -> list[RemovableHandle]:
+    def hook(self) -> None:
         """Hook the fuser in."""
-        block = self.site.block
-        return [
-            block.register_forward_pre_hook(self._keep_input, with_kwargs=True),
-            block.attn1.register_forward_hook(self._update),
-        ]
+        if not self._hooks:
+            block = self.site.block
+            self._hooks = [
+                block.register_forward_pre_hook(self._keep_input, with_kwargs=True),
+                block.attn1.register_forward_hook(self._update),
+            ]
+
+    def unhook(self) -> None:
+        """Take the fuser out."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @torch.no_grad()
     def prepare(self, tokens: Tensor, size: tuple[int, int]) -> None:
@@ -117,3 +138,44 @@ class FusedSite:
         if call.keep:
             self.kept = (updated - attended).detach()
         return updated
+
+
+class InUNet:
+    """An adapter in a U-Net.
+
+    Attributes:
+        sites: where its fusers act.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, adapter: InteractionAdapter):
+        self._adapter, fusers = adapter, adapter.fusers
+        self.sites = [FusedSite(site, fusers[site.path]) for site in find_sites(unet)]
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
+        """What the U-Net's arguments say."""
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        return Reading(len(sample), (sample.shape[-2], sample.shape[-1]), timestep, sample.device)
+
+    def scenes(self, scenes: Sequence[Sequence[Item]], features: Mapping[str, Tensor]) -> TokenTable:
+        """Tokens of scenes, and those of the unconditional half: the same with every mask 0."""
+        used = [len(scene) if any(item.strength for item in scene) else 0 for scene in scenes]
+        tensors = self._adapter.scene_tensors([*scenes, ()], features)
+        return TokenTable(cast(Tensor, self._adapter(**tensors)), used)
+
+    def rows(self, tokens: Any) -> TokenTable:
+        """Tokens of each batch row, as the adapter makes them.
+
+        Raises:
+            SceneError: their shape is not that.
+        """
+        width = self._adapter.config.token_dim
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[-1] != width:
+            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise SceneError(f"expected tokens of shape [batch, 3N, {width}], got {got}")
+        return TokenTable(tokens, None)
+
+    def forget(self) -> None:
+        """Let go of everything that belongs to a scene."""
+        for site in self.sites:
+            site.forget()

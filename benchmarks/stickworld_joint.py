@@ -1,0 +1,146 @@
+"""Which way interactions enter the stickworld DiT best: trains each variant alike for a while, and scores it.
+
+    python benchmarks/stickworld_joint.py --steps 500 --scenes 25
+
+docs/interaction.md has the table. Every variant sees the same batches and the same noise. "concatenated" is
+here alone: the softmax is one over the attention's own keys and those of the interaction tokens, for which it
+has to be computed anew with its log-sum-exp, so that no processor and no window goes on working beside it.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from torch import Tensor
+
+import interactdiff.interaction.transformer as transformer
+from interactdiff.commands.arguments import quiet_libraries
+from interactdiff.evaluation.world import evaluate_world
+from interactdiff.interaction.joint import KeysValues
+from interactdiff.training.run import load_config, make_recipe
+
+CONFIG = Path(__file__).parent.parent / "training/configs/stickworld_dit_interaction.yaml"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "between, all": {},
+    "union, all": {"action_region": "union"},
+    "between, structured": {"structured": True},
+    "union, structured": {"structured": True, "action_region": "union"},
+    "one key a token": {"parts": 1},
+    "concatenated": {},
+}
+
+
+class ConcatenatedSite(transformer.JoinedSite):
+    """A joint attention whose softmax is over its own keys and the interaction tokens' together."""
+
+    def hook(self) -> None:
+        """Put a processor in the place of the attention's own."""
+        if not isinstance(self.site.attention.processor, Concatenated):
+            self._own = self.site.attention.processor
+            self.site.attention.processor = Concatenated(self)
+
+    def unhook(self) -> None:
+        """Give the attention its own processor back."""
+        self.site.attention.processor = self._own
+
+    def merge(self, queries: Tensor, own: Tensor, own_lse: Tensor) -> Tensor:
+        """One softmax of two, for the image's queries [B, heads, L, D], not rotated; gated."""
+        call = self.call
+        if call is None:
+            return own
+        scenes, positions = self.keys_values_and_positions(queries.device)
+        keys, values = (t[..., :-1, :] for t in scenes)  # without the key of zeros: the own ones are there
+        scores = (queries + positions) @ keys.mT * queries.shape[-1] ** -0.5
+        if call.seen is not None:
+            scores = scores.masked_fill(~call.seen[..., :-1], -torch.inf)
+        share = torch.sigmoid(scores.logsumexp(-1) - own_lse)[..., None]
+        read = scores.softmax(-1).nan_to_num() @ values
+        return torch.lerp(own, read, share * (call.scale * self.reader.alpha.tanh()))
+
+    def keys_values_and_positions(self, device: torch.device) -> tuple[KeysValues, Tensor]:
+        """Of each batch row, all of which have to have a scene."""
+        call = self.call
+        assert call is not None
+        if call.tokens is not None:
+            return self.reader.keys_values(call.tokens), self._positions_of(call.size, device)
+        assert self._scenes is not None
+        assert self._positions is not None
+        return KeysValues(*(t[call.rows] for t in self._scenes)), self._positions[1]
+
+
+class Concatenated:
+    """Flux's attention, written out."""
+
+    def __init__(self, site: ConcatenatedSite):
+        self.site = site
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend, as the stock processor does but for the image's queries."""
+
+        def heads(states: Tensor, *names: str) -> list[Tensor]:
+            return [getattr(attn, name)(states).unflatten(2, (-1, attn.head_dim)) for name in names]
+
+        q, k, v = heads(hidden_states, "to_q", "to_k", "to_v")
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        call = self.site.call
+        text = 0 if call is None else call.text_length
+        image = q if encoder_hidden_states is not None else q[:, text:]
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states.shape[1]
+            tq, tk, tv = heads(encoder_hidden_states, "add_q_proj", "add_k_proj", "add_v_proj")
+            pairs = ((attn.norm_added_q(tq), q), (attn.norm_added_k(tk), k), (tv, v))
+            q, k, v = (torch.cat(both, 1) for both in pairs)
+        q, k = (apply_rotary_emb(t, image_rotary_emb, sequence_dim=1) for t in (q, k))
+        q, k, v, image = (t.transpose(1, 2) for t in (q, k, v, image))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        out = scores.softmax(-1) @ v
+        merged = self.site.merge(image, out[:, :, text:], scores[:, :, text:].logsumexp(-1))
+        out = torch.cat([out[:, :, :text], merged], 2).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return out
+        return attn.to_out[1](attn.to_out[0](out[:, text:])), attn.to_add_out(out[:, :text])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--scenes", type=int, default=25)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--set", nargs="+", default=[], help="overrides of the recipe's keys, key=value")
+    args = parser.parse_args()
+    quiet_libraries()
+    site = transformer.JoinedSite
+    print(f"{args.steps} steps, {args.scenes} scenes, percent\n{'':24}{'HOI mAP':>9}{'boxes':>9}{'swap':>9}")
+    for name in args.only:
+        transformer.JoinedSite = ConcatenatedSite if name == "concatenated" else site
+        folder = Path("runs/joint") / name.replace(", ", "-").replace(" ", "-")
+        config = load_config(CONFIG, [f"steps={args.steps}", *args.set])
+        config["adapter"] |= VARIANTS[name]
+        config |= {
+            "output_dir": str(folder),
+            "export_to": str(folder / "adapter"),
+            "sample_every": args.steps,
+        }
+        make_recipe(config).train()
+        table = evaluate_world(
+            config["base"], config["export_to"], args.scenes, 0, 20, 16, "auto",
+            guidance_scale=config["guidance_scale"], size=96,
+        )  # fmt: skip
+        row = table["rows"]["adapter"]
+        cells = (row["hoi_map"], row["box_acc"], table["action_swap"]["adapter"])
+        print(f"{name:24}" + "".join(f"{100 * cell:9.1f}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()

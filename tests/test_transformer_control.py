@@ -1,0 +1,479 @@
+"""Interactions in Flux and SD3: what an attached adapter does in stock pipelines."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline
+from tiny import FEEDING, RIDING, trained_adapter
+from tiny_dit import TEXT_LENGTH, draw, tiny_flux, tiny_sd3, trained_joint_adapter, trained_layers
+from torch import Tensor, nn
+
+from interactdiff import AdapterError, Entity, InteractionAdapter, SceneError, attach
+from interactdiff.clear import ClearConfig, linearize
+from interactdiff.interaction.transformer import JoinedSite
+from interactdiff.pipelines import InteractionFluxPipeline, InteractionStableDiffusion3Pipeline
+from interactdiff.sites import Base, denoiser_of, joint_sites
+
+GUIDED: dict[str, dict[str, Any]] = {
+    "flux_pipe": {"negative_prompt": "", "true_cfg_scale": 3.0},
+    "sd3_pipe": {"guidance_scale": 3.0},
+}
+
+
+@pytest.fixture(params=GUIDED)
+def dit_pipe(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def guided(pipe: Any) -> dict[str, Any]:
+    return GUIDED["flux_pipe" if "Flux" in type(pipe).__name__ else "sd3_pipe"]
+
+
+class Predicted:
+    """What a transformer predicted in each of its calls."""
+
+    def __init__(self, transformer: nn.Module):
+        self.calls: list[Tensor] = []
+        self.hook = transformer.register_forward_hook(lambda _, __, out: self.calls.append(out[0].clone()))
+
+
+def predictions(pipe: Any, **arguments: Any) -> list[Tensor]:
+    seen = Predicted(pipe.transformer)
+    draw(pipe, **arguments)
+    seen.hook.remove()
+    return seen.calls
+
+
+def test_an_untrained_adapter_changes_no_bit(dit_pipe: Any) -> None:
+    expected = draw(dit_pipe, **guided(dit_pipe))
+    for init in ("published", "open"):
+        adapter = InteractionAdapter.for_transformer(
+            dit_pipe.transformer, hidden=8, token_dim=8, init=init, structured=init == "open"
+        )
+        with attach(dit_pipe, adapter) as handle:
+            handle.set_scene([RIDING, FEEDING])
+            assert torch.equal(draw(dit_pipe, **guided(dit_pipe)), expected)
+
+
+def test_detaching_leaves_nothing(dit_pipe: Any) -> None:
+    transformer = dit_pipe.transformer
+    expected, names = draw(dit_pipe), transformer.state_dict().keys()
+    processors = dict(transformer.attn_processors)
+    handle = attach(dit_pipe, trained_joint_adapter(transformer))
+    handle.set_scene([RIDING])
+    assert not torch.allclose(draw(dit_pipe), expected, atol=1e-2)
+    assert transformer.state_dict().keys() == names
+    assert all(transformer.attn_processors[name] is own for name, own in processors.items())
+    handle.clear()
+    assert torch.equal(draw(dit_pipe), expected)
+    handle.detach()
+    handle.detach()
+    hooks = [hooks for m in transformer.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    assert not any(hooks)
+    assert torch.equal(draw(dit_pipe), expected)
+    with pytest.raises(AdapterError, match="got a handle that is detached"):
+        handle.set_scene([RIDING])
+
+
+def test_the_unconditional_half_is_the_bases_own(dit_pipe: Any) -> None:
+    asked = guided(dit_pipe) | {"num_inference_steps": 1}
+    plain = predictions(dit_pipe, **asked)
+    with attach(dit_pipe, trained_joint_adapter(dit_pipe.transformer)) as handle:
+        handle.set_scene([RIDING])
+        for _ in range(2):  # a second run begins with the prompt again
+            controlled = predictions(dit_pipe, **asked)
+            if "Flux" in type(dit_pipe).__name__:
+                prompt, negative = (0, ...), (1, ...)
+            else:
+                prompt, negative = (0, 1), (0, 0)
+            at = [
+                (calls[prompt[0]][prompt[1]], calls[negative[0]][negative[1]])
+                for calls in (plain, controlled)
+            ]
+            assert not torch.allclose(at[0][0], at[1][0], atol=1e-3)
+            assert torch.allclose(at[0][1], at[1][1], atol=1e-6)
+
+
+def test_skip_layer_guidance_calls_with_the_prompt_alone(sd3_pipe: Any) -> None:
+    skipping: dict[str, Any] = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+    skipping |= {"skip_layer_guidance_start": -1.0, "guidance_scale": 3.0}
+    plain = predictions(sd3_pipe, **skipping)
+    with attach(sd3_pipe, trained_joint_adapter(sd3_pipe.transformer)) as handle:
+        handle.set_scene([RIDING])
+        controlled = predictions(sd3_pipe, **skipping)
+    assert [len(one) for one in controlled] == [2, 1, 2, 1]
+    assert not torch.allclose(plain[1], controlled[1], atol=1e-3)
+
+
+def test_a_batch_of_scenes_is_each_of_them_alone(dit_pipe: Any) -> None:
+    scenes = [[RIDING], [], [FEEDING, RIDING]]
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    adapter = trained_joint_adapter(dit_pipe.transformer, structured=True)
+
+    def drawn(rows: list[int]) -> Tensor:
+        latents = noise[rows]
+        if "Flux" in type(dit_pipe).__name__:
+            latents = dit_pipe._pack_latents(latents, len(rows), 4, 16, 16)
+        handle.set_scene([scenes[row] for row in rows])
+        return dit_pipe(
+            ["a dog"] * len(rows), height=32, width=32, num_inference_steps=2, output_type="latent",
+            max_sequence_length=TEXT_LENGTH, latents=latents, **several(len(rows)),
+        ).images  # fmt: skip
+
+    def several(count: int) -> dict[str, Any]:
+        asked = guided(dit_pipe)
+        return asked | {"negative_prompt": [""] * count}
+
+    with attach(dit_pipe, adapter) as handle:
+        together = drawn([0, 1, 2])
+        alone = torch.cat([drawn([row]) for row in range(3)])
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert not torch.allclose(together[0], together[2], atol=1e-2)
+
+
+def test_keys_and_values_are_computed_once_a_run(dit_pipe: Any) -> None:
+    adapter = trained_joint_adapter(dit_pipe.transformer)
+    calls: list[int] = []
+    for reader in adapter.readers.values():
+        reader.to_k.register_forward_hook(lambda *_: calls.append(1))
+    with attach(dit_pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        assert not calls
+        draw(dit_pipe, **guided(dit_pipe) | {"num_inference_steps": 3})
+        assert len(calls) == len(joint_sites(dit_pipe.transformer))
+        draw(dit_pipe, (16, 48))
+    assert len(calls) == len(joint_sites(dit_pipe.transformer))
+
+
+def test_strength(dit_pipe: Any) -> None:
+    plain = predictions(dit_pipe)
+    with attach(dit_pipe, trained_joint_adapter(dit_pipe.transformer)) as handle:
+        far = []
+        for strength in (0.5, 1.0, 0.0):
+            handle.set_scene([RIDING], strength)
+            far.append((predictions(dit_pipe)[0] - plain[0]).norm().item())
+    assert 0 == far[2] < far[0] < far[1]
+
+
+def acting_calls(pipe: Any, handle: Any, **arguments: Any) -> list[bool]:
+    """Of each of a run's calls whether the adapter acts in it."""
+    site, acts = handle._place.sites[0], []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: acts.append(site.call is not None))
+    draw(pipe, **arguments)
+    hook.remove()
+    return acts
+
+
+@pytest.mark.parametrize("steps", [4, 60])
+def test_schedule(dit_pipe: Any, steps: int) -> None:
+    """At 60 steps timesteps in bfloat16 would fall together."""
+    dit_pipe.to(torch.bfloat16)
+    with attach(dit_pipe, trained_joint_adapter(dit_pipe.transformer)) as handle:
+        handle.set_scene([RIDING], schedule=0.5)
+        acts = acting_calls(dit_pipe, handle, num_inference_steps=steps)
+    assert acts == [True] * (steps // 2) + [False] * (steps // 2)
+
+
+def test_fast_reads_at_some_steps(dit_pipe: Any) -> None:
+    adapter = trained_joint_adapter(dit_pipe.transformer)
+    asked = guided(dit_pipe) | {"num_inference_steps": 4}
+    reads: list[int] = []
+    reader = next(iter(adapter.readers.values()))
+    reader.register_forward_hook(lambda *_: reads.append(1))
+    with attach(dit_pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        exact = predictions(dit_pipe, **asked)
+        assert len(reads) == 4
+        handle.set_scene([RIDING], fast=True)
+        fast = predictions(dit_pipe, **asked)
+    assert len(reads) == 4 + 2  # at steps 0 and 1
+    calls = len(exact) // 4
+    assert torch.equal(exact[calls], fast[calls])
+    assert not torch.equal(exact[3 * calls], fast[3 * calls])
+
+
+def test_several_pictures_of_a_prompt(dit_pipe: Any) -> None:
+    with attach(dit_pipe, trained_joint_adapter(dit_pipe.transformer)) as handle:
+        handle.set_scene([RIDING])
+        drawn = draw(dit_pipe, **guided(dit_pipe), num_images_per_prompt=2)
+        one = draw(dit_pipe, **guided(dit_pipe))
+    assert torch.allclose(drawn[0], one[0], atol=1e-3)
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-2)
+
+
+def test_a_prompt_that_a_callback_changes_is_still_the_prompt(flux_pipe: Any) -> None:
+    def other(_: Any, __: int, ___: float, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_embeds": kwargs["prompt_embeds"] + 1}
+
+    changing: dict[str, Any] = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    changing |= {"callback_on_step_end": other, "num_inference_steps": 3}
+    with attach(flux_pipe, trained_joint_adapter(flux_pipe.transformer)) as handle:
+        handle.set_scene([RIDING])
+        acts = acting_calls(flux_pipe, handle, **guided(flux_pipe) | changing)
+    assert acts == [True, False] * 3
+
+
+def test_a_base_in_half_precision(dit_pipe: Any) -> None:
+    transformer = dit_pipe.to(torch.bfloat16).transformer
+    adapter = trained_joint_adapter(transformer)
+    with attach(dit_pipe, adapter) as handle:
+        handle.set_scene([RIDING, FEEDING])
+        assert torch.isfinite(draw(dit_pipe)).all()
+        assert adapter.position_net.null_positive_feature.dtype == torch.bfloat16
+    adapter.float().train()
+    features = {phrase: torch.randn(adapter.config.feature_dim) for phrase in ("person", "riding", "bike")}
+    inputs = flux_inputs() if "Flux" in type(dit_pipe).__name__ else sd3_inputs()
+    with attach(transformer, adapter) as handle:
+        handle.set_tokens(adapter(**adapter.scene_tensors([[RIDING]] * 2, features)))
+        half = {n: t if "ids" in n or n == "timestep" else t.bfloat16() for n, t in inputs.items()}
+        transformer(**half).sample.float().square().mean().backward()
+    assert all(reader.to_v.weight.grad is not None for reader in adapter.readers.values())
+
+
+def test_processors_that_make_no_queries_are_named(sd3_pipe: Any) -> None:
+    with attach(sd3_pipe, trained_joint_adapter(sd3_pipe.transformer)) as handle:
+        handle.set_scene([RIDING])
+        sd3_pipe.transformer.fuse_qkv_projections()
+        with pytest.raises(AdapterError, match=r"got none of them: .* beside FusedJointAttnProcessor2_0$"):
+            draw(sd3_pipe)
+
+
+def test_an_items_own_strength(flux_pipe: Any) -> None:
+    with attach(flux_pipe, trained_joint_adapter(flux_pipe.transformer)) as handle:
+        handle.set_scene([RIDING])
+        alone = draw(flux_pipe)
+        handle.set_scene([RIDING, replace(FEEDING, strength=0.0)])
+        assert torch.allclose(draw(flux_pipe), alone, atol=1e-5)
+        handle.set_scene([Entity("dog", (0.1, 0.1, 0.5, 0.5))])
+        assert not torch.allclose(draw(flux_pipe), alone, atol=1e-2)
+
+
+def test_lora_before_or_after(dit_pipe: Any) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def with_lora() -> None:
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+        inject_adapter_in_model(config, dit_pipe.transformer)
+
+    adapter = trained_joint_adapter(dit_pipe.transformer)
+    with attach(dit_pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        draw(dit_pipe)
+        with_lora()
+        after = draw(dit_pipe)
+    plain = draw(dit_pipe)
+    with attach(dit_pipe, adapter) as handle:
+        handle.set_scene([RIDING])
+        assert torch.equal(draw(dit_pipe), after)
+    assert not torch.allclose(plain, after, atol=1e-2)
+
+
+@pytest.mark.parametrize("detaching", ["first in, first out", "last in, first out"])
+def test_with_clear_in_either_order(dit_pipe: Any, detaching: str) -> None:
+    transformer = dit_pipe.transformer
+    base = draw(dit_pipe)
+    adapter, layers = trained_joint_adapter(transformer), trained_layers(transformer, ClearConfig(2, 2))
+
+    def interaction() -> Any:
+        handle = attach(dit_pipe, adapter)
+        handle.set_scene([RIDING])
+        return handle
+
+    def clear() -> Any:
+        return linearize(dit_pipe, weights=layers, min_tokens=0)
+
+    drawn = []
+    for makers in ([interaction, clear], [clear, interaction]):
+        handles = [make() for make in makers]
+        drawn.append(draw(dit_pipe))
+        for handle in handles if detaching == "first in, first out" else handles[::-1]:
+            handle.detach()
+        assert torch.equal(draw(dit_pipe), base)
+    assert torch.equal(*drawn)
+    with clear():
+        assert not torch.allclose(draw(dit_pipe), drawn[0], atol=1e-3)
+
+
+def test_a_window_over_everything_is_full_attention_with_interactions_too(dit_pipe: Any) -> None:
+    with attach(dit_pipe, trained_joint_adapter(dit_pipe.transformer, structured=True)) as handle:
+        handle.set_scene([RIDING, FEEDING])
+        full = draw(dit_pipe)
+        with linearize(dit_pipe, window=100, min_tokens=0):
+            assert torch.allclose(draw(dit_pipe), full, atol=1e-4)
+
+
+def test_compiled_in_one_graph(flux_pipe: Any) -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    with attach(flux_pipe, trained_joint_adapter(flux_pipe.transformer)) as handle:
+        handle.set_scene([RIDING])
+        expected = draw(flux_pipe)
+        flux_pipe.transformer.compile(backend=backend, fullgraph=True)
+        try:
+            assert torch.allclose(draw(flux_pipe), expected, atol=1e-5)
+            assert len(graphs) == 1
+        finally:
+            flux_pipe.transformer._compiled_call_impl = None
+
+
+def test_saved_and_loaded(dit_pipe: Any, tmp_path: Path) -> None:
+    adapter = trained_joint_adapter(dit_pipe.transformer, structured=True, action_region="union")
+    adapter.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
+    again = InteractionAdapter.from_pretrained(tmp_path)
+    assert again.config == adapter.config
+    drawn = []
+    for one in (adapter, again):
+        with attach(dit_pipe, one) as handle:
+            handle.set_scene([RIDING])
+            drawn.append(draw(dit_pipe))
+    assert torch.equal(*drawn)
+
+
+def test_wrong_bases_are_named_in_words(flux_pipe: Any, sd3_pipe: Any, pipe: Any) -> None:
+    of_flux = trained_joint_adapter(flux_pipe.transformer)
+    flux = r"Flux \(text width 12, 3 sites of width 32\)"
+    with pytest.raises(
+        AdapterError, match=rf"made for, {flux}, got SD3 \(text width 32, 2 sites of width 16"
+    ):
+        attach(sd3_pipe, of_flux)
+    with pytest.raises(AdapterError, match=rf"made for, {flux}, got a U-Net of no published kind"):
+        attach(pipe, of_flux)
+    with pytest.raises(AdapterError, match=rf"made for, a U-Net .*, got {flux}"):
+        attach(flux_pipe, trained_adapter(pipe.unet))
+    deeper = tiny_flux(num_single_layers=3)
+    with pytest.raises(AdapterError, match=rf"{flux}, got Flux \(text width 12, 4 sites"):
+        attach(deeper, of_flux)
+
+
+def test_the_configuration_is_checked(flux_pipe: Any, tmp_path: Path) -> None:
+    trained_joint_adapter(flux_pipe.transformer).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    text = config.read_text()
+    for old, new in (('"parts": 2', '"parts": 0'), ('"between"', '"beside"'), ('"joint"', '"other"')):
+        config.write_text(text.replace(old, new))
+        with pytest.raises(AdapterError, match="expected the sizes of an adapter in its configuration"):
+            InteractionAdapter.from_pretrained(tmp_path)
+
+
+def test_the_region_of_an_action_is_the_adapters_unless_it_says(flux_pipe: Any) -> None:
+    features = {phrase: torch.zeros(16) for phrase in ("person", "riding", "bike")}
+    asked = [[RIDING], [replace(RIDING, action_region="between")], [replace(RIDING, action_region="union")]]
+    for region, first in (
+        ("between", RIDING.action_box_in("between")),
+        ("union", RIDING.action_box_in("union")),
+    ):
+        adapter = trained_joint_adapter(flux_pipe.transformer, action_region=region)
+        boxes = adapter.scene_tensors(asked, features)["action_boxes"][:, 0]
+        expected = [first, RIDING.action_box_in("between"), RIDING.action_box_in("union")]
+        assert torch.equal(boxes, torch.tensor(expected))
+
+
+def test_gradients_reach_the_adapter_alone(dit_pipe: Any) -> None:
+    transformer = dit_pipe.transformer.requires_grad_(False)
+    adapter = trained_joint_adapter(transformer).train()
+    width = adapter.config.feature_dim
+    features = {phrase: torch.randn(width) for phrase in ("person", "riding", "bike")}
+    with attach(transformer, adapter) as handle:
+        handle.set_tokens(adapter(**adapter.scene_tensors([[RIDING], []], features)))
+        inputs = flux_inputs() if isinstance(transformer, type(tiny_flux())) else sd3_inputs()
+        transformer(**inputs).sample.square().mean().backward()
+        with pytest.raises(SceneError, match="expected tokens for 1 batch rows, got 2"):
+            transformer(**{name: t[:1] if "ids" not in name else t for name, t in inputs.items()})
+        with pytest.raises(SceneError, match="expected SceneTokens of width 8, got Tensor"):
+            handle.set_tokens(torch.zeros(2, 3, 8))
+    unused = {"null_action_feature", "null_positive_feature", "null_position_feature"}
+    silent = {n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()}
+    assert {name.split(".")[-1] for name in silent} <= unused
+    assert all(p.grad is None for p in transformer.parameters())
+
+
+def flux_inputs() -> dict[str, Tensor]:
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    return {
+        "hidden_states": torch.randn(2, 64, 16),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "pooled_projections": torch.randn(2, 16),
+        "img_ids": torch.stack([torch.zeros(64), y.flatten(), x.flatten()], 1),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+def sd3_inputs() -> dict[str, Tensor]:
+    return {
+        "hidden_states": torch.randn(2, 4, 16, 16),
+        "timestep": torch.tensor([500.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "pooled_projections": torch.randn(2, 32),
+    }
+
+
+def test_sites_of_every_kind_of_attention() -> None:
+    assert [(site.dim, site.heads, site.out is None) for site in joint_sites(tiny_flux())] == [
+        (32, 2, False),
+        (32, 2, True),
+        (32, 2, True),
+    ]
+    plain = tiny_sd3(qk_norm=None, dual_attention_layers=())
+    assert [site.query for site in joint_sites(plain)] == [b.attn.to_q for b in plain.transformer_blocks]
+    assert Base.of(plain).sites == {f"transformer_blocks.{n}.attn": (16, 2) for n in range(2)}
+    assert str(Base.of(plain)) == "SD3 (text width 32, 2 sites of width 16)"
+
+
+def test_queries_are_read_the_same_normalised_or_not() -> None:
+    """SD3's first models do not normalise: their queries come from the projection."""
+    normalised, plain = tiny_sd3(), tiny_sd3(qk_norm=None)
+    sites = [JoinedSite(joint_sites(one)[0], None) for one in (normalised, plain)]  # type: ignore[arg-type]
+    by_head = torch.randn(1, 2, 5, 8)
+    flat = by_head.transpose(1, 2).flatten(2)
+    assert torch.equal(sites[0]._by_head(by_head), sites[1]._by_head(flat))
+
+
+def test_image_to_image_follows_the_schedule_from_where_it_starts(flux_pipe: Any) -> None:
+    pipe = FluxImg2ImgPipeline.from_pipe(flux_pipe)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    how: dict[str, Any] = {"image": image, "strength": 0.5, "num_inference_steps": 4}
+    with attach(pipe, trained_joint_adapter(pipe.transformer)) as handle:
+        handle.set_scene([RIDING], schedule=0.5)
+        acts = acting_calls(pipe, handle, **how, **guided(flux_pipe))
+    assert acts == [True, False, False, False]  # two steps of two calls: prompt and negative prompt
+
+
+def test_tokens_of_two_pictures_are_refused(flux_pipe: Any) -> None:
+    ids = torch.cat([flux_inputs()["img_ids"], flux_inputs()["img_ids"]])
+    inputs = flux_inputs() | {"img_ids": ids, "hidden_states": torch.randn(2, 128, 16)}
+    with attach(flux_pipe, trained_joint_adapter(flux_pipe.transformer)) as handle:
+        handle.set_scene([RIDING])
+        with pytest.raises(AdapterError, match="got 128 tokens with places in 8 x 8"):
+            flux_pipe.transformer(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("stock", "kind"),
+    [("flux_pipe", InteractionFluxPipeline), ("sd3_pipe", InteractionStableDiffusion3Pipeline)],
+)
+def test_pipelines_take_interactions(stock: str, kind: Any, request: pytest.FixtureRequest) -> None:
+    base = request.getfixturevalue(stock)
+    adapter = trained_joint_adapter(denoiser_of(base))
+    with attach(base, adapter) as handle:
+        handle.set_scene([RIDING], 0.5)
+        expected = draw(base)
+    pipe = kind(**base.components)
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe)
+    pipe.load_interaction_adapter(adapter)
+    assert torch.equal(draw(pipe, interactions=[RIDING], interaction_strength=0.5), expected)
+    assert torch.equal(draw(pipe), plain)
+    pipe.unload_interaction_adapter()
+    with pytest.raises(AdapterError, match="expected an adapter to be loaded"):
+        draw(pipe, interactions=[RIDING])
