@@ -63,12 +63,9 @@ def test_the_transformer_draws_what_captions_say() -> None:
     drawer.pipeline.set_progress_bar_config(disable=True)
     assert min(found_of_captions(drawer)) > 0.6
     layers = ClearAdapter.from_pretrained(model_path("stickworld-dit-clear"))
-    found = {}
-    for name, windows in (("trained", layers), ("untrained", ClearAdapter(layers.config).eval())):
-        with linearize(drawer.pipeline, weights=windows, min_tokens=0) as handle:
-            found[name] = sum(found_of_captions(drawer))
-            assert handle.active
-    assert found["trained"] > found["untrained"] + 0.2
+    with linearize(drawer.pipeline, weights=layers, min_tokens=0) as handle:
+        assert min(found_of_captions(drawer)) > 0.55  # untrained windows: 0.47
+        assert handle.active
 
 
 def test_the_base_is_a_stock_pipeline_without_a_safety_checker() -> None:
