@@ -153,3 +153,8 @@ def flux_pipe(tokenizer: CLIPTokenizer) -> Any:
 def sd3_pipe(tokenizer: CLIPTokenizer) -> Any:
     """A stock SD3.5 pipeline of 32 px pictures: 8 x 8 image tokens."""
     return tiny_sd3_pipeline(tokenizer)
+
+
+@pytest.fixture(params=["flux_pipe", "sd3_pipe"])
+def dit_pipe(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)

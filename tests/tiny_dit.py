@@ -166,6 +166,29 @@ def draw(pipe: Any, size: tuple[int, int] = (32, 32), **arguments: Any) -> Tenso
     ).images
 
 
+def flux_inputs() -> dict[str, Tensor]:
+    """What a tiny Flux is called with."""
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    return {
+        "hidden_states": torch.randn(2, 64, 16),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "pooled_projections": torch.randn(2, 16),
+        "img_ids": torch.stack([torch.zeros(64), y.flatten(), x.flatten()], 1),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+def sd3_inputs() -> dict[str, Tensor]:
+    """What a tiny SD3 is called with."""
+    return {
+        "hidden_states": torch.randn(2, 4, 16, 16),
+        "timestep": torch.tensor([500.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "pooled_projections": torch.randn(2, 32),
+    }
+
+
 def trained_layers(denoiser: Any, config: ClearConfig) -> ClearAdapter:
     """Layers that differ from the base's, as training would leave them."""
     return shaken(ClearAdapter.for_denoiser(denoiser, config), 7)  # type: ignore[return-value]
