@@ -4,7 +4,8 @@ A hook before the denoiser plans what this call needs (which step, which half of
 let the adapter act (`interaction.unet`, `interaction.transformer`). Nothing else of the base is touched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, cast, overload
 
@@ -20,6 +21,7 @@ from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.call import SceneTable
 from interactdiff.interaction.control import Control
 from interactdiff.interaction.joint import SceneTokens
+from interactdiff.interaction.maps import AttentionRecorder
 from interactdiff.interaction.phrases import PhraseEncoder, pipeline_phrases
 from interactdiff.interaction.tokens import Item, check_count, scene_phrases
 from interactdiff.interaction.transformer import InTransformer
@@ -50,7 +52,7 @@ class Handle:
         self._pipeline, self._phrase_encoder = pipeline, phrase_encoder
         self._control: Control | None = None
         if isinstance(denoiser, UNet2DConditionModel):
-            self._place = InUNet(denoiser, adapter)
+            self._place = InUNet(denoiser, adapter, pipeline)
         else:
             self._place = InTransformer(denoiser, adapter, pipeline)
         self._hooks = [denoiser.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -135,6 +137,27 @@ class Handle:
             num_inference_steps=num_inference_steps,
         )
 
+    @contextmanager
+    def record_attention(self) -> Iterator[AttentionRecorder]:
+        """Record where pictures look at what is asked, while they are drawn within the block.
+
+        In a U-Net's fusers this costs about what their attention costs; what is drawn stays the same.
+        """
+        parts = self.adapter.token_parts
+        recorder = AttentionRecorder(self._place, 1 if parts is None else parts.parts)
+        with recorder.recording(self.denoiser):
+            yield recorder
+
+    @contextmanager
+    def following(self, pipeline: Any) -> Iterator[None]:
+        """Ask another pipeline of the same modules about guidance and steps, until the block is left."""
+        own = self._pipeline
+        self._ask(pipeline)
+        try:
+            yield
+        finally:
+            self._ask(own)
+
     def asked(self) -> str:
         """What is asked for at present, in words; empty if nothing is."""
         return str(self._control) if self._control is not None else ""
@@ -161,6 +184,11 @@ class Handle:
     def __exit__(self, *exc_info: object) -> None:
         """Detach."""
         self.detach()
+
+    def _ask(self, pipeline: Any) -> None:
+        self._pipeline = self._place.pipeline = pipeline
+        if self._control is not None:
+            self._control.follow(pipeline)
 
     def _check_attached(self) -> None:
         if not self._hooks:

@@ -130,7 +130,9 @@ def test_weights_of_several_dtypes_become_one(pipe, adapter):
 
 @pytest.mark.parametrize("other", ["pipe.vae", "pipe.text_encoder"])
 def test_what_has_no_denoiser_is_refused(pipe, adapter, other):
-    with pytest.raises(AdapterError, match="expected a UNet2DConditionModel, .* or a pipeline that has one, got"):
+    with pytest.raises(
+        AdapterError, match=r"expected a UNet2DConditionModel, .* or a pipeline that has one, got"
+    ):
         attach(getattr(pipe, other.removeprefix("pipe.")), adapter)
 
 

@@ -10,7 +10,7 @@ from tiny import FEEDING, RIDING
 from tiny_dit import TEXT_LENGTH, draw, flux_inputs, sd3_inputs, trained_joint_adapter, trained_layers
 from torch import Tensor, nn
 
-from interactdiff import AdapterError, Entity, InteractionAdapter, attach
+from interactdiff import AdapterError, Entity, HighResolution, InteractionAdapter, attach
 from interactdiff.clear import ClearConfig, linearize
 from interactdiff.pipelines import InteractionFluxPipeline, InteractionStableDiffusion3Pipeline
 from interactdiff.sites import denoiser_of, joint_sites
@@ -356,3 +356,23 @@ def test_pipelines_take_interactions(stock: str, kind: Any, request: pytest.Fixt
     pipe.unload_interaction_adapter()
     with pytest.raises(AdapterError, match="expected an adapter to be loaded"):
         draw(pipe, interactions=[RIDING])
+
+
+def test_interactions_follow_every_stage_of_a_large_picture(dit_pipe: Any) -> None:
+    """Each stage has a schedule of its own, whatever the pipeline drew before."""
+    guidance = {"base_guidance_scale": 3.0} if "guidance_scale" in guided(dit_pipe) else guided(dit_pipe)
+    adapter = trained_joint_adapter(dit_pipe.transformer)
+    read: list[int] = []
+    with attach(dit_pipe, adapter) as handle:
+        handle.set_scene([RIDING], schedule=0.5)
+        draw(dit_pipe, **guided(dit_pipe))
+        hook = next(iter(adapter.readers.values())).register_forward_hook(lambda *_: read.append(0))
+        enlarge = HighResolution(
+            dit_pipe, scales=(1, 2), steps=4, strength=0.7, guidance_scale=3.0, progress=False
+        )
+        enlarge(
+            "a cat", height=16, width=16, base_steps=4, max_sequence_length=TEXT_LENGTH, **guidance,
+            before_stage=lambda _: read.append(1),
+        )  # fmt: skip
+        hook.remove()
+    assert read == [1, 0, 0, 1, 0]  # half of 4 steps, then of the 3 that are taken

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -24,6 +24,7 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from interactdiff.attach import attached_handle
 from interactdiff.clear.pattern import ClearError
 from interactdiff.clear.saved_run import SavedRun
 
@@ -233,14 +234,16 @@ class HighResolution:
                     start_decoding()
                 return tensors if watch is None else watch(pipeline, step, time, tensors)
 
+            adapter = attached_handle(pipeline.transformer)
             try:
-                drawn = pipeline(
-                    height=stage.height,
-                    width=stage.width,
-                    num_inference_steps=stage.steps if stage.index == 0 else self.steps,
-                    callback_on_step_end=after_step,
-                    **{name: value for name, value in arguments.items() if name in taken},
-                )
+                with nullcontext() if adapter is None else adapter.following(pipeline):
+                    drawn = pipeline(
+                        height=stage.height,
+                        width=stage.width,
+                        num_inference_steps=stage.steps if stage.index == 0 else self.steps,
+                        callback_on_step_end=after_step,
+                        **{name: value for name, value in arguments.items() if name in taken},
+                    )
             finally:
                 self.pipeline.maybe_free_model_hooks()  # what is offloaded is the caller's pipeline's to free
         return None if pipeline.interrupt else drawn.images[0]

@@ -39,6 +39,7 @@ class Control:
     ):
         self._sites, self._table, self._pipeline = sites, table, pipeline
         self._strength, self._shares, self._guidance, self._fast = strength, shares, guidance, fast
+        self._steps = num_inference_steps
         self._clock = StepClock(pipeline, num_inference_steps)
         self._scale: tuple[float, Tensor] | None = None
         self._rows: dict[tuple[Any, ...], tuple[Tensor, Tensor | None] | None] = {}
@@ -50,6 +51,12 @@ class Control:
         shares = ", ".join(f"{share:g}" for share in self._shares)
         fast = ", fast" if self._fast else ""
         return f"{scenes} at strength {self._strength:g}, schedule [{shares}]{fast}"
+
+    def follow(self, pipeline: Any) -> None:
+        """Ask another pipeline about guidance and steps."""
+        self._pipeline, self._clock = pipeline, StepClock(pipeline, self._steps)
+        self._rows.clear()
+        self._kept_for = None
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow the adapter to another device or dtype."""

@@ -181,10 +181,11 @@ class InTransformer:
 
     Attributes:
         sites: where it acts.
+        pipeline: whose calls these are; may be None.
     """
 
     def __init__(self, transformer: Transformer, adapter: InteractionAdapter, pipeline: Any):
-        self._transformer, self._adapter, self._pipeline = transformer, adapter, pipeline
+        self._transformer, self._adapter, self.pipeline = transformer, adapter, pipeline
         self._structured = cast(JointConfig, adapter.config.joint).structured
         readers = adapter.readers
         self.sites = [JoinedSite(site, readers[site.path]) for site in joint_sites(transformer)]
@@ -203,7 +204,7 @@ class InTransformer:
         timestep, halves = self._timestep(call["timestep"]), None
         if call.get("skip_layers") is not None:
             halves = (True,)  # SD3's skip-layer guidance: a call of its own, with the prompt alone
-        elif isinstance(self._transformer, FluxTransformer2DModel) and self._pipeline is not None:
+        elif isinstance(self._transformer, FluxTransformer2DModel) and self.pipeline is not None:
             halves = (self._is_prompt(text, timestep),)
         grid = self._grid(self._transformer, call)
         return Reading(len(states), grid, timestep, states.device, text.shape[1], halves)
@@ -239,7 +240,7 @@ class InTransformer:
 
     def _timestep(self, given: Tensor) -> Tensor:
         """In the scheduler's units; from the scheduler itself, since in bfloat16 neighbours may be one."""
-        scheduler = getattr(self._pipeline, "scheduler", None)
+        scheduler = getattr(self.pipeline, "scheduler", None)
         indices = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
         index = next((index for index in indices if index is not None), None)
         if index is not None:
@@ -248,7 +249,7 @@ class InTransformer:
         return given * 1000 if isinstance(self._transformer, FluxTransformer2DModel) else given
 
     def _is_prompt(self, text: Tensor, timestep: Tensor) -> bool:
-        step = self._pipeline.scheduler.timesteps, float(timestep.flatten()[0])
+        step = self.pipeline.scheduler.timesteps, float(timestep.flatten()[0])
         if len(self._step) == 0 or self._step[0] is not step[0] or self._step[1] != step[1]:
             self._step = (*step, text)
         return text is self._step[2]

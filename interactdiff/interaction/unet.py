@@ -145,10 +145,11 @@ class InUNet:
 
     Attributes:
         sites: where its fusers act.
+        pipeline: whose calls these are; may be None. The call itself says all there is to know.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, adapter: InteractionAdapter):
-        self._adapter, fusers = adapter, adapter.fusers
+    def __init__(self, unet: UNet2DConditionModel, adapter: InteractionAdapter, pipeline: Any):
+        self._adapter, self.pipeline, fusers = adapter, pipeline, adapter.fusers
         self.sites = [FusedSite(site, fusers[site.path]) for site in find_sites(unet)]
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:

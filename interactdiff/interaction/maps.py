@@ -1,0 +1,165 @@
+"""Where a picture looked at what was asked: attention of the image's tokens to the interaction tokens.
+
+Recorded beside the adapter by hooks of their own, from the queries and keys that it computes anyway; nothing
+of what is drawn changes. Where `fast` reuses what was added before, or a schedule is over, there is nothing to
+record.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from interactdiff.interaction.fuser import KeysValues, SelfAttention
+from interactdiff.interaction.transformer import InTransformer, JoinedSite
+from interactdiff.interaction.unet import FusedSite, InUNet
+
+ROLES = ("subject", "action", "object")
+QUERIES_AT_ONCE = 512  # attention weights of so many image tokens are in memory at a time
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """How much of its attention each image token gave to each interaction token.
+
+    Attributes:
+        weights: [steps, 3, N, H, W] float32 in [0, 1], means over heads and sites; roles as in `ROLES`, N
+            slots in the order of the scene's items; H and W of the finest grid that attends.
+        steps: which denoising steps were recorded, from 0.
+    """
+
+    weights: Tensor
+    steps: tuple[int, ...]
+
+    def of(self, role: str, slot: int, step: int | None = None) -> Tensor:
+        """One token's [H, W] map: at a step, or the mean over all that were recorded.
+
+        Raises:
+            ValueError: there is no such role, slot or step.
+        """
+        if role not in ROLES or not 0 <= slot < self.weights.shape[2]:
+            slots = self.weights.shape[2]
+            raise ValueError(
+                f"expected a role of {', '.join(ROLES)} and a slot below {slots}, got {role}, {slot}"
+            )
+        maps = self.weights[:, ROLES.index(role), slot]
+        if step is None:
+            return maps.mean(0)
+        if step not in self.steps:
+            raise ValueError(f"expected a recorded step, {self.steps[0]} to {self.steps[-1]}, got {step}")
+        return maps[self.steps.index(step)]
+
+
+class AttentionRecorder:
+    """Records while pictures are drawn, one at a time; of a batch the last row.
+
+    Args:
+        place: where an adapter acts.
+        parts: keys of each token.
+    """
+
+    def __init__(self, place: InUNet | InTransformer, parts: int):
+        self._place, self._parts = place, parts
+        self._timesteps: list[float] = []
+        self._sums: dict[int, list[Tensor]] = {}
+
+    def maps(self) -> AttentionMaps | None:
+        """What was recorded since the recorder was made or cleared; None if nothing was."""
+        if not self._sums:
+            return None
+        finest = max(
+            (maps.shape[-2:] for maps in next(iter(self._sums.values()))), key=lambda size: size.numel()
+        )
+        means = []
+        for maps in self._sums.values():
+            grown = [F.interpolate(one, finest, mode="bilinear") for one in maps]
+            means.append(torch.stack(grown).mean(0))
+        return AttentionMaps(torch.stack(means), tuple(self._sums))
+
+    def clear(self) -> None:
+        """Forget what was recorded, before another picture."""
+        self._timesteps.clear()
+        self._sums.clear()
+
+    @contextmanager
+    def recording(self, denoiser: nn.Module) -> Iterator[None]:
+        """Hook the recorder in until the block is left."""
+        hooks = [denoiser.register_forward_pre_hook(self._step, with_kwargs=True, prepend=True)]
+        try:
+            hooks += [
+                _watched(site).register_forward_pre_hook(partial(self._record, site))
+                for site in self._place.sites
+            ]
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Calls of one timestep in a row are one step."""
+        timestep = self._place.read(args, kwargs).timestep
+        now = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        if not self._timesteps or self._timesteps[-1] != now:
+            self._timesteps.append(now)
+
+    @torch.no_grad()
+    def _record(self, site: FusedSite | JoinedSite, module: nn.Module, args: tuple[Any, ...]) -> None:
+        call = site.call
+        if call is None:
+            return
+        if isinstance(site, FusedSite):
+            weights, (rows, columns) = fuser_attention(module, *args), site.site.grid(*call.size)
+        else:
+            weights, (rows, columns) = joint_attention(module, *args), call.size
+        by_token = weights.unflatten(1, (len(ROLES), -1, self._parts)).sum(-1)  # [L, 3, N]
+        maps = by_token.permute(1, 2, 0).unflatten(2, (rows, columns)).float().cpu()
+        self._sums.setdefault(len(self._timesteps) - 1, []).append(maps)
+
+
+def fuser_attention(attention: Any, queries: Tensor, keys: Tensor, _: Tensor) -> Tensor:
+    """[L, M], of the last batch row: the share of a fuser's attention that goes to each interaction token.
+
+    Args:
+        attention: a fuser's `SelfAttention`.
+        queries: [R, L, dim] of the image.
+        keys: [R, L + M, dim] of the image and the interaction tokens.
+    """
+    assert isinstance(attention, SelfAttention)
+    q, k = (t[-1].unflatten(-1, (attention.heads, -1)).transpose(0, 1) for t in (queries, keys))
+    parts = [_softmax(some, k)[..., queries.shape[1] :].mean(0) for some in q.split(QUERIES_AT_ONCE, 1)]
+    return torch.cat(parts)
+
+
+def joint_attention(
+    _: Any, queries: Tensor, scenes: KeysValues, positions: Tensor, __: Any, seen: Tensor | None = None
+) -> Tensor:
+    """[L, M], of the last batch row: what each image token reads of each interaction token.
+
+    Args:
+        queries: [R, heads, L, D].
+        scenes: keys [R, heads, M + 1, D], the last one zeros.
+        positions: what is added to the queries.
+        seen: as from `SceneTokens.seen`, or None.
+    """
+    scores = _scores(queries[-1] + positions, scenes.keys[-1])
+    if seen is not None:
+        scores = scores.masked_fill(~seen[-1], -torch.inf)
+    return scores.softmax(-1)[..., :-1].mean(0)
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    return queries.float() @ keys.float().mT * queries.shape[-1] ** -0.5
+
+
+def _softmax(queries: Tensor, keys: Tensor) -> Tensor:
+    return _scores(queries, keys).softmax(-1)
+
+
+def _watched(site: FusedSite | JoinedSite) -> nn.Module:
+    """The module whose arguments hold queries and keys."""
+    return site.fuser.attn if isinstance(site, FusedSite) else site.reader
