@@ -5,7 +5,8 @@ from pathlib import Path
 
 MODEL = "stickworld"
 MODELS = ("stickworld", "stickworld-dit")  # the packaged ones
-ADAPTERS = {"stickworld": "stickworld-interaction"}  # the packaged adapter of a packaged model, if it has one
+# the packaged adapter of a packaged model, if it has one
+ADAPTERS = {"stickworld": "stickworld-interaction", "stickworld-dit": "stickworld-dit-interaction"}
 CLEAR_LAYERS = {"stickworld-dit": "stickworld-dit-clear"}  # a packaged model's layers for windows
 # What suits a packaged model; any other has its pipeline's default.
 GUIDANCE_SCALES = {"stickworld": 2.0, "stickworld-dit": 3.0}

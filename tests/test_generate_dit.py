@@ -11,10 +11,12 @@ import torch
 from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline
 from PIL import Image
 from tiny import RIDING, trained_adapter
-from tiny_dit import TEXT_LENGTH, tiny_flux_pipeline
+from tiny_dit import TEXT_LENGTH, tiny_flux_pipeline, trained_joint_adapter, trained_layers
 from transformers import CLIPTokenizer
 
+import interactdiff.evaluation.world
 import interactdiff.stickworld
+from interactdiff.clear import ClearConfig
 from interactdiff.cli import main
 from interactdiff.evaluation.world import Drawing, Order, draw, evaluate_world, format_table
 from interactdiff.generate import Drawer, call_arguments
@@ -36,12 +38,18 @@ def drawer(flux_pipe: Any) -> Drawer:
 def packaged(
     flux_pipe: Any, pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The tiny Flux in the place of the packaged one, an adapter for a U-Net, and an empty working folder."""
+    """The tiny Flux, its adapter and its layers in the place of the packaged ones, an adapter for a U-Net, and
+    an empty working folder."""
     flux_pipe.save_pretrained(tmp_path / "dit", safe_serialization=True)
+    transformer = flux_pipe.transformer
+    trained_joint_adapter(transformer).save_pretrained(tmp_path / "dit-interaction")
+    trained_layers(transformer, ClearConfig(2)).save_pretrained(tmp_path / "dit-clear")
     trained_adapter(pipe.unet).save_pretrained(tmp_path / "adapter")
-    packaged_detector = interactdiff.stickworld.model_path("detector")
-    folders = {"stickworld-dit": tmp_path / "dit", "detector": packaged_detector}
-    monkeypatch.setattr(interactdiff.stickworld, "model_path", folders.__getitem__)
+    names = ("dit", "dit-interaction", "dit-clear")
+    folders = {f"stickworld-{name}": tmp_path / name for name in names}
+    folders["detector"] = interactdiff.stickworld.model_path("detector")
+    for module in (interactdiff.stickworld, interactdiff.evaluation.world):
+        monkeypatch.setattr(module, "model_path", folders.__getitem__)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path
@@ -128,8 +136,8 @@ def test_interactions_need_an_adapter(drawer: Drawer) -> None:
         drawer.ask(Scene("a", (RIDING,)))
 
 
-def test_the_packaged_transformer_has_a_name_and_no_adapter() -> None:
-    assert default_adapter("stickworld-dit") is None
+def test_the_packaged_transformer_has_a_name_and_an_adapter() -> None:
+    assert default_adapter("stickworld-dit") == "stickworld-dit-interaction"
     assert lasting("stickworld-dit") == "stickworld-dit"
 
 
@@ -137,8 +145,11 @@ def test_generate_draws_with_the_packaged_transformer(packaged: Path) -> None:
     flags = ["--model", "stickworld-dit", "--steps", "2", "--device", "cpu"]
     assert main(["generate", "a red bike", *flags, "--out", "x.png"]) == 0
     record = read_record("x.png")
-    assert (record.model, record.adapter, record.dtype) == ("stickworld-dit", None, "float32")
+    adapter = "stickworld-dit-interaction"
+    assert (record.model, record.adapter, record.dtype) == ("stickworld-dit", adapter, "float32")
     assert Image.open("x.png").size == (96, 96)
+    assert main(["generate", "a red bike", *flags, "--interaction", BOXES, "--out", "boxes.png"]) == 0
+    assert Image.open("boxes.png").tobytes() != Image.open("x.png").tobytes()
     assert main(["generate", "--from", "x.png"]) == 0
     assert Path("x.again.png").read_bytes() == Path("x.png").read_bytes()
     assert main(["generate", "--from", "x.png", "--guidance-scale", "3", "--out", "own.png"]) == 0
@@ -150,7 +161,10 @@ def test_generate_draws_with_the_packaged_transformer(packaged: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--interaction", BOXES], "expected an adapter for 1 interactions and 0 entities, got none for "),
+        (
+            ["--model", "../dit", "--interaction", BOXES],
+            "expected an adapter for 1 interactions and 0 entities, got none for ",
+        ),
         (["--adapter", "../adapter"], "expected the base that the adapter is made for, a U-Net of"),
         (["--negative-prompt", LONG], "negative_prompt: expected at most 10 tokens"),
     ],
@@ -205,9 +219,10 @@ def test_evaluate_scores_the_packaged_transformer(packaged: Path, capsys: pytest
     flags = ["--model", "stickworld-dit", "--scenes", "1", "--steps", "1", "--device", "cpu"]
     assert main(["evaluate", "--world", *flags, "--json", "score.json"]) == 0
     table = json.loads(Path("score.json").read_text())
-    assert (table["model"], table["adapter"], table["action_swap"]) == ("stickworld-dit", None, None)
+    assert (table["model"], table["adapter"]) == ("stickworld-dit", "stickworld-dit-interaction")
+    assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_clear"]
     assert (table["size"], table["guidance_scale"]) == (96, 3.0)
     assert table["text"]["real"]["object_acc"] == 1.0
     assert format_table(table) in capsys.readouterr().out
-    assert main(["evaluate", "--world", *flags, "--fast"]) == 2
-    assert "--fast: expected --adapter for the model stickworld-dit, got none" in capsys.readouterr().err
+    assert main(["evaluate", "--world", "--model", "../dit", "--fast"]) == 2
+    assert "--fast: expected --adapter for the model ../dit, got none" in capsys.readouterr().err

@@ -21,30 +21,37 @@ from interactdiff.evaluation.world import (
     packaged_detector,
 )
 from interactdiff.generate import Drawer
+from interactdiff.models import GUIDANCE_SCALES, default_adapter
 from interactdiff.picture import read_record
 from interactdiff.scene import Scene
 from interactdiff.stickworld import model_path
 
-MODELS = ["stickworld", "stickworld-interaction"]
+
+def files_of(*names: str) -> list[Path]:
+    return [path for name in names for path in model_path(name).rglob("*") if path.is_file()]
 
 
-def test_the_drawing_models_are_float16_safetensors_of_24_mb_together() -> None:
-    files = [path for name in MODELS for path in model_path(name).rglob("*") if path.is_file()]
-    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-    assert sum(path.stat().st_size for path in files) <= 24_000_000
+@pytest.mark.parametrize(
+    ("names", "megabytes"),
+    [
+        (("stickworld", "stickworld-interaction"), 24),
+        (("stickworld-dit", "stickworld-dit-clear"), 14),
+        (("stickworld-dit-interaction",), 2),
+    ],
+)
+def test_the_models_are_small_float16_safetensors(names: tuple[str, ...], megabytes: float) -> None:
+    files = files_of(*names)
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) <= megabytes * 1_000_000
     for path in files:
         if path.suffix == ".safetensors":
             assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}
 
 
-def test_the_transformer_and_its_windows_are_float16_safetensors_of_14_mb() -> None:
-    names = ["stickworld-dit", "stickworld-dit-clear"]
-    files = [path for name in names for path in model_path(name).rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
-    assert sum(path.stat().st_size for path in files) <= 14_000_000
-    for path in files:
-        if path.suffix == ".safetensors":
-            assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}
+def test_all_packaged_weights_are_of_40_mb_together() -> None:
+    weights = [path for path in model_path("").rglob("*") if path.suffix == ".safetensors"]
+    assert len(weights) == 11
+    assert sum(path.stat().st_size for path in weights) <= 40_000_000
 
 
 def found_of_captions(drawer: Drawer) -> list[float]:
@@ -95,15 +102,17 @@ def test_guidance_is_what_suits_the_packaged_model() -> None:
     assert elsewhere.draw(Scene("a dog", steps=2)).tobytes() == stock.tobytes()
 
 
-def test_control_beats_the_caption() -> None:
-    drawer = Drawer.load(device="cpu")
+@pytest.mark.parametrize(("model", "boxes", "base"), [("stickworld", 0.6, 0.3), ("stickworld-dit", 0.9, 0.6)])
+def test_control_beats_the_caption(model: str, boxes: float, base: float) -> None:
+    adapter = default_adapter(model)
+    drawer = Drawer.load(model, device="cpu")
     table = evaluate_world(
-        "stickworld", "stickworld-interaction", scenes=6, seed=3, steps=8, batch_size=12, device="cpu",
-        progress=False, drawer=drawer,
+        model, adapter, scenes=6, seed=3, steps=8, batch_size=12, device="cpu", progress=False, drawer=drawer,
+        guidance_scale=GUIDANCE_SCALES[model],
     )  # fmt: skip
     rows = table["rows"]
     assert rows["real"]["box_acc"] > 0.9
-    assert rows["adapter"]["box_acc"] > 0.6 > 0.3 > rows["base"]["box_acc"]
+    assert rows["adapter"]["box_acc"] > boxes > base > rows["base"]["box_acc"]
     assert rows["adapter"]["action_acc"] > rows["boxes_only"]["action_acc"]
 
 

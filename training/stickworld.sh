@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes every packaged model of stickworld again, in the order and with the settings of the packaged ones:
-# `bash training/stickworld.sh` from the repository's root, some six hours on two CPU cores. What was cut off
+# `bash training/stickworld.sh` from the repository's root, some seven hours on two CPU cores. What was cut off
 # goes on where it stopped. The models come to lie in runs/.
 set -euo pipefail
 
@@ -21,7 +21,7 @@ train interaction seed=1 steps=3000 stop_at=300
 train interaction seed=1
 
 # The diffusion transformer reads with the text encoder of the U-Net base and one of its own, and draws for the
-# same autoencoder; then the layers for its windows.
+# same autoencoder; then the layers for its windows, and its adapter.
 mkdir -p runs/stickworld-dit
 cp -R runs/stickworld/{vae,text_encoder,tokenizer} runs/stickworld-dit/
 train t5 seed=4
@@ -31,6 +31,7 @@ train_clear() {
 }
 train_clear ""
 train_clear _down_4
+train dit_interaction seed=1
 
 # What scores the pictures; it has seen renders only.
 train detector seed=2

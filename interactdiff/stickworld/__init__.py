@@ -7,7 +7,8 @@ def model_path(name: str) -> Path:
     """Where a packaged model lies.
 
     Args:
-        name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction"
-            (adapter), "stickworld-dit-clear" (layers for CLEAR's windows) or "detector".
+        name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction" or
+            "stickworld-dit-interaction" (their adapters), "stickworld-dit-clear" (layers for CLEAR's windows) or
+            "detector".
     """
     return Path(__file__).parent / "models" / name
