@@ -14,13 +14,15 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-# pyright sees the package as it installs: pipelines/ and training/ are interactdiff.pipelines and .training.
+# pyright sees the package as it installs: app/, pipelines/ and training/ are in it.
+# Gradio's stubs of components are not ours.
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	rm -rf build/typecheck && mkdir -p build/typecheck
 	cp -R interactdiff build/typecheck/
-	cp -R pipelines training build/typecheck/interactdiff/
+	cp -R app pipelines training build/typecheck/interactdiff/
+	find build/typecheck -name '*.pyi' -delete
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(BIN)/pip:

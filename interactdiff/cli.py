@@ -1,4 +1,4 @@
-"""The command line: interactdiff generate | demo | evaluate | train | convert | bench | doctor.
+"""The command line: interactdiff generate | app | demo | evaluate | train | convert | bench | doctor.
 
 Bad input ends with one sentence on stderr and exit code 2, and nothing is written. Heavy imports come after
 everything that can be refused without them.
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from interactdiff import __version__
 from interactdiff.checkpoint import AdapterError
-from interactdiff.commands import bench, convert, demo, doctor, evaluate, generate, train
+from interactdiff.commands import app, bench, convert, demo, doctor, evaluate, generate, train
 from interactdiff.commands.arguments import Parser, UsageError
 from interactdiff.models import ModelError
 from interactdiff.picture import PictureError
 from interactdiff.scene import SceneError
 
-COMMANDS = (generate, demo, evaluate, train, convert, bench, doctor)
+COMMANDS = (generate, app, demo, evaluate, train, convert, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

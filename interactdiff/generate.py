@@ -1,6 +1,8 @@
 """From a scene to a picture: what the command line does, without its flags."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from textwrap import shorten
@@ -24,11 +26,13 @@ from interactdiff.models import (
     resolve,
 )
 from interactdiff.picture import Record
+from interactdiff.preview import preview
 from interactdiff.scene import Scene, SceneError
 from interactdiff.sites import denoiser_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # the last one's text has the most to say
+OnStep = Callable[[int, Callable[[], Image.Image | None]], None]  # the step, from 0, and how to look at it
 PATCH = 2  # latents, high and wide, that a diffusion transformer takes as one token
 
 
@@ -111,26 +115,46 @@ class Drawer:
                 f"entities, got none for {self.model}"
             )
 
-    def draw(self, scene: Scene) -> Image.Image:
+    def draw(self, scene: Scene, on_step: OnStep | None = None) -> Image.Image:
         """Draw a scene, with the pipeline's progress bar; the same scene gives the same picture.
 
         The noise is drawn on the CPU, so a seed means the same on every device.
+
+        Args:
+            scene: what to draw.
+            on_step: called after each step; what it raises ends the drawing and comes through.
 
         Raises:
             SceneError: as in `ask`.
         """
         self.ask(scene)
-        guidance = GUIDANCE_SCALES.get(self.model) if scene.guidance_scale is None else scene.guidance_scale
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            drawn = self.pipeline(
-                **call_arguments(self.pipeline, scene.prompt, scene.negative_prompt, guidance),
-                num_inference_steps=scene.steps,
-                # Given one of the two, diffusers puts its own size in the place of both.
-                width=scene.width or self.size,
-                height=scene.height or self.size,
-                generator=torch.Generator("cpu").manual_seed(scene.seed),
-            )
+        # Given one of the two, diffusers puts its own size in the place of both.
+        width, height = scene.width or self.size, scene.height or self.size
+
+        def after_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            assert on_step is not None
+            on_step(step, partial(preview, pipeline, tensors["latents"], height, width))
+            return tensors
+
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+                drawn = self.pipeline(
+                    **self.told(scene),
+                    num_inference_steps=scene.steps,
+                    width=width,
+                    height=height,
+                    callback_on_step_end=None if on_step is None else after_step,
+                    generator=torch.Generator("cpu").manual_seed(scene.seed),
+                )
+        except BaseException:
+            self.pipeline.maybe_free_model_hooks()
+            raise
         return drawn.images[0]
+
+    def told(self, scene: Scene) -> dict[str, Any]:
+        """Prompts and guidance of a scene, as arguments of the pipeline's call."""
+        guidance = GUIDANCE_SCALES.get(self.model) if scene.guidance_scale is None else scene.guidance_scale
+        return call_arguments(self.pipeline, scene.prompt, scene.negative_prompt, guidance)
 
     def check_side(self, name: str, pixels: int | None) -> None:
         """Refuse a side that a transformer has no whole number of tokens for; a pipeline would round it.
@@ -146,11 +170,11 @@ class Drawer:
         if pixels is not None and pixels % multiple and not hasattr(self.pipeline, "unet"):
             raise SceneError(f"{name}: expected a multiple of {multiple} pixels, got {pixels}")
 
-    def record(self, scene: Scene) -> Record:
-        """What it takes to draw the scene again."""
+    def record(self, scene: Scene, methods: dict[str, dict[str, Any]] | None = None) -> Record:
+        """What it takes to draw the scene again, with `methods` as `methods.checked_methods` returns them."""
         denoiser = self.denoiser
         dtype = str(denoiser.dtype).removeprefix("torch.")
-        return Record(scene, self.model, self.adapter, denoiser.device.type, dtype)
+        return Record(scene, self.model, self.adapter, denoiser.device.type, dtype, methods=methods or {})
 
     def _check_length(self, name: str, text: str) -> None:
         for tokenizer, limit in text_limits(self.pipeline):

@@ -41,6 +41,7 @@ class Record:
         device: where it was drawn ("cpu", "cuda").
         dtype: in what precision ("float32").
         versions: of interactdiff and the libraries that it was drawn with.
+        methods: settings of the methods that it was drawn with, by their names (`interactdiff.methods`).
     """
 
     scene: Scene
@@ -49,6 +50,7 @@ class Record:
     device: str
     dtype: str
     versions: dict[str, str] = field(default_factory=installed_versions)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One line of ASCII JSON; the seed is also named at the top, for whoever reads it by eye."""
@@ -67,6 +69,7 @@ class Record:
             record = cls(
                 scene=Scene.from_dict(values["scene"]),
                 **{name: values[name] for name in ("model", "adapter", "device", "dtype", "versions")},
+                methods=values.get("methods", {}),  # which earlier records do not have
             )
         except SceneError as error:
             raise PictureError(f"scene: {error}") from None
@@ -78,6 +81,9 @@ class Record:
         texts = (record.model, record.adapter or "", record.device, record.dtype)
         if not all(isinstance(text, str) for text in texts) or not isinstance(record.versions, dict):
             raise PictureError(f"expected names of model, adapter, device and dtype as text, got {texts}")
+        methods = record.methods
+        if not isinstance(methods, dict) or not all(isinstance(one, dict) for one in methods.values()):
+            raise PictureError(f"expected settings by the name of their method, got {methods}")
         return record
 
 

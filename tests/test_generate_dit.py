@@ -38,7 +38,7 @@ def drawer(flux_pipe: Any) -> Drawer:
 def packaged(
     flux_pipe: Any, pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The tiny Flux, its adapter and its layers in the place of the packaged ones, an adapter for a U-Net, and
+    """A tiny Flux, its adapter and its layers in the place of the packaged ones, an adapter for a U-Net, and
     an empty working folder."""
     flux_pipe.save_pretrained(tmp_path / "dit", safe_serialization=True)
     transformer = flux_pipe.transformer

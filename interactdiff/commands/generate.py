@@ -75,6 +75,12 @@ def add_to(commands: Commands) -> None:
         help="reuse what control added at earlier steps: most of its time is saved (default: no)",
     )
     parser.add_argument("--overlay", action="store_true", help="also write OUT.overlay.png, with boxes drawn")
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME[:SETTING=X,...]",
+        help="draw by a method too: high_resolution:scale=2 (docs/clear.md); may be repeated",
+    )
     add_models(parser)
     parser.add_argument(
         "--dtype",
@@ -85,7 +91,7 @@ def add_to(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     record = read_record(args.drawn) if args.drawn else None
-    scene = _scene(args, record)
+    scene, asked = _scene(args, record), _methods(args, record)
     out = args.out or (Path(args.drawn).with_suffix(".again.png") if args.drawn else Path("out.png"))
     check_picture_path(out)
     beside = out.with_suffix(".overlay.png") if args.overlay else None
@@ -96,10 +102,11 @@ def _run(args: argparse.Namespace) -> None:
         _take_over(args, record)
     quiet_libraries()
     from interactdiff.generate import Drawer
+    from interactdiff.methods import checked_methods, draw
 
     drawer = Drawer.load(args.model or MODEL, args.adapter, args.device or "auto", args.dtype or "auto")
-    image = drawer.draw(scene)
-    drawn_as = drawer.record(scene)
+    image = draw(drawer, scene, asked)
+    drawn_as = drawer.record(scene, checked_methods(drawer, asked))
     save_picture(image, out, drawn_as)
     print(out)
     if beside is not None:
@@ -125,6 +132,21 @@ def _scene(args: argparse.Namespace, record: Record | None) -> Scene:
     if args.prompt is None:
         raise UsageError("expected a prompt, --scene FILE or --from PNG, got none of them")
     return Scene(**given)
+
+
+def _methods(args: argparse.Namespace, record: Record | None) -> dict[str, dict[str, float]]:
+    """Those of the picture, if there is one, and over them what the flags say."""
+    asked = {} if record is None else {name: dict(values) for name, values in record.methods.items()}
+    for text in args.method or []:
+        name, _, settings = text.partition(":")
+        values = asked.setdefault(name.strip(), {})
+        for part in filter(None, settings.split(",")):
+            key, _, value = part.partition("=")
+            try:
+                values[key.strip()] = float(value)
+            except ValueError:
+                raise UsageError(f"--method: expected NAME:SETTING=number, got {text!r}") from None
+    return asked
 
 
 def _take_over(args: argparse.Namespace, record: Record) -> None:

@@ -1,7 +1,7 @@
 """Where a picture looked at what was asked: attention of the image's tokens to the interaction tokens.
 
-Recorded beside the adapter by hooks of their own, from the queries and keys that it computes anyway; nothing
-of what is drawn changes. Where `fast` reuses what was added before, or a schedule is over, there is nothing to
+Recorded beside the adapter by hooks of their own, from the queries and keys that it computes anyway; what is
+drawn stays the same. Where `fast` reuses what was added before, or a schedule is over, there is nothing to
 record.
 """
 

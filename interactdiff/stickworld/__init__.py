@@ -8,7 +8,7 @@ def model_path(name: str) -> Path:
 
     Args:
         name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction" or
-            "stickworld-dit-interaction" (their adapters), "stickworld-dit-clear" (layers for CLEAR's windows) or
-            "detector".
+            "stickworld-dit-interaction" (their adapters), "stickworld-dit-clear" (layers for CLEAR's windows)
+            or "detector".
     """
     return Path(__file__).parent / "models" / name

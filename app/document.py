@@ -1,0 +1,386 @@
+"""What is on the canvas, and the forms in which it can be written: a scene's items, lines of text, a table.
+
+A canvas may hold what is not yet a scene: a box without a name, a link without an action. A thing that takes
+part in several interactions is one box here and several equal boxes in a scene.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
+
+from interactdiff.scene import (
+    ACTION_REGIONS,
+    MAX_STRENGTH,
+    NULL_ACTION,
+    ActionRegion,
+    Entity,
+    Interaction,
+    Scene,
+    numbered,
+)
+from interactdiff.scene_checks import (
+    Box,
+    SceneError,
+    checked_box,
+    checked_number,
+    checked_text,
+    json_object,
+    parse_box,
+    shown,
+)
+
+COLUMNS = ("subject", "action", "object", "subject box", "object box", "strength", "region")
+DETERMINERS = {
+    "a",
+    "an",
+    "the",
+    "some",
+    "two",
+    "three",
+    "four",
+    "five",
+    "several",
+    "many",
+    "his",
+    "her",
+    "their",
+}
+MOST_BOXES = 200
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A box and its name; an empty one is still to be named."""
+
+    id: str
+    phrase: str
+    box: Box
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        checked_text("phrase", self.phrase)
+        object.__setattr__(self, "box", checked_box("box", self.box))
+        checked_number("strength", self.strength, 0.0, MAX_STRENGTH)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Who (the id of a thing) does what to what; an empty action leaves it open."""
+
+    id: str
+    subject: str
+    object: str
+    action: str = ""
+    strength: float = 1.0
+    region: ActionRegion | None = None
+
+    def __post_init__(self) -> None:
+        checked_text("action", self.action)
+        checked_number("strength", self.strength, 0.0, MAX_STRENGTH)
+        if self.region not in (None, *ACTION_REGIONS):
+            raise SceneError(f"region: expected between or union, got {shown(self.region)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An interaction, or a thing without one (then there is no object), before it has to be complete."""
+
+    subject: str
+    subject_box: Box
+    action: str = ""
+    object: str | None = None
+    object_box: Box | None = None
+    strength: float = 1.0
+    region: ActionRegion | None = None
+
+    @property
+    def words(self) -> tuple[str, str, str | None]:
+        return self.subject, self.action, self.object
+
+
+@dataclass(frozen=True)
+class Document:
+    """The canvas.
+
+    Attributes:
+        things: the boxes.
+        links: the interactions.
+        aspect: width over height.
+        picture: the address of what is under the boxes, or None.
+    """
+
+    things: tuple[Thing, ...] = ()
+    links: tuple[Link, ...] = ()
+    aspect: float = 1.0
+    picture: str | None = None
+    _by_id: dict[str, Thing] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._by_id.update({thing.id: thing for thing in self.things})
+        if len(self._by_id) < len(self.things) or len(self.things) + len(self.links) > MOST_BOXES:
+            raise SceneError(f"expected at most {MOST_BOXES} boxes and links, each with an id of its own")
+        for link in self.links:
+            if link.subject not in self._by_id or link.object not in self._by_id:
+                raise SceneError(f"expected links between boxes, got {link.subject} and {link.object}")
+
+    @classmethod
+    def from_value(cls, value: Any) -> "Document":
+        """Read what the canvas sends.
+
+        Raises:
+            SceneError: it is not that.
+        """
+        given = json_object({} if value is None else value, (), ("things", "links", "aspect", "picture"))
+        kinds: tuple[tuple[str, type, tuple[str, ...], tuple[str, ...]], ...] = (
+            ("things", Thing, ("id", "phrase", "box"), ("strength",)),
+            ("links", Link, ("id", "subject", "object"), ("action", "strength", "region")),
+        )
+        for name, kind, required, optional in kinds:
+            listed = given.get(name, [])
+            if not isinstance(listed, list):
+                raise SceneError(f"{name}: expected a list, got {shown(listed)}")
+            given[name] = tuple(kind(**json_object(one, required, optional)) for one in listed)
+        given["aspect"] = checked_number("aspect", given.get("aspect", 1.0), 0.01, 100)
+        picture = given.get("picture")
+        given["picture"] = None if picture is None else checked_text("picture", picture)
+        return cls(**given)
+
+    def to_value(self) -> dict[str, Any]:
+        """What the canvas reads."""
+        things, links = ([asdict(one) for one in some] for some in (self.things, self.links))
+        return {"things": things, "links": links, "aspect": self.aspect, "picture": self.picture}
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Interactions, then the things that have none."""
+        linked = {end for link in self.links for end in (link.subject, link.object)}
+        rows = []
+        for link in self.links:
+            s, o = self._by_id[link.subject], self._by_id[link.object]
+            rows.append(Row(s.phrase, s.box, link.action, o.phrase, o.box, link.strength, link.region))
+        lone = (thing for thing in self.things if thing.id not in linked)
+        return (*rows, *(Row(one.phrase, one.box, strength=one.strength) for one in lone))
+
+    def with_rows(self, rows: Iterable[Row]) -> "Document":
+        """The same canvas with other things on it; ids stay with things that stay."""
+        old = {(thing.phrase, thing.box): thing.id for thing in reversed(self.things)}
+        things: dict[tuple[str, Box], Thing] = {}
+        taken: set[str] = set()
+
+        def thing_of(phrase: str, box: Box, strength: float = 1.0) -> str:
+            known = things.get((phrase, box))
+            if known is None:
+                name = old.get((phrase, box))
+                if name is None or name in taken:
+                    every = {*taken, *old.values()}
+                    name = next(name for n in range(1, 10**6) if (name := f"t{n}") not in every)
+                taken.add(name)
+                known = things[phrase, box] = Thing(name, phrase, box, strength)
+            return known.id
+
+        links = []
+        for number, row in enumerate(rows, start=1):
+            if row.object is None or row.object_box is None:
+                thing_of(row.subject, row.subject_box, row.strength)
+                continue
+            ends = thing_of(row.subject, row.subject_box), thing_of(row.object, row.object_box)
+            links.append(Link(f"l{number}", *ends, row.action, row.strength, row.region))
+        return replace(self, things=tuple(things.values()), links=tuple(links))
+
+    # --- a scene's items ---
+
+    @property
+    def items(self) -> tuple[tuple[Interaction, ...], tuple[Entity, ...]]:
+        """What a scene is made of.
+
+        Raises:
+            SceneError: something has no name.
+        """
+        interactions, entities = [], []
+        for number, row in enumerate(self.rows, start=1):
+            if row.object is None or row.object_box is None:
+                if not row.subject.strip():
+                    raise SceneError("expected a name for every box, got one without: select it and type")
+                entities.append(Entity(row.subject, row.subject_box, row.strength))
+                continue
+            for end in (row.subject, row.object):
+                if not end.strip():
+                    raise SceneError(f"interaction {number}: expected a name for both boxes, got one without")
+            action = row.action.strip()
+            ends = row.object, row.subject_box, row.object_box
+            action = None if action in ("", NULL_ACTION) else action
+            interactions.append(
+                numbered(
+                    Interaction,
+                    number,
+                    lambda row=row, action=action, ends=ends: Interaction(
+                        row.subject, action, *ends, row.strength, row.region
+                    ),
+                )
+            )
+        return tuple(interactions), tuple(entities)
+
+    def with_scene(self, scene: Scene) -> "Document":
+        """The canvas of a scene."""
+        rows = [
+            Row(
+                one.subject,
+                one.subject_box,
+                one.action or "",
+                one.object,
+                one.object_box,
+                one.strength,
+                one.action_region,
+            )
+            for one in scene.interactions
+        ]
+        return self.with_rows(
+            [*rows, *(Row(one.phrase, one.box, strength=one.strength) for one in scene.entities)]
+        )
+
+    # --- text: person=riding=bike, a line each ---
+
+    def to_text(self) -> str:
+        """A line for each interaction, `subject=action=object`, and for each thing without one its name."""
+        lines = []
+        for row in self.rows:
+            words = (
+                (row.subject,) if row.object is None else (row.subject, row.action or NULL_ACTION, row.object)
+            )
+            lines.append("=".join(words))
+        return "\n".join(lines)
+
+    def with_text(self, text: str) -> "Document":
+        """The canvas of such lines: what stays, or is renamed, keeps its place; what is new is given one.
+
+        Raises:
+            SceneError: a line is neither of the two.
+        """
+        wanted = []
+        for number, line in enumerate(filter(str.strip, text.replace(";", "\n").splitlines()), start=1):
+            words = [part.strip() for part in line.split("=")]
+            if len(words) not in (1, 3):
+                raise SceneError(
+                    f"line {number}: expected subject=action=object, or a thing, got {shown(line)}"
+                )
+            action = "" if len(words) == 1 or words[1] == NULL_ACTION else words[1]
+            wanted.append((words[0], action, words[2] if len(words) == 3 else None))
+        left = list(self.rows)
+        rows: list[Row | None] = [None] * len(wanted)
+        for exact in (True, False):  # lines that stayed take their rows first
+            for n, words in enumerate(wanted):
+                fits = (row for row in left if (row.object is None) == (words[2] is None))
+                row = next((row for row in fits if not exact or row.words == words), None)
+                if rows[n] is None and row is not None:
+                    left.remove(row)
+                    rows[n] = replace(row, subject=words[0], action=words[1], object=words[2])
+        boxes = {thing.phrase: thing.box for thing in reversed(self.things)}
+        for n, (subject, action, thing) in enumerate(wanted):
+            if rows[n] is None:
+                taken = [
+                    box for row in rows if row is not None for box in (row.subject_box, row.object_box) if box
+                ]
+                first = boxes.get(subject) or _free_place(taken)
+                second = None if thing is None else boxes.get(thing) or _free_place([*taken, first])
+                rows[n] = Row(subject, first, action, thing, second)
+        return self.with_rows(cast(list[Row], rows))
+
+    # --- a table ---
+
+    def to_table(self) -> list[list[Any]]:
+        """Rows of `COLUMNS`."""
+        return [
+            [
+                row.subject,
+                row.action,
+                row.object or "",
+                _as_text(row.subject_box),
+                _as_text(row.object_box),
+                row.strength,
+                row.region or "",
+            ]
+            for row in self.rows
+        ]
+
+    def with_table(self, table: Sequence[Sequence[Any]]) -> "Document":
+        """The canvas of such a table; empty rows are left out.
+
+        Raises:
+            SceneError: a cell is not what it should be; the message names row and column.
+        """
+        rows = []
+        for number, cells in enumerate(table, start=1):
+            subject, action, thing, box, other, strength, region = (
+                "" if c is None else str(c).strip() for c in cells
+            )
+            if not any((subject, action, thing, box, other)):
+                continue
+            try:
+                if bool(thing) != bool(other):
+                    raise SceneError("expected an object and its box, or neither, got one of them")
+                if action and not thing:
+                    raise SceneError(f"expected an object of {action}, got none")
+                rows.append(
+                    Row(
+                        subject,
+                        checked_box("subject box", parse_box("subject box", box)),
+                        action,
+                        thing or None,
+                        checked_box("object box", parse_box("object box", other)) if other else None,
+                        checked_number("strength", _as_number(strength), 0.0, MAX_STRENGTH),
+                        cast(Any, region or None),
+                    )
+                )
+                if rows[-1].region not in (None, *ACTION_REGIONS):
+                    raise SceneError(f"region: expected between, union or nothing, got {shown(region)}")
+            except SceneError as error:
+                raise SceneError(f"row {number}: {error}") from None
+        return self.with_rows(rows)
+
+    # --- words ---
+
+    def prompt(self) -> str:
+        """A caption that says what the canvas says; empty where nothing is named."""
+        parts = []
+        for row in self.rows:
+            subject = _with_article(row.subject)
+            if row.object is None or not row.object.strip():
+                parts.append(subject)
+            else:
+                action = row.action.strip()
+                joined = action if action not in ("", NULL_ACTION) else "and"
+                parts.append(f"{subject} {joined} {_with_article(row.object)}")
+        return " and ".join(part for part in parts if part)
+
+
+def _with_article(phrase: str) -> str:
+    words = phrase.split()
+    if not words or words[0].lower() in DETERMINERS or words[0][0].isdigit() or words[0][0].isupper():
+        return " ".join(words)
+    return f"{'an' if words[0][0].lower() in 'aeiou' else 'a'} {' '.join(words)}"
+
+
+def _as_text(box: Box | None) -> str:
+    return (
+        ""
+        if box is None
+        else ", ".join(f"{edge:g}" if edge == float(f"{edge:g}") else repr(edge) for edge in box)
+    )
+
+
+def _as_number(text: str) -> Any:
+    try:
+        return float(text or 1)
+    except ValueError:
+        return text
+
+
+def _free_place(taken: Sequence[Box]) -> Box:
+    """A box that covers as little as may be of the others."""
+
+    def covered(box: Box) -> float:
+        wide = ((min(box[2], b[2]) - max(box[0], b[0]), min(box[3], b[3]) - max(box[1], b[1])) for b in taken)
+        return sum(max(0.0, w) * max(0.0, h) for w, h in wide)
+
+    places = [(x / 20, y / 20, x / 20 + 0.3, y / 20 + 0.4) for y in (6, 2, 10) for x in (2, 12, 7)]
+    return min(places, key=covered)

@@ -1,0 +1,77 @@
+"""How the page looks: calm, light or dark."""
+
+import html
+
+import gradio as gr
+
+THEME = gr.themes.Base(
+    primary_hue="indigo",
+    secondary_hue="slate",
+    neutral_hue="slate",
+    radius_size="md",
+    spacing_size="md",
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)
+
+CSS = """
+.gradio-container { max-width: 1320px !important; width: 100%; margin: 0 auto !important; }
+.gradio-container > main { width: 100%; max-width: none; }
+#title h1 { margin: 0; font-size: 22px; }
+#title p { margin: 0; color: var(--body-text-color-subdued); }
+.refusal { border-left: 3px solid #d03050; padding: 2px 10px; }
+.refusal p { margin: 0; color: #c02040; }
+.refusal .refusal { border: 0; padding: 0; }
+.dark .refusal p { color: #ff8fa3; }
+#gallery img, #preview img { image-rendering: pixelated; }
+#status { min-height: 44px; }
+#status .track { height: 6px; border-radius: 3px; overflow: hidden; background: var(--border-color-primary); }
+#status .done { height: 100%; background: var(--color-accent); transition: width 0.2s; }
+#status p { margin: 4px 0 0; color: var(--body-text-color-subdued); font-size: 14px; }
+#lock { min-width: 90px; }
+#hint, #open p { color: var(--body-text-color-subdued); }
+body.dropping::after {
+  content: "Drop a picture or a scene"; position: fixed; inset: 12px; z-index: 1000; pointer-events: none;
+  display: grid; place-items: center; border: 3px dashed var(--color-accent); border-radius: 16px;
+  font: 600 24px system-ui, sans-serif; color: var(--body-text-color);
+  background: color-mix(in srgb, var(--background-fill-primary) 80%, transparent);
+}
+@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+"""
+
+# A file that is dropped anywhere on the page goes to the field for files.
+DROP = """
+() => {
+  let depth = 0;
+  const files = (event) => event.dataTransfer && [...event.dataTransfer.types].includes('Files');
+  document.addEventListener('dragenter', (event) => {
+    if (files(event) && ++depth) document.body.classList.add('dropping');
+  });
+  document.addEventListener('dragleave', (event) => {
+    if (files(event) && --depth <= 0) { depth = 0; document.body.classList.remove('dropping'); }
+  });
+  document.addEventListener('dragover', (event) => { if (files(event)) event.preventDefault(); });
+  document.addEventListener('drop', (event) => {
+    depth = 0;
+    document.body.classList.remove('dropping');
+    if (!files(event) || !event.dataTransfer.files.length) return;
+    event.preventDefault();
+    const input = document.querySelector('#open input[type="file"]');
+    if (!input) return;
+    const one = new DataTransfer();
+    one.items.add(event.dataTransfer.files[0]);
+    input.files = one.files;
+    input.dispatchEvent(new Event('change', { bubbles: true }));
+  });
+}
+"""
+
+
+def bar(words: str, share: float | None = None, left: float | None = None) -> str:
+    """A line about what is going on, under a bar if there is a share of it."""
+    if left is not None and 0.0 < (share or 0) < 1:
+        words += f" · {left:.0f} s left" if left >= 1 else " · nearly done"
+    track = ""
+    if share is not None:
+        track = f'<div class="track"><div class="done" style="width: {100 * share:.0f}%"></div></div>'
+    return f"{track}<p>{html.escape(words)}</p>"

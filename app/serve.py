@@ -1,0 +1,45 @@
+"""The page behind a server: its queue, its limits, and what it may read."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from interactdiff.app import looks
+from interactdiff.app.artist import Artist
+from interactdiff.app.limits import MAX_UPLOAD, Limits
+from interactdiff.app.studio import Studio
+
+MODEL = "stickworld-dit"  # the packaged one that draws better
+PUBLIC = Limits(steps=100, pixels=2**20, images=4)  # for whoever comes along
+LOCAL = Limits(folders=(Path.cwd(),), hub=True)  # for oneself
+
+
+def limits_for(host: str, share: bool) -> Limits:
+    """What is allowed by default: on one's own machine more than to the world."""
+    return LOCAL if host in ("127.0.0.1", "localhost", "::1") and not share else PUBLIC
+
+
+def make_studio(
+    limits: Limits, model: str = MODEL, adapter: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> Studio:
+    """Load a model and build the page, with its queue.
+
+    Raises:
+        ModelError: there is no such model.
+        AdapterError: there is no such adapter, or it is for another base.
+    """
+    limits = replace(limits, names=(*limits.names, model, *([adapter] if adapter else [])))
+    studio = Studio(Artist(limits, device, dtype), model, adapter)
+    studio.blocks.queue(max_size=limits.queue, default_concurrency_limit=4)
+    return studio
+
+
+def launch_options(limits: Limits) -> dict[str, Any]:
+    """What `Blocks.launch` is told, whoever calls it."""
+    return {
+        "theme": looks.THEME,
+        "css": looks.CSS,
+        "max_file_size": MAX_UPLOAD,
+        "show_error": True,
+        "footer_links": ["api"],
+    }

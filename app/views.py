@@ -1,0 +1,98 @@
+"""A drawn picture with something over it: what was asked, what a detector finds, or where it looked."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from interactdiff.evaluation.world import packaged_detector
+from interactdiff.interaction.maps import ROLES, AttentionMaps
+from interactdiff.picture import enlarged, overlay
+from interactdiff.scene import Entity, Interaction, Scene
+from interactdiff.stickworld.detector import Detections
+
+VIEWS = ("Picture", "What was asked", "What was found", "Where it looked")
+SURE = 0.3  # least score of a person, an object or an interaction that is shown
+# cold to hot, for eyes that do not tell red from green as well
+HEAT = np.array([[12, 7, 66], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=np.float32)
+
+
+@cache
+def detector() -> Any:
+    """The packaged detector, loaded once."""
+    return packaged_detector()
+
+
+def found_in(image: Image.Image) -> Detections:
+    """What the detector finds in a picture of stickworld."""
+    pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
+    with torch.no_grad():
+        return detector().detect(pixels.permute(2, 0, 1)[None])[0]
+
+
+def found_over(image: Image.Image) -> tuple[Image.Image, str]:
+    """What is found, drawn over the picture, and in words.
+
+    An interaction is the likeliest one of its person; who does nothing that is sure enough stands alone.
+    """
+    found = found_in(image)
+    interactions, persons, things = [], set(), set()
+    for one in found.triplets:
+        if one.score < SURE or one.person in persons:
+            continue
+        persons.add(one.person)
+        things.add(one.object)
+        who, what = (f"{end.colour} {end.name} {end.score:.2f}" for end in (one.person, one.object))
+        interactions.append(
+            Interaction(who, f"{one.action} {one.score:.2f}", what, one.person.box, one.object.box)
+        )
+    lone = [
+        one for one in (*found.persons, *found.objects) if one not in persons | things and one.score >= SURE
+    ]
+    entities = tuple(Entity(f"{one.colour} {one.name} {one.score:.2f}", one.box) for one in lone)
+    words = [f"{one.subject}, {one.action}, {one.object}" for one in interactions]
+    words += [one.phrase for one in entities]
+    return overlay(image, tuple(interactions), entities), "; ".join(words) or "nothing that is sure enough"
+
+
+def looked_over(
+    image: Image.Image, maps: AttentionMaps, role: str, slot: int, step: int | None = None
+) -> Image.Image:
+    """The picture in grey, and over it how much each region attends to a token, the hottest as 1.
+
+    Args:
+        image: the picture.
+        maps: recorded as it was drawn.
+        role: of the token.
+        slot: which of the scene's items.
+        step: a recorded step; None is the mean of all.
+
+    Raises:
+        ValueError: there is no such token or step.
+    """
+    weights = maps.of(role, slot, step)
+    big = enlarged(image)
+    size = (big.height, big.width)
+    heat = F.interpolate((weights / weights.amax().clamp_min(1e-12))[None, None], size, mode="bicubic")[0, 0]
+    at = heat.clamp(0, 1).numpy() * (len(HEAT) - 1)
+    low = np.minimum(at.astype(int), len(HEAT) - 2)
+    colours = HEAT[low] + (HEAT[low + 1] - HEAT[low]) * (at - low)[..., None]
+    grey = np.asarray(big.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray((0.35 * grey + 0.65 * colours).round().astype(np.uint8))
+
+
+def tokens(scene: Scene) -> list[tuple[str, str]]:
+    """What can be looked for: how people read it, and `role slot`."""
+    found = []
+    for slot, item in enumerate(scene.items):
+        if isinstance(item, Entity):
+            found.append((f"thing: {item.phrase}", f"subject {slot}"))
+            continue
+        number = f"{slot + 1} " if len(scene.interactions) > 1 else ""
+        for role, phrase in zip(ROLES, (item.subject, item.action, item.object), strict=True):
+            if phrase is not None:
+                found.append((f"{number}{role}: {phrase}", f"{role} {slot}"))
+    return found

@@ -1,0 +1,272 @@
+"""The studio in a real browser: drawn with the mouse, by touch and by keyboard, as a user would."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, StudioPage, opened_browser, served_studio
+from PIL import Image
+
+from interactdiff.cli import main
+from interactdiff.picture import read_record
+from interactdiff.scene import Scene
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH, which .ci/run installs")
+LAPTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with served_studio("--max-queue", "8") as (where, _):
+        yield where
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with opened_browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def studio(browser: Any, address: str) -> Iterator[StudioPage]:
+    context = browser.new_context(**LAPTOP, accept_downloads=True)
+    page = StudioPage(context.new_page(), address)
+    yield page
+    assert page.problems == []
+    context.close()
+
+
+def draw_riding(studio: StudioPage) -> None:
+    studio.draw_box((0.3, 0.06), (0.68, 0.68), "person in blue")
+    studio.draw_box((0.22, 0.56), (0.78, 0.95), "red bike")
+    studio.link("person in blue", (0.5, 0.85), "riding")
+
+
+def download(studio: StudioPage, path: Path) -> Path:
+    with studio.page.expect_download() as saved:
+        studio.page.locator("#gallery [aria-label='Download'], #gallery a[download] button").first.click()
+    saved.value.save_as(path)
+    return path
+
+
+def test_drawn_generated_downloaded_and_dropped_back(
+    studio: StudioPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_riding(studio)
+    assert studio.tags() == ["person in blue", "red bike", "riding"]
+    studio.expect("prompt", "a person in blue riding a red bike")
+    studio.generate()
+    assert studio.page.locator("#preview").is_hidden()
+    path = download(studio, tmp_path / "picture.png")
+    record = read_record(path)
+    (one,) = record.scene.interactions
+    assert (one.subject, one.action, one.object) == ("person in blue", "riding", "red bike")
+    assert one.subject_box == pytest.approx((0.3, 0.06, 0.68, 0.68), abs=0.01)
+    assert str(record.scene.seed) == studio.value("seed")
+
+    studio.page.locator("#view label", has_text="What was found").click()
+    studio.page.locator("#found", has_text="riding 0.").wait_for()  # control worked
+    studio.page.locator("#view label", has_text="Where it looked").click()
+    studio.page.locator("#token").wait_for()
+
+    studio.open_panel("codes")
+    command = studio.page.locator("#command .cm-content").inner_text()
+    assert command.startswith("interactdiff generate --model stickworld-dit")
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--from", "picture.png", "--out", "again.png"]) == 0
+    assert Image.open("again.png").tobytes() == Image.open("picture.png").tobytes()
+
+    studio.page.reload()
+    studio.page.locator("#canvas [data-do=undo]:disabled").wait_for()
+    assert studio.tags() == []
+    drop(studio, path, "image/png")
+    studio.tag("riding").wait_for()
+    assert studio.tags() == ["person in blue", "red bike", "riding"]
+    studio.expect("seed", str(record.scene.seed))
+    studio.expect("prompt", record.scene.prompt)
+    studio.page.locator("#lock input").check()
+    studio.generate()
+    assert download(studio, tmp_path / "dropped.png").read_bytes() == path.read_bytes()
+
+
+def drop(studio: StudioPage, path: Path, kind: str) -> None:
+    """Let a file fall anywhere on the page."""
+    data = studio.page.evaluate_handle(
+        """([bytes, name, type]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], name, { type }));
+            return data;
+        }""",
+        [list(path.read_bytes()), path.name, kind],
+    )
+    for event in ("dragenter", "dragover", "drop"):
+        studio.page.dispatch_event("#title", event, {"dataTransfer": data})
+
+
+def test_undo_redo_delete_and_nudge(studio: StudioPage) -> None:
+    draw_riding(studio)
+    keys = studio.page.keyboard
+    studio.page.locator("#canvas .stage").focus()
+    keys.press("Control+z")  # the action's name
+    assert studio.tags() == ["does what?", "person in blue", "red bike"]
+    keys.press("Control+z")  # the link
+    assert studio.tags() == ["person in blue", "red bike"]
+    keys.press("Control+Shift+z")
+    keys.press("Control+y")
+    assert studio.tags() == ["person in blue", "red bike", "riding"]
+    studio.expect("prompt", "a person in blue riding a red bike")
+
+    studio.tag("person in blue").click()
+    left = "() => parseFloat(document.querySelector('#canvas .box.selected').style.left)"
+    before = studio.page.evaluate(left)
+    keys.press("ArrowRight")
+    keys.press("Shift+ArrowRight")
+    assert studio.page.evaluate(left) == pytest.approx(before + 6, abs=0.02)
+    keys.press("Escape")
+    assert studio.page.locator("#canvas .box.selected").count() == 0
+    studio.tag("red bike").click()
+    keys.press("Delete")
+    assert studio.tags() == ["person in blue"]  # its link goes with it
+    studio.page.locator("#canvas [data-do=undo]").click()
+    assert studio.tags() == ["person in blue", "red bike", "riding"]
+
+
+def test_boxes_are_moved_resized_and_linked_by_shift(studio: StudioPage) -> None:
+    studio.draw_box((0.1, 0.1), (0.4, 0.4), "dog")
+    studio.draw_box((0.5, 0.5), (0.9, 0.9), "cat")
+    studio.page.mouse.click(*studio.at(0.25, 0.25))
+    studio.drag((0.25, 0.25), (0.35, 0.3))  # by its inside, once it is selected
+    studio.drag((0.5, 0.45), (0.6, 0.5))  # by its corner
+    box = studio.page.evaluate(
+        "() => ['left', 'top', 'width', 'height'].map((k) => "
+        "parseFloat(document.querySelector('#canvas .box.selected').style[k]))"
+    )
+    assert box == pytest.approx([20, 15, 40, 35], abs=1)
+    studio.page.keyboard.down("Shift")
+    studio.page.mouse.click(*studio.at(0.7, 0.8))
+    studio.page.keyboard.up("Shift")
+    studio.page.keyboard.type("chasing")
+    studio.page.keyboard.press("Enter")
+    assert studio.tags() == ["cat", "chasing", "dog"]
+    assert studio.page.locator("#canvas .region").count() == 1
+    names = studio.page.locator("#canvas datalist[id$=-actions] option").evaluate_all("(all) => all.map((one) => one.value)")
+    assert "riding" in names
+
+
+def test_canvas_text_and_table_stay_in_step(studio: StudioPage) -> None:
+    studio.draw_box((0.1, 0.1), (0.4, 0.7), "person")
+    studio.open_panel("forms")
+    studio.expect("text", "person")
+    text = studio.page.locator("#text textarea")
+    text.fill("person=riding=bike\nball")
+    text.blur()
+    studio.tag("riding").wait_for()
+    assert studio.tags() == ["ball", "bike", "person", "riding"]
+    studio.expect("prompt", "a person riding a bike and a ball")
+    cell = studio.page.locator("#table td:visible", has_text="riding").first
+    cell.dblclick()
+    studio.page.keyboard.press("Control+a")
+    studio.page.keyboard.type("pushing")
+    studio.page.keyboard.press("Enter")
+    studio.tag("pushing").wait_for()
+    studio.expect("text", "person=pushing=bike\nball")
+
+    text.fill("person=riding")
+    text.blur()
+    refusal = studio.page.locator("#refusal-text")
+    refusal.wait_for()
+    assert "line 1: expected subject=action=object" in refusal.inner_text()
+    assert studio.tags() == ["ball", "bike", "person", "pushing"]
+
+    studio.page.locator("#prompt textarea").fill("my own words")
+    studio.page.locator("#canvas .stage").focus()
+    studio.tag("ball").click()
+    studio.page.keyboard.press("Delete")
+    studio.expect("text", "person=pushing=bike")
+    assert studio.value("prompt") == "my own words"
+
+
+def test_errors_stand_beside_what_caused_them(studio: StudioPage) -> None:
+    studio.drag((0.1, 0.1), (0.4, 0.7))
+    studio.page.locator("#generate").click()
+    studio.page.locator("#refusal-canvas", has_text="expected a name for every box").wait_for()
+    studio.page.locator("#canvas [data-do=clear]").click()
+    studio.open_panel("settings")
+    model = studio.page.locator("#model input")
+    model.fill("/etc")
+    model.press("Enter")
+    studio.page.locator("#refusal-model", has_text="expected a model that this server has").wait_for()
+    assert studio.page.locator("#generate").is_enabled()
+
+
+def test_stopping_and_drawing_on(studio: StudioPage) -> None:
+    studio.page.get_by_role("button", name="riding").click()
+    studio.tag("riding").wait_for()
+    studio.open_panel("settings")
+    studio.page.locator("#steps input[type=number]").fill("200")
+    studio.page.locator("#generate").click()
+    studio.page.locator("#status", has_text="step ").wait_for()
+    studio.page.locator("#preview img").wait_for()
+    studio.page.locator("#stop").click()
+    studio.page.locator("#status", has_text="Stopped").wait_for()
+    studio.page.locator("#steps input[type=number]").fill("4")
+    studio.page.locator("#compare input").check()
+    studio.generate()
+    assert studio.page.locator("#gallery", has_text="without control").count() == 1
+    studio.page.locator("#gallery button img").first.click()
+    studio.page.locator("#over").click()
+    studio.page.locator("#canvas .picture:visible").wait_for()
+    assert studio.page.evaluate("() => document.querySelector('#canvas .picture').naturalWidth") == 96
+
+
+def test_a_scene_file_and_another_picture_can_be_dropped(studio: StudioPage, tmp_path: Path) -> None:
+    scene = Scene.from_dict(
+        {"prompt": "a wide one", "width": 128, "height": 64, "seed": 11,
+         "entities": [{"phrase": "ball", "box": [0.1, 0.1, 0.3, 0.6]}]}
+    )  # fmt: skip
+    (tmp_path / "scene.json").write_text(scene.to_json())
+    drop(studio, tmp_path / "scene.json", "application/json")
+    studio.tag("ball").wait_for()
+    studio.expect("seed", "11")
+    frame = studio.page.locator("#canvas .stage").bounding_box()
+    assert frame is not None
+    assert frame["width"] / frame["height"] == pytest.approx(2, abs=0.05)
+    Image.new("RGB", (40, 30), "teal").save(tmp_path / "photo.jpg")
+    drop(studio, tmp_path / "photo.jpg", "image/jpeg")
+    studio.page.locator("#canvas .picture:visible").wait_for()
+    (tmp_path / "bad.json").write_text(json.dumps({"promt": "x"}))
+    drop(studio, tmp_path / "bad.json", "application/json")
+    studio.page.locator("#refusal-open", has_text="expected only the keys").wait_for()
+    assert studio.tags() == ["ball"]
+
+
+def test_panels_of_methods_come_and_go_with_the_model(studio: StudioPage) -> None:
+    assert studio.page.locator("#high_resolution").is_visible()
+    studio.open_panel("settings")
+    studio.page.locator("#model input").click()
+    studio.page.get_by_role("option", name="stickworld", exact=True).click()
+    studio.page.locator("#high_resolution").wait_for(state="hidden")
+
+
+def test_a_phone_by_touch_in_the_dark(browser: Any, address: str) -> None:
+    context = browser.new_context(**PHONE, color_scheme="dark")
+    studio = StudioPage(context.new_page(), address)
+    page = studio.page
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    page.get_by_role("button", name="riding").tap()
+    studio.tag("riding").wait_for()
+    page.locator("#canvas [data-do=remove]").wait_for()
+    page.touchscreen.tap(*studio.at(0.5, 0.9))
+    page.locator("#canvas .box.selected .tag", has_text="red bike").wait_for()
+    page.locator("#canvas .linker").tap()
+    page.touchscreen.tap(*studio.at(0.5, 0.2))
+    assert page.locator("#canvas .tag.verb").count() == 2  # the bike now does something to the person
+    page.locator("#canvas [data-do=undo]").tap()
+    studio.generate()
+    background = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert max(int(part) for part in background[4:-1].split(",")[:3]) < 60
+    assert studio.problems == []
+    context.close()

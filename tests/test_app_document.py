@@ -1,0 +1,178 @@
+"""The canvas and its forms: a scene's items, text and a table say the same, both ways."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from interactdiff import Entity, Interaction, Scene, SceneError
+from interactdiff.app.document import Document, Link, Thing
+from interactdiff.app.examples import EXAMPLES
+
+PERSON, BIKE = (0.1, 0.1, 0.5, 0.8), (0.05, 0.5, 0.7, 0.95)
+RIDING = Document(
+    (Thing("t1", "person", PERSON), Thing("t2", "bike", BIKE)),
+    (Link("l1", "t1", "t2", "riding"),),
+    aspect=1.5,
+)
+
+words = st.text("abc de", min_size=1, max_size=8).map(str.strip).filter(bool)
+edges = st.tuples(*[st.integers(0, 98)] * 2).map(lambda two: (min(two) / 100, (max(two) + 1) / 100))
+boxes = st.tuples(edges, edges).map(lambda sides: (sides[0][0], sides[1][0], sides[0][1], sides[1][1]))
+strengths = st.sampled_from([0.0, 0.5, 1.0, 2.0])
+regions = st.sampled_from([None, "between", "union"])
+interactions = st.builds(Interaction, words, st.none() | words, words, boxes, boxes, strengths, regions)
+entities = st.builds(Entity, words, boxes, strengths)
+scenes = st.builds(
+    Scene,
+    st.just("a"),
+    st.lists(interactions, max_size=4).map(tuple),
+    st.lists(entities, max_size=3).map(tuple),
+)
+
+
+def is_apart(scene: Scene) -> bool:
+    """No entity is also a part of an interaction, or twice there: the canvas has such a thing once."""
+    ends = {(i.subject, i.subject_box) for i in scene.interactions} | {
+        (i.object, i.object_box) for i in scene.interactions
+    }
+    lone = [(e.phrase, e.box) for e in scene.entities]
+    return len(set(lone)) == len(lone) and not ends & set(lone)
+
+
+@given(scenes.filter(is_apart))
+def test_every_form_of_a_scene_is_the_scene(scene: Scene) -> None:
+    document = Document().with_scene(scene)
+    wanted = (scene.interactions, scene.entities)
+    assert document.items == wanted
+    assert Document.from_value(document.to_value()) == document
+    assert document.with_table(document.to_table()).items == wanted
+    assert document.with_text(document.to_text()).items == wanted
+
+
+def test_a_person_who_does_two_things_is_one_box() -> None:
+    scene = Scene(
+        "a",
+        (
+            Interaction("person", "riding", "bike", PERSON, BIKE),
+            Interaction("person", "holding", "cup", PERSON, (0.6, 0.1, 0.7, 0.2)),
+        ),
+    )
+    document = Document().with_scene(scene)
+    assert [thing.phrase for thing in document.things] == ["person", "bike", "cup"]
+    assert {link.subject for link in document.links} == {"t1"}
+    assert document.to_text() == "person=riding=bike\nperson=holding=cup"
+    renamed = document.with_text("person=riding=bike\nchild=holding=cup")  # of one line alone: they part
+    assert [row.words for row in renamed.rows] == [("person", "riding", "bike"), ("child", "holding", "cup")]
+    assert renamed.rows[1].subject_box == PERSON
+
+
+def test_text_renames_removes_reorders_and_places_what_is_new() -> None:
+    document = RIDING.with_text("man=pushing=bike")
+    assert document.rows[0].words == ("man", "pushing", "bike")
+    assert (document.rows[0].subject_box, document.rows[0].object_box) == (PERSON, BIKE)
+    assert document.things[1].id == "t2"  # what stays keeps its id
+    assert document.aspect == 1.5
+    more = RIDING.with_text("dog=chasing=cat; person=riding=bike;\nball")
+    assert [row.words for row in more.rows] == [
+        ("dog", "chasing", "cat"),
+        ("person", "riding", "bike"),
+        ("ball", "", None),
+    ]
+    assert more.rows[1].subject_box == PERSON  # by its words, though another line stands first now
+    assert len({thing.box for thing in more.things}) == 5  # nothing new lies under anything else
+    assert RIDING.with_text("").things == ()
+    again = RIDING.with_text("person=riding=bike\nperson=holding=cup")
+    assert [thing.phrase for thing in again.things].count(
+        "person"
+    ) == 1  # a name that is there is the same thing
+
+
+def test_a_line_that_is_no_line_is_named() -> None:
+    with pytest.raises(SceneError, match=r"line 2: expected subject=action=object, or a thing, got 'a=b'"):
+        RIDING.with_text("person=riding=bike\na=b")
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        (3, "0.1, 0.2", "row 1: subject box: expected four numbers x0,y0,x1,y1, got 2 in '0.1, 0.2'"),
+        (3, "0.5,0.2,0.1,0.9", "row 1: subject box: expected x0 < x1, got x0 = 0.5 and x1 = 0.1"),
+        (4, "", "row 1: expected an object and its box, or neither, got one of them"),
+        (5, "much", "row 1: strength: expected a number from 0 to 2, got 'much'"),
+        (6, "left", "row 1: region: expected between, union or nothing, got 'left'"),
+    ],
+)
+def test_a_cell_that_is_wrong_is_named(column: int, cell: str, message: str) -> None:
+    table = RIDING.to_table()
+    table[0][column] = cell
+    with pytest.raises(SceneError) as refused:
+        RIDING.with_table(table)
+    assert str(refused.value) == message
+
+
+def test_a_table_takes_empty_rows_and_new_ones() -> None:
+    table = [*RIDING.to_table(), [""] * 7, ["ball", "", "", "0.8,0.8,0.9,0.9", "", None, ""]]
+    document = RIDING.with_table(table)
+    assert document.items[1] == (Entity("ball", (0.8, 0.8, 0.9, 0.9)),)
+
+
+def test_what_has_no_name_yet_can_be_shown_but_not_drawn() -> None:
+    unnamed = replace(RIDING, things=(RIDING.things[0], replace(RIDING.things[1], phrase="")))
+    assert unnamed.to_text() == "person=riding="
+    assert unnamed.with_text("person=riding=") == unnamed
+    with pytest.raises(SceneError, match="interaction 1: expected a name for both boxes, got one without"):
+        _ = unnamed.items
+    with pytest.raises(SceneError, match="expected a name for every box"):
+        _ = Document((Thing("t1", " ", PERSON),)).items
+
+
+@pytest.mark.parametrize("action", ["", "-"])
+def test_an_action_that_is_left_open_is_boxes_only(action: str) -> None:
+    document = replace(RIDING, links=(replace(RIDING.links[0], action=action),))
+    assert document.items[0][0].action is None
+    assert document.to_text() == "person=-=bike"
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("person=riding=bike", "a person riding a bike"),
+        ("old man=feeding=the ducks\numbrella", "an old man feeding the ducks and an umbrella"),
+        ("person=-=bike", "a person and a bike"),
+        ("two dogs=chasing=Garfield", "two dogs chasing Garfield"),
+        ("", ""),
+    ],
+)
+def test_the_prompt_says_what_the_canvas_says(text: str, prompt: str) -> None:
+    assert Document().with_text(text).prompt() == prompt
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "expected an object with"),
+        ({"things": 3}, "things: expected a list"),
+        ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 2, 1]}]}, "box: expected x1 to be a"),
+        ({"things": [{"id": "a", "phrase": 3, "box": [0, 0, 1, 1]}]}, "phrase: expected text, got 3"),
+        ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1], "z": 1}]}, "expected only the keys"),
+        ({"links": [{"id": "l", "subject": "a", "object": "b"}]}, "expected links between boxes, got a"),
+        ({"aspect": 0}, "aspect: expected a number from 0.01 to 100, got 0"),
+        ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1]}] * 2}, "each with an id of its own"),
+    ],
+)  # fmt: skip
+def test_what_is_no_canvas_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(SceneError, match=message):
+        Document.from_value(value)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_are_of_the_embedded_world(name: str) -> None:
+    from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS
+
+    known = {"person", "in", *COLOURS, *OBJECTS}
+    for one in EXAMPLES[name].interactions:
+        assert one.action in ACTIONS
+        assert {*one.subject.split(), *one.object.split()} <= known
