@@ -24,6 +24,7 @@ from interactdiff.scene_checks import (
     checked_box,
     checked_number,
     checked_text,
+    checked_whole,
     json_object,
     parse_box,
     shown,
@@ -107,12 +108,14 @@ class Document:
         links: the interactions.
         aspect: width over height.
         picture: the address of what is under the boxes, or None.
+        revision: counts changes, so that the page knows which of two canvases is later.
     """
 
     things: tuple[Thing, ...] = ()
     links: tuple[Link, ...] = ()
     aspect: float = 1.0
     picture: str | None = None
+    revision: int = 0
     _by_id: dict[str, Thing] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,7 +133,9 @@ class Document:
         Raises:
             SceneError: it is not that.
         """
-        given = json_object({} if value is None else value, (), ("things", "links", "aspect", "picture"))
+        given = json_object(
+            {} if value is None else value, (), ("things", "links", "aspect", "picture", "revision")
+        )
         kinds: tuple[tuple[str, type, tuple[str, ...], tuple[str, ...]], ...] = (
             ("things", Thing, ("id", "phrase", "box"), ("strength",)),
             ("links", Link, ("id", "subject", "object"), ("action", "strength", "region")),
@@ -143,12 +148,18 @@ class Document:
         given["aspect"] = checked_number("aspect", given.get("aspect", 1.0), 0.01, 100)
         picture = given.get("picture")
         given["picture"] = None if picture is None else checked_text("picture", picture)
+        given["revision"] = checked_whole("revision", given.get("revision", 0), 0, 2**53)
         return cls(**given)
 
     def to_value(self) -> dict[str, Any]:
         """What the canvas reads."""
         things, links = ([asdict(one) for one in some] for some in (self.things, self.links))
-        return {"things": things, "links": links, "aspect": self.aspect, "picture": self.picture}
+        rest = {name: getattr(self, name) for name in ("aspect", "picture", "revision")}
+        return {"things": things, "links": links, **rest}
+
+    def changed(self, **changes: Any) -> "Document":
+        """The next revision, with these changes."""
+        return replace(self, revision=self.revision + 1, **changes)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -185,7 +196,7 @@ class Document:
                 continue
             ends = thing_of(row.subject, row.subject_box), thing_of(row.object, row.object_box)
             links.append(Link(f"l{number}", *ends, row.action, row.strength, row.region))
-        return replace(self, things=tuple(things.values()), links=tuple(links))
+        return self.changed(things=tuple(things.values()), links=tuple(links))
 
     # --- a scene's items ---
 
@@ -268,6 +279,9 @@ class Document:
         left = list(self.rows)
         rows: list[Row | None] = [None] * len(wanted)
         for exact in (True, False):  # lines that stayed take their rows first
+            if not exact:  # a thing that acts now was not renamed
+                acting = {end for words in wanted if words[2] is not None for end in words}
+                left = [row for row in left if row.object is not None or row.subject not in acting]
             for n, words in enumerate(wanted):
                 fits = (row for row in left if (row.object is None) == (words[2] is None))
                 row = next((row for row in fits if not exact or row.words == words), None)
@@ -382,5 +396,5 @@ def _free_place(taken: Sequence[Box]) -> Box:
         wide = ((min(box[2], b[2]) - max(box[0], b[0]), min(box[3], b[3]) - max(box[1], b[1])) for b in taken)
         return sum(max(0.0, w) * max(0.0, h) for w, h in wide)
 
-    places = [(x / 20, y / 20, x / 20 + 0.3, y / 20 + 0.4) for y in (6, 2, 10) for x in (2, 12, 7)]
+    places = [(x / 20, y / 20, (x + 6) / 20, (y + 8) / 20) for y in (6, 2, 10) for x in (2, 12, 7)]
     return min(places, key=covered)

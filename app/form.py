@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -194,7 +193,7 @@ def filled(record: Record, size: int) -> dict[str, Any]:
 def laid_out(document: Document, scene: Scene, size: int) -> Document:
     """The canvas of a scene, in the shape of its picture."""
     aspect = (scene.width or size) / (scene.height or size)
-    return replace(document.with_scene(scene), aspect=aspect, picture=None)
+    return document.with_scene(scene).changed(aspect=aspect, picture=None)
 
 
 def random_seed() -> int:

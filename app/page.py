@@ -47,7 +47,7 @@ class Page:
                     self._files()
         self.fields |= {"prompt": self.prompt, "seed": self.seed}
         self.size = [self.fields["width"], self.fields["height"]]
-        self.forms = [self.canvas, self.text, self.table, self.prompt, *self.errors.values()]
+        self.forms = [self.canvas, self.text, self.table, self.prompt, self.suggested, *self.errors.values()]
         self.results = [self.status, self.preview, self.gallery, self.view, self.looking, self.token]
         self.results += [self.step, self.found, self.after, self.codes, self.python, self.command]
         self.results += [self.drawn, self.chosen]
@@ -62,7 +62,7 @@ class Page:
             placeholder="suggested from the boxes, until you write one",
         )
         self._error("prompt")
-        self.suggests = gr.State(True)  # whether the prompt is still ours
+        self.suggested = gr.Textbox("", visible=False)  # the prompt is still ours where it says this
         with gr.Row():
             gr.Markdown("Try an example", elem_id="hint")
             self.examples = {name: gr.Button(name, size="sm", min_width=60) for name in EXAMPLES}

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,15 @@ class Studio(Page):
             self.blocks.load(None, js=looks.DROP)
 
     def _wire_forms(self) -> None:
-        self.canvas.input(self._canvas_edited, [self.canvas, self.suggests], self.forms, **LATEST)
+        words = [self.canvas, self.prompt, self.suggested]
+        self.canvas.input(self._canvas_edited, words, self.forms, **LATEST)
         for event in (self.text.blur, self.text.submit):
-            event(self._text_edited, [self.text, self.canvas, self.suggests], self.forms, **LATEST)
-        self.table.input(self._table_edited, [self.table, self.canvas, self.suggests], self.forms, **LATEST)
-        self.prompt.input(lambda text: not text.strip(), self.prompt, self.suggests, **LATEST)
+            event(self._text_edited, [self.text, *words], self.forms, **LATEST)
+        self.table.input(self._table_edited, [self.table, *words], self.forms, **LATEST)
         self.dice.click(random_seed, None, self.seed, **AT_ONCE)
         for side in self.size:
             side.change(self._reshape, [self.canvas, *self.size], self.canvas, **LATEST)
-        everything = [self.suggests, *self.forms, *self.fields.values(), *self.panels.values()]
+        everything = [*self.forms, *self.fields.values(), *self.panels.values()]
         everything = list(dict.fromkeys(everything))
         for name, button in self.examples.items():
             button.click(self._example(name), self.canvas, everything, **AT_ONCE)
@@ -100,35 +99,34 @@ class Studio(Page):
             {} if error is None else {self.errors[place]: gr.update(value=str(error), visible=True)}
         )
 
-    def _in_step(self, document: Document, suggests: bool, source: Any = None) -> Updates:
-        """Every form of a canvas but the one that it was read from."""
-        forms: Updates = {
-            self.canvas: document,
-            self.text: document.to_text(),
-            self.table: document.to_table(),
-        }
-        if suggests:
+    def _in_step(self, document: Document, prompt: str, suggested: str, source: Any = None) -> Updates:
+        """Every form of a canvas but the one that it was read from; the prompt, unless the user wrote it."""
+        forms: Updates = {self.canvas: document, self.text: document.to_text()}
+        forms |= {self.table: document.to_table(), self.suggested: document.prompt()}
+        if prompt.strip() in ("", suggested):
             forms[self.prompt] = document.prompt()
         return {part: value for part, value in forms.items() if part is not source} | self._refused()
 
-    def _canvas_edited(self, document: Document, suggests: bool) -> Updates:
-        return self._in_step(document, suggests, self.canvas)
+    def _canvas_edited(self, document: Document, prompt: str, suggested: str) -> Updates:
+        return self._in_step(document, prompt, suggested, self.canvas)
 
-    def _text_edited(self, text: str, document: Document, suggests: bool) -> Updates:
+    def _text_edited(self, text: str, document: Document, prompt: str, suggested: str) -> Updates:
         try:
-            return self._in_step(document.with_text(text), suggests)
+            return self._in_step(document.with_text(text), prompt, suggested)
         except SceneError as error:
             return self._refused("text", error)
 
-    def _table_edited(self, table: list[list[Any]], document: Document, suggests: bool) -> Updates:
+    def _table_edited(
+        self, table: list[list[Any]], document: Document, prompt: str, suggested: str
+    ) -> Updates:
         try:
-            return self._in_step(document.with_table(table), suggests, self.table)
+            return self._in_step(document.with_table(table), prompt, suggested, self.table)
         except SceneError as error:
             return self._refused("text", error)
 
     def _reshape(self, document: Document, width: float | None, height: float | None) -> Document:
         aspect = (width or self._own_size) / (height or self._own_size)
-        return replace(document, aspect=min(max(aspect, 0.1), 10.0))
+        return document.changed(aspect=min(max(aspect, 0.1), 10.0))
 
     def _example(self, name: str) -> Callable[[Document], Updates]:
         return lambda document: self._restored(
@@ -218,7 +216,7 @@ class Studio(Page):
         return results.details(self, drawn, int(event.index), view)
 
     def _draw_over(self, drawn: list[Drawn], chosen: int, document: Document) -> Document:
-        return replace(document, picture=self._served(drawn[chosen].path)) if drawn else document
+        return document.changed(picture=self._served(drawn[chosen].path)) if drawn else document
 
     # --- files ---
 
@@ -236,7 +234,7 @@ class Studio(Page):
                 return opened | {self.status: looks.bar(_told_apart(record))}
             opened_picture(path)
             return (
-                opened | self._refused() | {self.canvas: replace(document, picture=self._served(Path(path)))}
+                opened | self._refused() | {self.canvas: document.changed(picture=self._served(Path(path)))}
             )
         except REFUSALS as error:
             return opened | self._refused("open", error)
@@ -249,8 +247,7 @@ class Studio(Page):
         canvas = laid_out(document, record.scene, size)
         fields = {self.fields[name]: value for name, value in values.items() if name in self.fields}
         panels = {} if unfit is None else self._fit(unfit)
-        ours = record.scene.prompt in ("", canvas.prompt())
-        return panels | fields | self._in_step(canvas, False) | {self.suggests: ours}
+        return panels | self._in_step(canvas, record.scene.prompt, "") | fields
 
     def _served(self, path: Path) -> str:
         """The address, relative to the page, of a copy that the page may show."""

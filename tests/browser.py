@@ -62,7 +62,12 @@ class StudioPage:
         page.on("console", lambda said: said.type == "error" and self.problems.append(said.text))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.goto(address)
-        page.locator("#canvas [data-do=undo]:disabled").wait_for()  # the script has run
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Until the whole page stands, and the canvas's script has run."""
+        for part in ("#open button", "footer", "#canvas [data-do=undo]:disabled"):
+            self.page.locator(part).first.wait_for()
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Pixels of a place on the canvas."""

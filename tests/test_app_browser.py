@@ -80,7 +80,7 @@ def test_drawn_generated_downloaded_and_dropped_back(
     assert Image.open("again.png").tobytes() == Image.open("picture.png").tobytes()
 
     studio.page.reload()
-    studio.page.locator("#canvas [data-do=undo]:disabled").wait_for()
+    studio.wait_until_ready()
     assert studio.tags() == []
     drop(studio, path, "image/png")
     studio.tag("riding").wait_for()
@@ -152,7 +152,9 @@ def test_boxes_are_moved_resized_and_linked_by_shift(studio: StudioPage) -> None
     studio.page.keyboard.press("Enter")
     assert studio.tags() == ["cat", "chasing", "dog"]
     assert studio.page.locator("#canvas .region").count() == 1
-    names = studio.page.locator("#canvas datalist[id$=-actions] option").evaluate_all("(all) => all.map((one) => one.value)")
+    names = studio.page.locator("#canvas datalist[id$=-actions] option").evaluate_all(
+        "(all) => all.map((one) => one.value)"
+    )
     assert "riding" in names
 
 
@@ -166,7 +168,7 @@ def test_canvas_text_and_table_stay_in_step(studio: StudioPage) -> None:
     studio.tag("riding").wait_for()
     assert studio.tags() == ["ball", "bike", "person", "riding"]
     studio.expect("prompt", "a person riding a bike and a ball")
-    cell = studio.page.locator("#table td:visible", has_text="riding").first
+    cell = studio.page.locator("#table [role=gridcell]", has_text="riding").first
     cell.dblclick()
     studio.page.keyboard.press("Control+a")
     studio.page.keyboard.type("pushing")
@@ -244,7 +246,7 @@ def test_a_scene_file_and_another_picture_can_be_dropped(studio: StudioPage, tmp
 
 
 def test_panels_of_methods_come_and_go_with_the_model(studio: StudioPage) -> None:
-    assert studio.page.locator("#high_resolution").is_visible()
+    studio.page.locator("#high_resolution").wait_for()
     studio.open_panel("settings")
     studio.page.locator("#model input").click()
     studio.page.get_by_role("option", name="stickworld", exact=True).click()

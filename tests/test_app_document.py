@@ -84,6 +84,9 @@ def test_text_renames_removes_reorders_and_places_what_is_new() -> None:
     assert more.rows[1].subject_box == PERSON  # by its words, though another line stands first now
     assert len({thing.box for thing in more.things}) == 5  # nothing new lies under anything else
     assert RIDING.with_text("").things == ()
+    begun = Document((Thing("t1", "person", PERSON),)).with_text("person=riding=bike\nball")
+    assert begun.rows[0].subject_box == PERSON  # the lone person acts now, and is not renamed to a ball
+    assert begun.rows[1].subject_box != PERSON
     again = RIDING.with_text("person=riding=bike\nperson=holding=cup")
     assert [thing.phrase for thing in again.things].count(
         "person"
@@ -122,7 +125,7 @@ def test_a_table_takes_empty_rows_and_new_ones() -> None:
 def test_what_has_no_name_yet_can_be_shown_but_not_drawn() -> None:
     unnamed = replace(RIDING, things=(RIDING.things[0], replace(RIDING.things[1], phrase="")))
     assert unnamed.to_text() == "person=riding="
-    assert unnamed.with_text("person=riding=") == unnamed
+    assert unnamed.with_text("person=riding=") == replace(unnamed, revision=1)
     with pytest.raises(SceneError, match="interaction 1: expected a name for both boxes, got one without"):
         _ = unnamed.items
     with pytest.raises(SceneError, match="expected a name for every box"):

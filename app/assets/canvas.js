@@ -1,6 +1,6 @@
 // The canvas: boxes with names, and links between them with actions. What it shows is `props.value`:
 //   things [{id, phrase, box: [x0, y0, x1, y1], strength}], links [{id, subject, object, action, strength, region}],
-//   aspect (width over height), picture (an address, or null).
+//   aspect (width over height), picture (an address, or null), revision (a later one is never replaced by an earlier).
 // Every edit of the user is one entry of the history and one 'input' event; Python hears nothing of its own changes.
 const LEAST = 0.02; // share of the picture that a box's side has at least
 const CLICK = 5; // pixels of a movement that is still a click
@@ -16,7 +16,7 @@ let drag = null; // what the pointer is doing
 let linking = null; // the subject whose arrow was clicked
 
 function filled(value) {
-  return Object.assign({ things: [], links: [], aspect: 1, picture: null }, copy(value || {}));
+  return Object.assign({ things: [], links: [], aspect: 1, picture: null, revision: 0 }, copy(value || {}));
 }
 
 const thing = (id) => doc.things.find((one) => one.id === id);
@@ -47,6 +47,7 @@ function edit(change) {
 }
 
 function tell() {
+  doc.revision++;
   props.value = copy(doc);
   trigger('input');
   render();
@@ -54,8 +55,9 @@ function tell() {
 
 function travel(from, to) {
   if (!from.length) return;
+  const { revision } = doc;
   to.push(copy(doc));
-  doc = from.pop();
+  doc = Object.assign(from.pop(), { revision });
   if (selected && !(selected.kind === 'thing' ? thing : link)(selected.id)) selected = null;
   tell();
 }
@@ -442,10 +444,21 @@ element.addEventListener('click', (event) => {
 watch('value', () => {
   const value = filled(props.value);
   if (JSON.stringify(value) === JSON.stringify(doc)) return;
-  const layout = ({ aspect, picture, ...rest }) => JSON.stringify(rest);
+  if (value.revision < doc.revision) { // the empty canvas of a page that is still loading
+    props.value = copy(doc);
+    return;
+  }
+  const layout = ({ things, links }) => JSON.stringify([things, links]);
   if (layout(value) !== layout(doc)) { past.push(copy(doc)); future = []; }
   doc = value;
   if (selected && !(selected.kind === 'thing' ? thing : link)(selected.id)) selected = null;
   render();
 });
+// A page that is still loading may mount the canvas anew: what was drawn until then is kept.
+const earlier = window.interactdiffCanvas;
+if (earlier && !earlier.element.isConnected && earlier.doc().revision > doc.revision) {
+  doc = copy(earlier.doc());
+  props.value = copy(doc);
+}
+window.interactdiffCanvas = { element, doc: () => doc };
 render();
