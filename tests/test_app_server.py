@@ -91,6 +91,16 @@ def test_the_api_tells_what_there_is(client: Client) -> None:
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/draw", "/models"}
 
 
+def test_the_example_of_the_docs_runs(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs = (Path(__file__).parent.parent / "docs/app.md").read_text(encoding="utf-8")
+    example = docs.split("```python\n")[1].split("```")[0].replace("http://127.0.0.1:7860", server)
+    exec(compile(example.replace('"prompt"', '"steps": 2, "prompt"'), "docs/app.md", "exec"), {})
+    path = capsys.readouterr().out.splitlines()[-1].split()[0]
+    assert read_record(path).model == "stickworld-dit"
+
+
 @pytest.mark.parametrize(
     ("scene", "model", "methods", "message"),
     [
