@@ -45,16 +45,16 @@ class SceneCanvas(gr.HTML):
             **options,
         )
 
-    def preprocess(self, payload: Any) -> Document:
-        """What the page sends, checked.
+    def preprocess(self, payload: Any) -> Any:
+        """What the page sends as a `Document`.
 
         Raises:
             SceneError: it is no canvas.
         """
         return Document.from_value(payload)
 
-    def postprocess(self, value: Document | dict[str, Any] | None) -> dict[str, Any]:
-        """What the page reads."""
+    def postprocess(self, value: Any) -> Any:
+        """What the page reads of a `Document`."""
         return value.to_value() if isinstance(value, Document) else Document.from_value(value).to_value()
 
     def api_info(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from interactdiff.methods import Method, Setting, methods
 from interactdiff.models import ADAPTERS, MODELS, default_adapter
 from interactdiff.picture import Record
 from interactdiff.scene import MAX_SEED, MAX_STRENGTH, Scene, SceneError
-from interactdiff.scene_checks import shown
+from interactdiff.scene_checks import checked_schedule, shown
 
 OWN = "the model's own"
 # Which field an error is shown beside; what is not here is the canvas's.
@@ -43,7 +43,7 @@ def place_of(message: str) -> str:
 def settings_fields(limits: Limits, model: str, adapter: str | None, size: int) -> dict[str, Any]:
     """The fields of how a picture is drawn, by name."""
     models = list(dict.fromkeys([*MODELS, model]))
-    adapters = list(dict.fromkeys([OWN, *ADAPTERS.values(), *([adapter] if adapter else [])]))
+    adapters = list(dict.fromkeys([OWN, *ADAPTERS.values(), adapter or OWN]))
     fields: dict[str, Any] = {}
     with gr.Row():
         fields["model"] = gr.Dropdown(
@@ -165,7 +165,7 @@ def filled(record: Record, size: int) -> dict[str, Any]:
         size: the model's own, for a scene that names none.
     """
     scene = record.scene
-    shares = (scene.schedule, 0.0) if isinstance(scene.schedule, float) else scene.schedule[:2]
+    on, decay, _ = checked_schedule(scene.schedule)
     values: dict[str, Any] = {
         "prompt": scene.prompt,
         "negative_prompt": scene.negative_prompt,
@@ -173,8 +173,8 @@ def filled(record: Record, size: int) -> dict[str, Any]:
         "steps": scene.steps,
         "guidance_scale": scene.guidance_scale,
         "strength": scene.strength,
-        "on": shares[0],
-        "decay": shares[1],
+        "on": on,
+        "decay": decay,
         "fast": scene.fast,
         "width": scene.width or size,
         "height": scene.height or size,

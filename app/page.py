@@ -74,7 +74,7 @@ class Page:
             self._error("text")
             self.table = gr.Dataframe(
                 headers=list(COLUMNS), column_count=len(COLUMNS), label="Table", interactive=True,
-                type="array", datatype=["str"] * 5 + ["number", "str"], elem_id="table",
+                type="array", datatype=["str", "str", "str", "str", "str", "number", "str"], elem_id="table",
             )  # fmt: skip
 
     def _answer(self) -> None:

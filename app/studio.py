@@ -163,7 +163,7 @@ class Studio(Page):
         named = dict(zip(self.fields, values, strict=True))
         if not lock:
             named["seed"] = random_seed()
-        idle = {self.generate: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
+        idle: Updates = {self.generate: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
         idle[self.preview] = gr.update(value=None, visible=False)
         stop = self._stops[str(request.session_hash)] = threading.Event()
         done: list[Drawn] = []

@@ -109,7 +109,7 @@ class Method:
                     f"{self.name}: expected settings of {', '.join(settings)}, got {shown(name)}"
                 )
         given = {name: setting.default for name, setting in settings.items()}
-        given |= self.suited.get(model, {}) | dict(values)
+        given |= {**self.suited.get(model, {}), **values}
         try:
             return {name: settings[name].checked(value) for name, value in given.items()}
         except SceneError as error:

@@ -26,14 +26,16 @@ def preview(pipeline: Any, latents: Tensor, height: int, width: int) -> Image.Im
     Returns:
         The picture; None for a VAE that diffusers would have to cast first (SDXL's in float16).
     """
-    vae = pipeline.vae
-    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+    vae: Any = pipeline.vae
+    config: Any = vae.config
+    if vae.dtype == torch.float16 and getattr(config, "force_upcast", False):
         return None
     if hasattr(pipeline, "_unpack_latents"):  # Flux calls tokens what others call latents
         latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
     longer = max(latents.shape[-2:])
     if longer > SIDE and not isinstance(vae, AutoencoderTiny):
         latents = F.interpolate(latents, scale_factor=SIDE / longer, mode="area")
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
+    shift = getattr(config, "shift_factor", None) or 0.0
+    latents = latents.to(vae.dtype) / config.scaling_factor + shift
+    decoded = vae.decode(latents, return_dict=False)[0]
     return pipeline.image_processor.postprocess(decoded)[0]

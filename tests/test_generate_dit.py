@@ -226,3 +226,33 @@ def test_evaluate_scores_the_packaged_transformer(packaged: Path, capsys: pytest
     assert format_table(table) in capsys.readouterr().out
     assert main(["evaluate", "--world", "--model", "../dit", "--fast"]) == 2
     assert "--fast: expected --adapter for the model ../dit, got none" in capsys.readouterr().err
+
+
+def test_methods_are_drawn_with_kept_and_drawn_again(packaged: Path) -> None:
+    flags = ["--model", "stickworld-dit", "--steps", "2", "--device", "cpu"]
+    method = "high_resolution:scale=2,steps=4,strength=0.5"
+    assert main(["generate", "a bike", *flags, "--method", method, "--out", "large.png"]) == 0
+    assert Image.open("large.png").size == (192, 192)
+    kept = read_record("large.png").methods
+    assert kept == {"high_resolution": {"scale": 2, "steps": 4, "strength": 0.5, "shift": 1.0, "window": 8}}
+    assert main(["generate", "--from", "large.png"]) == 0
+    assert Path("large.again.png").read_bytes() == Path("large.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("high_resolution:scale", "--method: expected NAME:SETTING=number, got 'high_resolution:scale'"),
+        (
+            "high_resolution:scale=big",
+            "--method: expected NAME:SETTING=number, got 'high_resolution:scale=big'",
+        ),
+        ("other", "method: expected one of high_resolution, got 'other'"),
+    ],
+)
+def test_a_method_that_is_none_is_one_sentence(
+    method: str, message: str, packaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "a", "--model", "stickworld-dit", "--device", "cpu", "--method", method]) == 2
+    assert capsys.readouterr().err == f"interactdiff: {message}\n"
+    assert list(Path().iterdir()) == []

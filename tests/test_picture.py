@@ -1,7 +1,9 @@
 """Pictures: the record inside them, writing them, and what is drawn over them."""
 
+import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,15 @@ def test_the_record_is_read_back(record: Record, tmp_path: Path) -> None:
     assert read_record(tmp_path / "out.png") == record
     assert Image.open(tmp_path / "out.png").tobytes() == image.tobytes()
     assert os.listdir(tmp_path) == ["out.png"]
+
+
+def test_a_record_from_before_there_were_methods_is_read(record: Record, tmp_path: Path) -> None:
+    values = json.loads(replace(record, methods={"magic": {"power": 2}}).to_json())
+    assert values.pop("methods") == {"magic": {"power": 2}}
+    assert read_record(with_text(tmp_path / "old.png", json.dumps(values))) == record
+    for methods in ([], {"magic": 2}):
+        with pytest.raises(PictureError, match="expected settings by the name of their method, got"):
+            Record.from_json(json.dumps(values | {"methods": methods}))
 
 
 def with_text(path: Path, text: str | None) -> Path:
