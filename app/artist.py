@@ -21,12 +21,12 @@ from interactdiff.generate import Drawer
 from interactdiff.interaction.maps import AttentionMaps
 from interactdiff.methods import Work, checked_methods, draw, methods, work
 from interactdiff.models import ModelError
-from interactdiff.picture import Record, save_picture
+from interactdiff.picture import PictureError, Record, save_picture
 from interactdiff.scene import MAX_SEED, Scene, SceneError
 
 PREVIEW_EVERY = 0.25  # seconds at least between two looks at a picture under way
 KEPT = 400  # pictures on the disk, of all pages together
-REFUSALS = (SceneError, ModelError, AdapterError)
+REFUSALS = (SceneError, ModelError, AdapterError, PictureError)
 
 
 class Stopped(Exception):
@@ -87,6 +87,23 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a page has to know of a model.
+
+    Attributes:
+        size: of its pictures in pixels, where none is asked for.
+        unfit: of each method why it is not for the model, or None.
+        device: where it is.
+        dtype: in what precision.
+    """
+
+    size: int
+    unfit: dict[str, str | None]
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far an order is.
 
@@ -121,6 +138,7 @@ class Artist:
         # One thread for good: torch keeps memory for every thread that it ever ran in.
         self._worker = ThreadPoolExecutor(1, "artist")
         self._pictures: OrderedDict[Path, None] = OrderedDict()
+        self._closing = threading.Event()
 
     def _drawer(self, model: str, adapter: str | None) -> Drawer:
         """The models of these names; one pair is loaded at a time."""
@@ -134,18 +152,19 @@ class Artist:
             self._loaded = (model, adapter), drawer
         return self._loaded[1]
 
-    def describe(self, model: str, adapter: str | None) -> dict[str, Any]:
-        """Of a model, its `size` in pixels, and of each method why it is `unfit` for it, or None.
+    def describe(self, model: str, adapter: str | None) -> Facts:
+        """What a page has to know of a model.
 
         Raises:
             ModelError: this server does not open it, or there is no such model.
             AdapterError: the adapter is damaged, or for another base.
         """
 
-        def describe() -> dict[str, Any]:
+        def describe() -> Facts:
             drawer = self._drawer(model, adapter)
             unfit = {name: method.why_not(drawer.pipeline) for name, method in methods().items()}
-            return {"size": drawer.size, "unfit": unfit}
+            denoiser = drawer.denoiser
+            return Facts(drawer.size, unfit, denoiser.device.type, str(denoiser.dtype).removeprefix("torch."))
 
         return self._worker.submit(describe).result()
 
@@ -156,6 +175,7 @@ class Artist:
             SceneError: it asks for too much.
             ModelError: this server does not open its model.
         """
+        self.limits.check_scene(order.scene)
         size = (order.scene.width or 8) * (order.scene.height or 8)
         self.limits.check_work(Work(size, order.scene.steps), order.images)
         self.limits.check_name("model", order.model)
@@ -206,21 +226,22 @@ class Artist:
 
             def on_step(step: int, look: Any, number: int = number, title: str = title) -> None:
                 nonlocal looked
-                if stop.is_set():
+                if stop.is_set() or self._closing.is_set():
                     raise Stopped
                 now = time.monotonic()
                 share = (number + min((step + 1) / cost.steps, 1.0)) / len(scenes)
                 left = (now - began) * (1 - share) / share
-                picture = look() if now - looked >= PREVIEW_EVERY else None
-                looked = now if picture is not None else looked
+                picture = None
+                if now - looked >= PREVIEW_EVERY:
+                    picture = look()
+                    looked = time.monotonic()  # not before: a look may take longer than a step
                 words = f"{title}step {min(step + 1, cost.steps)} of {cost.steps}"
                 told.put(Progress(words, share, left, picture, tuple(done)))
 
-            watch = order.look and controlled and drawer.handle is not None
+            handle = drawer.handle if order.look and controlled else None
+            slots = len(scene.items)
             try:
-                with (
-                    drawer.handle.record_attention() if watch and drawer.handle else nullcontext() as recorder
-                ):
+                with nullcontext() if handle is None else handle.record_attention(slots) as recorder:
                     image = draw(drawer, scene, order.methods, on_step)
             except Stopped:
                 break
@@ -241,5 +262,6 @@ class Artist:
 
     def close(self) -> None:
         """Draw no more, and delete every picture."""
+        self._closing.set()
         self._worker.shutdown(cancel_futures=True)
         self._folder.cleanup()

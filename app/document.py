@@ -4,8 +4,9 @@ A canvas may hold what is not yet a scene: a box without a name, a link without 
 part in several interactions is one box here and several equal boxes in a scene.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from typing import Any, cast
 
 from interactdiff.scene import (
@@ -120,8 +121,9 @@ class Document:
 
     def __post_init__(self) -> None:
         self._by_id.update({thing.id: thing for thing in self.things})
-        if len(self._by_id) < len(self.things) or len(self.things) + len(self.links) > MOST_BOXES:
-            raise SceneError(f"expected at most {MOST_BOXES} boxes and links, each with an id of its own")
+        _check_count(len(self.things) + len(self.links))
+        if len(self._by_id) < len(self.things):
+            raise SceneError("expected boxes with ids of their own, got one twice")
         for link in self.links:
             if link.subject not in self._by_id or link.object not in self._by_id:
                 raise SceneError(f"expected links between boxes, got {link.subject} and {link.object}")
@@ -172,31 +174,35 @@ class Document:
         lone = (thing for thing in self.things if thing.id not in linked)
         return (*rows, *(Row(one.phrase, one.box, strength=one.strength) for one in lone))
 
-    def with_rows(self, rows: Iterable[Row]) -> "Document":
-        """The same canvas with other things on it; ids stay with things that stay."""
-        old = {(thing.phrase, thing.box): thing.id for thing in reversed(self.things)}
-        things: dict[tuple[str, Box], Thing] = {}
-        taken: set[str] = set()
+    def with_rows(self, rows: Sequence[Row]) -> "Document":
+        """The same canvas with other things on it; ids stay with things that stay.
 
-        def thing_of(phrase: str, box: Box, strength: float = 1.0) -> str:
-            known = things.get((phrase, box))
-            if known is None:
-                name = old.get((phrase, box))
-                if name is None or name in taken:
-                    every = {*taken, *old.values()}
-                    name = next(name for n in range(1, 10**6) if (name := f"t{n}") not in every)
-                taken.add(name)
-                known = things[phrase, box] = Thing(name, phrase, box, strength)
-            return known.id
+        Raises:
+            SceneError: there are too many.
+        """
+        _check_count(len(rows))
+        old = {(thing.phrase, thing.box): thing.id for thing in reversed(self.things)}
+        free = (name for n in count(1) if (name := f"t{n}") not in self._by_id)
+        things: list[Thing] = []
+        ends: dict[tuple[str, Box], str] = {}  # a thing that acts or is acted on is one box, however often
+
+        def add(phrase: str, box: Box, strength: float = 1.0) -> str:
+            name = old.pop((phrase, box), None) or next(free)
+            things.append(Thing(name, phrase, box, strength))
+            return name
 
         links = []
         for number, row in enumerate(rows, start=1):
             if row.object is None or row.object_box is None:
-                thing_of(row.subject, row.subject_box, row.strength)
+                add(row.subject, row.subject_box, row.strength)
                 continue
-            ends = thing_of(row.subject, row.subject_box), thing_of(row.object, row.object_box)
-            links.append(Link(f"l{number}", *ends, row.action, row.strength, row.region))
-        return self.changed(things=tuple(things.values()), links=tuple(links))
+            pair = (row.subject, row.subject_box), (row.object, row.object_box)
+            for end in pair:
+                if end not in ends:
+                    ends[end] = add(*end)
+            subject, thing = (ends[end] for end in pair)
+            links.append(Link(f"l{number}", subject, thing, row.action, row.strength, row.region))
+        return self.changed(things=tuple(things), links=tuple(links))
 
     # --- a scene's items ---
 
@@ -254,7 +260,7 @@ class Document:
     def to_text(self) -> str:
         """A line for each interaction, `subject=action=object`, and for each thing without one its name."""
         lines = []
-        for row in self.rows:
+        for row in (row for row in self.rows if any(row.words)):
             words = (
                 (row.subject,) if row.object is None else (row.subject, row.action or NULL_ACTION, row.object)
             )
@@ -267,7 +273,7 @@ class Document:
         Raises:
             SceneError: a line is neither of the two.
         """
-        wanted = []
+        wanted: list[tuple[str, str, str | None]] = []
         for number, line in enumerate(filter(str.strip, text.replace(";", "\n").splitlines()), start=1):
             words = [part.strip() for part in line.split("=")]
             if len(words) not in (1, 3):
@@ -276,7 +282,8 @@ class Document:
                 )
             action = "" if len(words) == 1 or words[1] == NULL_ACTION else words[1]
             wanted.append((words[0], action, words[2] if len(words) == 3 else None))
-        left = list(self.rows)
+        _check_count(2 * len(wanted))
+        left = [row for row in self.rows if any(row.words)]
         rows: list[Row | None] = [None] * len(wanted)
         for exact in (True, False):  # lines that stayed take their rows first
             if not exact:  # a thing that acts now was not renamed
@@ -297,7 +304,8 @@ class Document:
                 first = boxes.get(subject) or _free_place(taken)
                 second = None if thing is None else boxes.get(thing) or _free_place([*taken, first])
                 rows[n] = Row(subject, first, action, thing, second)
-        return self.with_rows(cast(list[Row], rows))
+        unnamed = (row for row in self.rows if not any(row.words))  # has no line
+        return self.with_rows([*cast(list[Row], rows), *unnamed])
 
     # --- a table ---
 
@@ -324,6 +332,8 @@ class Document:
         """
         rows = []
         for number, cells in enumerate(table, start=1):
+            if len(cells) != len(COLUMNS):
+                raise SceneError(f"row {number}: expected {len(COLUMNS)} cells, got {len(cells)}")
             subject, action, thing, box, other, strength, region = (
                 "" if c is None else str(c).strip() for c in cells
             )
@@ -365,6 +375,11 @@ class Document:
                 joined = action if action not in ("", NULL_ACTION) else "and"
                 parts.append(f"{subject} {joined} {_with_article(row.object)}")
         return " and ".join(part for part in parts if part)
+
+
+def _check_count(boxes: int) -> None:
+    if boxes > MOST_BOXES:
+        raise SceneError(f"expected at most {MOST_BOXES} boxes and links, got {boxes}")
 
 
 def _with_article(phrase: str) -> str:

@@ -16,57 +16,44 @@ from interactdiff.scene import MAX_SEED, MAX_STRENGTH, Scene, SceneError
 from interactdiff.scene_checks import checked_schedule, shown
 
 OWN = "the model's own"
-# Which field an error is shown beside; what is not here is the canvas's.
+# Beside which fields a refused scene is explained, by how the message begins; else beside the canvas.
 PLACES = {
     "prompt": ("prompt", "negative_prompt"),
-    "model": (
-        "expected a model",
-        "expected as model",
-        "expected a diffusers",
-        "expected a pipeline",
-        "expected the packaged",
-        "adapter",
-    ),
+    "model": ("expected an adapter for", "method"),
     "settings": ("seed", "steps", "guidance_scale", "schedule", "width", "height", "images", *methods()),
 }
 RANDOM_SEEDS = 2**31  # numbers that are not too long to read
 
 
-def place_of(message: str) -> str:
-    """Which of `PLACES`, or "canvas", a refusal belongs beside."""
-    for place, starts in PLACES.items():
-        if message.startswith(starts) or (place == "model" and "adapter" in message[:40]):
-            return place
-    return "canvas"
+def place_of(error: Exception) -> str:
+    """Which field a refusal belongs beside: "model", "canvas" or another one of `PLACES`."""
+    if not isinstance(error, SceneError):
+        return "model"
+    return next((place for place, starts in PLACES.items() if str(error).startswith(starts)), "canvas")
 
 
 def settings_fields(limits: Limits, model: str, adapter: str | None, size: int) -> dict[str, Any]:
-    """The fields of how a picture is drawn, by name."""
+    """The fields of how a picture is drawn, by name.
+
+    Numbers have no limits here: Gradio would say so in a passing note, and not beside the field.
+    """
     models = list(dict.fromkeys([*MODELS, model]))
     adapters = list(dict.fromkeys([OWN, *ADAPTERS.values(), adapter or OWN]))
     fields: dict[str, Any] = {}
+    elsewhere = "or a folder, or a Hub id" if limits.hub else "or a folder" if limits.folders else None
     with gr.Row():
         fields["model"] = gr.Dropdown(
-            models,
-            value=model,
-            label="Model",
-            allow_custom_value=True,
-            info="or a folder or Hub id",
-            elem_id="model",
+            models, value=model, label="Model", allow_custom_value=True, info=elsewhere, elem_id="model"
         )
         fields["adapter"] = gr.Dropdown(
-            adapters,
-            value=adapter or OWN,
-            label="Adapter",
-            allow_custom_value=True,
-            info="or a folder or Hub id",
+            adapters, value=adapter or OWN, label="Adapter", allow_custom_value=True, info=elsewhere
         )
     with gr.Row():
-        fields["steps"] = gr.Slider(1, limits.steps, value=30, step=1, label="Steps", elem_id="steps")
-        fields["images"] = gr.Slider(1, limits.images, value=1, step=1, label="Pictures")
-    with gr.Row():
-        fields["strength"] = gr.Slider(0, MAX_STRENGTH, value=1.0, step=0.05, label="Strength of control")
-        fields["guidance_scale"] = gr.Number(None, label="Guidance", info=f"empty: {OWN}", minimum=0)
+        steps = min(30, limits.steps)
+        fields["steps"] = gr.Number(steps, label="Steps", precision=0, elem_id="steps")
+        fields["images"] = gr.Number(1, label="Pictures", precision=0, elem_id="images")
+        fields["guidance_scale"] = gr.Number(None, label="Guidance", placeholder=OWN)
+    fields["strength"] = gr.Slider(0, MAX_STRENGTH, value=1.0, step=0.05, label="Strength of control")
     with gr.Row():
         fields["on"] = gr.Slider(
             0, 1, value=1.0, step=0.05, label="Control acts for", info="share of the steps"
@@ -157,12 +144,12 @@ def adapter_of(value: str | None) -> str | None:
     return None if value in (None, "", OWN) else str(value)
 
 
-def filled(record: Record, size: int) -> dict[str, Any]:
+def filled(record: Record, size: int | None) -> dict[str, Any]:
     """Values of the fields that draw a picture again.
 
     Args:
         record: of the picture.
-        size: the model's own, for a scene that names none.
+        size: the model's own, for a scene that names none; None leaves such fields as they are.
     """
     scene = record.scene
     on, decay, _ = checked_schedule(scene.schedule)
@@ -176,8 +163,8 @@ def filled(record: Record, size: int) -> dict[str, Any]:
         "on": on,
         "decay": decay,
         "fast": scene.fast,
-        "width": scene.width or size,
-        "height": scene.height or size,
+        "width": scene.width or size or gr.skip(),
+        "height": scene.height or size or gr.skip(),
         "images": 1,
         "compare": False,
         "model": record.model,
@@ -190,9 +177,10 @@ def filled(record: Record, size: int) -> dict[str, Any]:
     return values
 
 
-def laid_out(document: Document, scene: Scene, size: int) -> Document:
-    """The canvas of a scene, in the shape of its picture."""
-    aspect = (scene.width or size) / (scene.height or size)
+def laid_out(document: Document, scene: Scene, size: int | None) -> Document:
+    """The canvas of a scene, in the shape of its picture; where nobody says that, in the shape it has."""
+    wide, high = scene.width or size, scene.height or size
+    aspect = wide / high if wide and high else document.aspect
     return document.with_scene(scene).changed(aspect=aspect, picture=None)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from PIL import Image
 
 from interactdiff.methods import Work
-from interactdiff.models import ADAPTERS, MODELS, ModelError
-from interactdiff.scene_checks import SceneError
+from interactdiff.models import ADAPTERS, MODELS, ModelError, lasting
+from interactdiff.scene import Scene
+from interactdiff.scene_checks import SceneError, shown
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_UPLOAD = 20 * 2**20  # bytes
@@ -19,6 +20,7 @@ class Limits:
     """What one request may ask for.
 
     Attributes:
+        letters: of a prompt or a phrase.
         steps: denoising steps of a picture, those of enlargements included.
         pixels: of the largest picture.
         images: pictures at a time.
@@ -28,6 +30,7 @@ class Limits:
         hub: whether any repository of the Hugging Face Hub may be used.
     """
 
+    letters: int = 2000
     steps: int = 200
     pixels: int = 4 * 2**20
     images: int = 8
@@ -35,6 +38,17 @@ class Limits:
     folders: tuple[Path, ...] = ()
     names: tuple[str, ...] = ()
     hub: bool = False
+
+    def check_scene(self, scene: Scene) -> None:
+        """Refuse texts that are longer than anybody means.
+
+        Raises:
+            SceneError: in one sentence.
+        """
+        phrases = (text for item in scene.items for text in vars(item).values() if isinstance(text, str))
+        for text in (scene.prompt, scene.negative_prompt, *phrases):
+            if len(text) > self.letters:
+                raise SceneError(f"prompt: expected at most {self.letters} letters, got {len(text)}")
 
     def check_work(self, work: Work, images: int) -> None:
         """Refuse what takes too long.
@@ -61,18 +75,21 @@ class Limits:
         Raises:
             ModelError: in one sentence, which does not tell whether there is such a file.
         """
-        if name in (*MODELS, *ADAPTERS.values(), *self.names):
-            return
-        is_id = name.count("/") == 1 and not name.startswith((".", "~", "/")) and "\\" not in name
-        if is_id and self.hub and not Path(name).exists():
-            return
-        path = Path(name).resolve()
-        inside = any(path.is_relative_to(folder.resolve()) for folder in self.folders)
-        if inside and path.exists():  # a name that is no path here could be a Hub id
-            return
+        try:
+            if lasting(name) in (*MODELS, *ADAPTERS.values(), *map(lasting, self.names)):
+                return
+            path = Path(name).resolve()
+            if path.exists():
+                if any(path.is_relative_to(folder.resolve()) for folder in self.folders):
+                    return
+            elif self.hub and name.count("/") == 1 and not name.startswith((".", "~", "/")):
+                return
+        except (OSError, ValueError):  # too long for a path, or with what none has in it
+            pass
         places = [str(folder) for folder in self.folders] + ["the Hugging Face Hub"] * self.hub
         where = f", or one from {' or '.join(places)}" if places else ""
-        raise ModelError(f"expected a {kind} that this server has{where}, got {name!r}")
+        one = {"adapter": "an adapter"}.get(kind, f"a {kind}")
+        raise ModelError(f"expected {one} that this server has{where}, got {shown(name)}")
 
 
 def opened_picture(path: str | Path) -> Image.Image:

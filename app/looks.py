@@ -67,6 +67,11 @@ DROP = """
 """
 
 
+def refusal(words: str) -> str:
+    """A message beside a field: text alone, whatever is quoted in it."""
+    return f"<p>{html.escape(words)}</p>"
+
+
 def bar(words: str, share: float | None = None, left: float | None = None) -> str:
     """A line about what is going on, under a bar if there is a share of it."""
     if left is not None and 0.0 < (share or 0) < 1:

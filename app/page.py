@@ -32,7 +32,7 @@ class Page:
     """
 
     def __init__(self, limits: Limits, model: str, adapter: str | None, size: int, unfit: Unfit):
-        self.errors: dict[str, gr.Markdown] = {}
+        self.errors: dict[str, gr.HTML] = {}
         with gr.Blocks(
             title="interactdiff", delete_cache=(600, 3600), analytics_enabled=False
         ) as self.blocks:
@@ -73,7 +73,7 @@ class Page:
             )  # fmt: skip
             self._error("text")
             self.table = gr.Dataframe(
-                headers=list(COLUMNS), column_count=len(COLUMNS), label="Table", interactive=True,
+                headers=list(COLUMNS), column_limits=(len(COLUMNS),) * 2, label="Table", interactive=True,
                 type="array", datatype=["str", "str", "str", "str", "str", "number", "str"], elem_id="table",
             )  # fmt: skip
 
@@ -84,9 +84,7 @@ class Page:
             )
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=80)
         with gr.Row(elem_id="seeds"):
-            self.seed = gr.Number(
-                random_seed(), label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed"
-            )
+            self.seed = gr.Number(random_seed(), label="Seed", precision=0, min_width=120, elem_id="seed")
             self.dice = gr.Button("Dice", min_width=70, scale=0, elem_id="dice")
             self.lock = gr.Checkbox(False, label="Lock", min_width=90, scale=0, elem_id="lock")
         self.status = gr.HTML(looks.bar("Draw boxes or try an example, then generate."), elem_id="status")
@@ -110,7 +108,7 @@ class Page:
                 0, 1, value=0, step=1, label="Step", info="0: the mean of all", elem_id="step"
             )
         self.found = gr.Markdown(visible=False, elem_id="found")
-        self.drawn, self.chosen = gr.State([]), gr.State(0)
+        self.drawn, self.chosen, self.turn = gr.State([]), gr.State(0), gr.State("")
         with gr.Row(visible=False) as self.after:
             self.over = gr.Button("Draw over this picture", size="sm", elem_id="over")
         with gr.Accordion("Copy as code", open=False, visible=False, elem_id="codes") as self.codes:
@@ -140,4 +138,4 @@ class Page:
         self._error("open")
 
     def _error(self, name: str) -> None:
-        self.errors[name] = gr.Markdown(visible=False, elem_classes="refusal", elem_id=f"refusal-{name}")
+        self.errors[name] = gr.HTML(visible=False, elem_classes="refusal", elem_id=f"refusal-{name}")

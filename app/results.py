@@ -7,9 +7,9 @@ from PIL import Image
 
 from interactdiff.app import looks
 from interactdiff.app.artist import Drawn
-from interactdiff.app.code import as_command, as_python
 from interactdiff.app.page import Page
-from interactdiff.app.views import VIEWS, found_over, looked_over, tokens
+from interactdiff.app.snippets import as_command, as_python
+from interactdiff.app.views import VIEWS, found_in_file, looked_over, tokens
 from interactdiff.models import MODELS
 from interactdiff.picture import overlay
 
@@ -57,7 +57,7 @@ def details(page: Page, drawn: list[Drawn], chosen: int, view: str) -> Updates:
     one = drawn[chosen := min(chosen, len(drawn) - 1)]
     words = ""
     if view == FOUND:
-        words = f"Picture {chosen + 1}: {found_over(_open(one))[1]}."
+        words = f"Picture {chosen + 1}: {found_in_file(one.path)[1]}."
         if not of_stickworld(one):
             words += " The detector knows the embedded world alone; other pictures are beyond it."
     if view == LOOKED and one.maps is None:
@@ -89,7 +89,7 @@ def _in_view(one: Drawn, view: str, token: str | None, step: int) -> Any:
     if view == ASKED:
         return overlay(_open(one), scene.interactions, scene.entities)
     if view == FOUND:
-        return found_over(_open(one))[0]
+        return found_in_file(one.path)[0]
     if view == LOOKED and one.maps is not None and token is not None:
         role, slot = token.split()
         at = None if step == 0 else one.maps.steps[min(step, len(one.maps.steps)) - 1]
@@ -109,6 +109,6 @@ def _caption(one: Drawn, of: int) -> str:
 
 
 def _status(drawn: list[Drawn]) -> str:
-    sizes = {Image.open(one.path).size for one in drawn}
+    sizes = {_open(one).size for one in drawn}
     size = ", ".join(f"{wide} x {high} px" for wide, high in sorted(sizes))
     return f"{len(drawn)} picture{'s' * (len(drawn) > 1)} drawn, {size}. The scene is inside each PNG."

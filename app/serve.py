@@ -30,16 +30,15 @@ def make_studio(
     """
     limits = replace(limits, names=(*limits.names, model, *([adapter] if adapter else [])))
     studio = Studio(Artist(limits, device, dtype), model, adapter)
-    studio.blocks.queue(max_size=limits.queue, default_concurrency_limit=4)
+    studio.blocks.queue(max_size=limits.queue)
     return studio
 
 
-def launch_options(limits: Limits) -> dict[str, Any]:
-    """What `Blocks.launch` is told, whoever calls it."""
-    return {
-        "theme": looks.THEME,
-        "css": looks.CSS,
-        "max_file_size": MAX_UPLOAD,
-        "show_error": True,
-        "footer_links": ["api"],
-    }
+# What `Blocks.launch` is told, whoever calls it.
+LAUNCH: dict[str, Any] = {
+    "theme": looks.THEME,
+    "css": looks.CSS,
+    "max_file_size": MAX_UPLOAD,
+    "show_error": True,
+    "footer_links": ["api"],
+}

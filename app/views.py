@@ -1,6 +1,8 @@
 """A drawn picture with something over it: what was asked, what a detector finds, or where it looked."""
 
-from functools import cache
+import threading
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ VIEWS = ("Picture", "What was asked", "What was found", "Where it looked")
 SURE = 0.3  # least score of a person, an object or an interaction that is shown
 # cold to hot, for eyes that do not tell red from green as well
 HEAT = np.array([[12, 7, 66], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=np.float32)
+
+_LOOKING = threading.Lock()
 
 
 @cache
@@ -56,6 +60,17 @@ def found_over(image: Image.Image) -> tuple[Image.Image, str]:
     words = [f"{one.subject}, {one.action}, {one.object}" for one in interactions]
     words += [one.phrase for one in entities]
     return overlay(image, tuple(interactions), entities), "; ".join(words) or "nothing that is sure enough"
+
+
+@lru_cache(16)
+def found_in_file(path: Path) -> tuple[Image.Image, str]:
+    """The same of a picture's file, whose pixels never change; one at a time, whoever asks.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    with _LOOKING, Image.open(path) as image:
+        return found_over(image.convert("RGB"))
 
 
 def looked_over(

@@ -138,13 +138,16 @@ class Handle:
         )
 
     @contextmanager
-    def record_attention(self) -> Iterator[AttentionRecorder]:
+    def record_attention(self, slots: int | None = None) -> Iterator[AttentionRecorder]:
         """Record where pictures look at what is asked, while they are drawn within the block.
 
         In a U-Net's fusers this costs about what their attention costs; what is drawn stays the same.
+
+        Args:
+            slots: how many items of a scene to record, from the first; None for all that the adapter has.
         """
         parts = self.adapter.token_parts
-        recorder = AttentionRecorder(self._place, 1 if parts is None else parts.parts)
+        recorder = AttentionRecorder(self._place, 1 if parts is None else parts.parts, slots)
         with recorder.recording(self.denoiser):
             yield recorder
 

@@ -143,6 +143,8 @@ def checked_methods(drawer: "Drawer", asked: Asked) -> dict[str, dict[str, Any]]
     for name, values in asked.items():
         if name not in known:
             raise SceneError(f"method: expected one of {', '.join(known)}, got {shown(name)}")
+        if not isinstance(values, Mapping):
+            raise SceneError(f"{name}: expected settings by their names, got {shown(values)}")
         if reason := known[name].why_not(drawer.pipeline):
             raise SceneError(f"{name}: {reason}")
         checked[name] = known[name].checked(drawer.model, values)

@@ -30,6 +30,10 @@ def installed_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
+class NoRecordError(PictureError):
+    """A file that is no PNG, or one without a record."""
+
+
 @dataclass(frozen=True)
 class Record:
     """Everything it takes to draw a picture again.
@@ -102,18 +106,19 @@ def read_record(path: str | Path) -> Record:
     """Read how a PNG was drawn.
 
     Raises:
-        PictureError: there is no such file, it is no whole PNG, or it holds no record of ours.
+        NoRecordError: there is no such file, it is no PNG, or it holds no record of ours.
+        PictureError: the PNG or its record is damaged.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(METADATA_KEY)
     except OSError as error:
         reason = error.strerror or "something else"
-        raise PictureError(f"expected a PNG at {path}, got {reason}") from None
+        raise NoRecordError(f"expected a PNG at {path}, got {reason}") from None
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise PictureError(f"expected a whole PNG at {path}, got {error}") from None
     if text is None:
-        raise PictureError(f"expected a PNG drawn by interactdiff at {path}, got one without its record")
+        raise NoRecordError(f"expected a PNG drawn by interactdiff at {path}, got one without its record")
     try:
         return Record.from_json(text)
     except PictureError as error:
@@ -194,6 +199,7 @@ def _draw_label(
 ) -> None:
     """Write a label at its box, in the first of some places where it covers no earlier label."""
     font: Any = ImageFont.load_default(size=max(14, max(size) // 26))
+    text = text if len(text) <= 200 else text[:200] + "…"
     pad = 4
     while len(text) > 2 and canvas.textlength(text, font) + 2 * pad > size[0]:
         text = text[:-2] + "…"

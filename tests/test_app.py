@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from interactdiff import Entity, Interaction, Scene, SceneError
-from interactdiff.app.artist import Artist, Order, Progress
-from interactdiff.app.code import as_command, as_python
+from interactdiff.app.artist import Artist, Facts, Order, Progress
 from interactdiff.app.document import Document
 from interactdiff.app.examples import EXAMPLES
 from interactdiff.app.form import OWN, filled, laid_out, order_of, place_of
 from interactdiff.app.limits import MAX_UPLOAD_PIXELS, Limits, opened_picture
+from interactdiff.app.snippets import as_command, as_python
 from interactdiff.app.views import found_in, found_over, looked_over, tokens
 from interactdiff.generate import Drawer
 from interactdiff.interaction.maps import AttentionMaps
@@ -130,9 +130,8 @@ def test_a_model_is_loaded_once_and_one_at_a_time(artist: Artist, monkeypatch: p
     drawn(artist, Order(DEMO))
     drawn(artist, Order(DEMO, images=2))
     assert loaded == []
-    described = artist.describe("stickworld-dit", None)
-    assert described == {"size": 96, "unfit": {"high_resolution": None}}
-    assert "expected a Flux" in artist.describe("stickworld", None)["unfit"]["high_resolution"]
+    assert artist.describe("stickworld-dit", None) == Facts(96, {"high_resolution": None}, "cpu", "float32")
+    assert "expected a Flux" in str(artist.describe("stickworld", None).unfit["high_resolution"])
     assert loaded == ["stickworld-dit", "stickworld"]
 
 
@@ -165,9 +164,13 @@ def test_a_method_draws_through_the_artist(artist: Artist) -> None:
         (Order(DEMO, model="stickworld-dit", methods=FOUR_TIMES), SIZE),
         (Order(DEMO, methods=TWICE), "high_resolution: expected a Flux or Stable Diffusion 3 pipeline"),
         (Order(DEMO, methods={"magic": {}}), "method: expected one of high_resolution, got 'magic'"),
+        (Order(replace(DEMO, prompt="a" * 2001)), "prompt: expected at most 2000 letters, got 2001"),
+        (Order(DEMO, methods={"high_resolution": 2}), "high_resolution: expected "),
+        (Order(DEMO, model="x" * 5000), "expected a model that this server has, got 'xxx"),
+        (Order(DEMO, model="a\0b"), "expected a model that this server has, got 'a"),
         (Order(DEMO, model="/etc"), "expected a model that this server has, got '/etc'"),
         (Order(DEMO, model="owner/name"), "expected a model that this server has, got 'owner/name'"),
-        (Order(DEMO, adapter="../x"), "expected a adapter that this server has, got '../x'"),
+        (Order(DEMO, adapter="../x"), "expected an adapter that this server has, got '../x'"),
         (Order(replace(DEMO, prompt="a " * 90)), "prompt: expected at most"),
     ],
 )  # fmt: skip
@@ -254,14 +257,14 @@ def test_a_filled_form_is_an_order_and_an_order_fills_the_form() -> None:
 def test_an_error_is_shown_beside_its_field(field: str, value: Any, place: str) -> None:
     with pytest.raises(SceneError) as refused:
         order_of(Document(), FIELDS | {field: value})
-    assert place_of(str(refused.value)) == place
+    assert place_of(refused.value) == place
 
 
 def test_models_and_things_have_places_too() -> None:
-    assert place_of("expected a model that this server has, got 'x'") == "model"
-    assert place_of("expected an adapter for 1 interactions and 0 entities, got none for x") == "model"
-    assert place_of("interaction 1: expected a name for both boxes, got one without") == "canvas"
-    assert place_of("high_resolution, strength: expected a number from 0.05 to 1, got 2") == "settings"
+    assert place_of(ModelError("expected a model that this server has, got 'x'")) == "model"
+    assert place_of(SceneError("expected an adapter for 1 interactions, got none for x")) == "model"
+    assert place_of(SceneError("interaction 1: expected a name for both boxes, got one without")) == "canvas"
+    assert place_of(SceneError("high_resolution, strength: expected a number, got 2")) == "settings"
 
 
 # --- what is shown ---

@@ -33,16 +33,7 @@ scenes = st.builds(
 )
 
 
-def is_apart(scene: Scene) -> bool:
-    """No entity is also a part of an interaction, or twice there: the canvas has such a thing once."""
-    ends = {(i.subject, i.subject_box) for i in scene.interactions} | {
-        (i.object, i.object_box) for i in scene.interactions
-    }
-    lone = [(e.phrase, e.box) for e in scene.entities]
-    return len(set(lone)) == len(lone) and not ends & set(lone)
-
-
-@given(scenes.filter(is_apart))
+@given(scenes)
 def test_every_form_of_a_scene_is_the_scene(scene: Scene) -> None:
     document = Document().with_scene(scene)
     wanted = (scene.interactions, scene.entities)
@@ -122,6 +113,26 @@ def test_a_table_takes_empty_rows_and_new_ones() -> None:
     assert document.items[1] == (Entity("ball", (0.8, 0.8, 0.9, 0.9)),)
 
 
+def test_more_than_anybody_draws_is_refused_at_once() -> None:
+    lines = "\n".join(f"a{n}=b=c{n}" for n in range(200_000))
+    with pytest.raises(SceneError, match="expected at most 200 boxes and links, got 400000"):
+        RIDING.with_text(lines)
+    entities = tuple(Entity("ball", PERSON) for _ in range(201))
+    with pytest.raises(SceneError, match="expected at most 200 boxes and links, got 201"):
+        RIDING.with_scene(Scene("a", (), entities))
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    with pytest.raises(SceneError, match="row 1: expected 7 cells, got 8"):
+        RIDING.with_table([[*RIDING.to_table()[0], ""]])
+
+
+def test_a_box_without_a_name_outlives_the_text() -> None:
+    document = Document((Thing("t1", "", PERSON), Thing("t2", "cat", BIKE)))
+    assert document.to_text() == "cat"
+    assert [thing.phrase for thing in document.with_text("dog").things] == ["dog", ""]
+
+
 def test_what_has_no_name_yet_can_be_shown_but_not_drawn() -> None:
     unnamed = replace(RIDING, things=(RIDING.things[0], replace(RIDING.things[1], phrase="")))
     assert unnamed.to_text() == "person=riding="
@@ -163,7 +174,7 @@ def test_the_prompt_says_what_the_canvas_says(text: str, prompt: str) -> None:
         ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1], "z": 1}]}, "expected only the keys"),
         ({"links": [{"id": "l", "subject": "a", "object": "b"}]}, "expected links between boxes, got a"),
         ({"aspect": 0}, "aspect: expected a number from 0.01 to 100, got 0"),
-        ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1]}] * 2}, "each with an id of its own"),
+        ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1]}] * 2}, "boxes with ids of their own"),
     ],
 )  # fmt: skip
 def test_what_is_no_canvas_is_refused(value: Any, message: str) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+import interactdiff.app
 from interactdiff.app.examples import EXAMPLES
 from interactdiff.app.serve import LOCAL, PUBLIC, limits_for
 from interactdiff.cli import main
@@ -220,15 +222,14 @@ def test_the_command_refuses_in_one_sentence(
 
 def test_the_folder_is_a_space() -> None:
     """Front matter, requirements and `demo` in app.py, as a Space wants them."""
-    import yaml
-
-    import interactdiff.app
-    from interactdiff.app.app import demo
-
     folder = Path(interactdiff.app.__file__).parent
     front = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert (front["sdk"], front["app_file"]) == ("gradio", "app.py")
     pinned = (folder.parent / "constraints.txt").read_text()
     assert f"gradio=={front['sdk_version']}\n" in pinned
     assert "interactdiff[app] @ git+https://" in (folder / "requirements.txt").read_text()
-    assert type(demo).__name__ == "Blocks"
+    names = {path.stem for path in folder.glob("*.py")}
+    assert not names & sys.stdlib_module_names  # a Space looks for modules in it first
+    run = "import runpy; print(type(runpy.run_path('app.py')['demo']).__name__)"
+    told = subprocess.run([sys.executable, "-c", run], cwd=folder, check=True, capture_output=True, text=True)
+    assert told.stdout.split()[-1] == "Blocks"

@@ -9,6 +9,7 @@ from tiny import draw as draw_unet
 from tiny_dit import draw as draw_dit
 from tiny_dit import trained_joint_adapter
 
+import interactdiff.interaction.maps as maps_module
 from interactdiff import Entity, attach
 from interactdiff.generate import Drawer
 from interactdiff.interaction.fuser import KeysValues, SelfAttention
@@ -41,19 +42,44 @@ def test_what_a_joint_attention_reads_is_its_softmax_with_a_key_of_zeros() -> No
     assert torch.allclose(got, (powers / (1 + powers.sum(-1, keepdim=True))).mean(0), atol=1e-6)
 
 
+def test_maps_are_means_over_sites_on_the_finest_grid(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the hooks' own arguments, kept and put together by hand; large grids are pooled."""
+    kept: list[torch.Tensor] = []
+
+    def keeping(attention: Any, *args: Any) -> torch.Tensor:
+        kept.append(fuser_attention(attention, *args))
+        return kept[-1]
+
+    monkeypatch.setattr(maps_module, "fuser_attention", keeping)
+    monkeypatch.setattr(maps_module, "FINEST", 4)
+    with attach(pipe, trained_adapter(pipe.unet)) as handle, handle.record_attention() as recorder:
+        handle.set_scene([RIDING])
+        draw_unet(pipe, num_inference_steps=1)
+    maps = recorder.maps()
+    assert maps is not None
+    grown = []
+    for weights in kept:
+        side = round(len(weights) ** 0.5)
+        one = weights.T.reshape(3, 3, side, side)
+        one = torch.nn.functional.adaptive_avg_pool2d(one, 4) if side > 4 else one
+        grown.append(torch.nn.functional.interpolate(one, (4, 4), mode="bilinear"))
+    assert len(grown) > 1
+    assert torch.allclose(maps.weights[0], torch.stack(grown).mean(0), atol=1e-6)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_recording_a_unet_changes_nothing(pipe: Any, guidance: float) -> None:
     scene = [RIDING, Entity("red ball", (0.5, 0.5, 0.9, 0.9))]
     with attach(pipe, trained_adapter(pipe.unet)) as handle:
         handle.set_scene(scene, schedule=2 / 3)
         expected = draw_unet(pipe, guidance_scale=guidance)
-        with handle.record_attention() as recorder:
+        with handle.record_attention(slots=2) as recorder:
             assert recorder.maps() is None
             assert torch.equal(draw_unet(pipe, guidance_scale=guidance), expected)
             maps = recorder.maps()
         assert maps is not None
         assert maps.steps == (0, 1)  # of three, two are controlled
-        assert maps.weights.shape == (2, 3, 3, 8, 8)  # one slot is empty
+        assert maps.weights.shape == (2, 3, 2, 8, 8)  # of three slots, one is empty
         total = maps.weights.sum((1, 2))
         assert (total > 0).all()
         assert (total < 1).all()  # the rest goes to the image itself
@@ -63,7 +89,7 @@ def test_recording_a_unet_changes_nothing(pipe: Any, guidance: float) -> None:
         assert torch.equal(recorder.maps().weights, maps.weights)  # the hooks are gone
         recorder.clear()
         assert recorder.maps() is None
-        with pytest.raises(ValueError, match="expected a role of subject, action, object and a slot below 3"):
+        with pytest.raises(ValueError, match="expected a role of subject, action, object and a slot below 2"):
             maps.of("verb", 0)
         with pytest.raises(ValueError, match="expected a recorded step, 0 to 1, got 2"):
             maps.of("action", 0, step=2)

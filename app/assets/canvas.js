@@ -55,10 +55,9 @@ function tell() {
 
 function travel(from, to) {
   if (!from.length) return;
-  const { revision } = doc;
+  const { revision, aspect } = doc; // the shape is the size's, not the canvas's
   to.push(copy(doc));
-  doc = Object.assign(from.pop(), { revision });
-  if (selected && !(selected.kind === 'thing' ? thing : link)(selected.id)) selected = null;
+  doc = Object.assign(from.pop(), { revision, aspect });
   tell();
 }
 
@@ -77,7 +76,7 @@ function remove() {
 
 function connect(subject, object) {
   linking = null;
-  if (subject === object) return render();
+  if (subject === object || !thing(subject) || !thing(object)) return render();
   const same = doc.links.find((one) => one.subject === subject && one.object === object);
   const id = same ? same.id : fresh('l');
   selected = { kind: 'link', id };
@@ -220,8 +219,10 @@ const NUDGES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 
 function key(event) {
   if (event.target.matches('input, select')) {
-    if (event.key === 'Enter') find('.stage').focus();
-    if (event.key === 'Escape') { event.target.value = event.target.dataset.before ?? event.target.value; find('.stage').focus(); }
+    if (event.isComposing || !['Enter', 'Escape'].includes(event.key)) return;
+    if (event.key === 'Escape') event.target.value = event.target.dataset.before ?? event.target.value;
+    find('.stage').focus();
+    render();
     return;
   }
   if (!find('.stage').contains(event.target) && !event.target.closest('.bar')) return;
@@ -281,6 +282,7 @@ function paint() {
     box.dataset.thing = one.id;
     put(box, one.box);
     box.classList.toggle('high', one.box[1] < 0.06);
+    box.classList.toggle('left', one.box[0] < 0.15);
     box.classList.toggle('right', one.box[2] > 0.85);
     box.classList.toggle('target', !!drag && drag.over === one.id);
     const name = tag(one.phrase, 'name it');
@@ -333,6 +335,8 @@ function hint() {
 }
 
 function render() {
+  if (linking && !thing(linking)) linking = null;
+  if (selected && !(selected.kind === 'thing' ? thing : link)(selected.id)) selected = null;
   const stage = find('.stage'), picture = find('.picture');
   stage.style.aspectRatio = String(doc.aspect);
   stage.style.setProperty('--aspect', doc.aspect);
@@ -444,14 +448,11 @@ element.addEventListener('click', (event) => {
 watch('value', () => {
   const value = filled(props.value);
   if (JSON.stringify(value) === JSON.stringify(doc)) return;
-  if (value.revision < doc.revision) { // the empty canvas of a page that is still loading
-    props.value = copy(doc);
-    return;
-  }
-  const layout = ({ things, links }) => JSON.stringify([things, links]);
+  // An answer to what the user has edited since, or the empty canvas of a page that is still loading.
+  if (value.revision <= doc.revision) return tell();
+  const layout = ({ things, links, picture }) => JSON.stringify([things, links, picture]);
   if (layout(value) !== layout(doc)) { past.push(copy(doc)); future = []; }
   doc = value;
-  if (selected && !(selected.kind === 'thing' ? thing : link)(selected.id)) selected = null;
   render();
 });
 // A page that is still loading may mount the canvas anew: what was drawn until then is kept.

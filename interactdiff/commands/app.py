@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"--port: expected a number from 1 to 65535, got {args.port}")
     quiet_libraries()
     try:
-        from interactdiff.app.serve import MODEL, launch_options, limits_for, make_studio
+        from interactdiff.app.serve import LAUNCH, MODEL, limits_for, make_studio
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "gradio":
             raise
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
             server_port=args.port,
             share=args.share,
             inbrowser=args.open,
-            **launch_options(limits),
+            **LAUNCH,
         )
     finally:
         studio.artist.close()

@@ -20,6 +20,7 @@ from interactdiff.interaction.transformer import InTransformer, JoinedSite
 from interactdiff.interaction.unet import FusedSite, InUNet
 
 ROLES = ("subject", "action", "object")
+FINEST = 64  # rows or columns of a map at most: more is more than an eye needs
 QUERIES_AT_ONCE = 512  # attention weights of so many image tokens are in memory at a time
 
 
@@ -29,7 +30,8 @@ class AttentionMaps:
 
     Attributes:
         weights: [steps, 3, N, H, W] float32 in [0, 1], means over heads and sites; roles as in `ROLES`, N
-            slots in the order of the scene's items; H and W of the finest grid that attends.
+            slots, first those of the scene's items in order; H and W of the finest grid that attends, at most
+            `FINEST` each.
         steps: which denoising steps were recorded, from 0.
     """
 
@@ -61,24 +63,25 @@ class AttentionRecorder:
     Args:
         place: where an adapter acts.
         parts: keys of each token.
+        slots: how many of the slots to keep, from the first; None for all.
     """
 
-    def __init__(self, place: InUNet | InTransformer, parts: int):
-        self._place, self._parts = place, parts
+    def __init__(self, place: InUNet | InTransformer, parts: int, slots: int | None = None):
+        self._place, self._parts, self._slots = place, parts, slots
         self._timesteps: list[float] = []
-        self._sums: dict[int, list[Tensor]] = {}
+        self._sums: dict[int, dict[tuple[int, int], tuple[Tensor, int]]] = {}  # by step and grid
 
     def maps(self) -> AttentionMaps | None:
         """What was recorded since the recorder was made or cleared; None if nothing was."""
         if not self._sums:
             return None
         finest = max(
-            (maps.shape[-2:] for maps in next(iter(self._sums.values()))), key=lambda size: size.numel()
+            (grid for sums in self._sums.values() for grid in sums), key=lambda grid: grid[0] * grid[1]
         )
         means = []
-        for maps in self._sums.values():
-            grown = [F.interpolate(one, finest, mode="bilinear") for one in maps]
-            means.append(torch.stack(grown).mean(0))
+        for sums in self._sums.values():
+            total = sum(F.interpolate(maps, finest, mode="bilinear") for maps, _ in sums.values())
+            means.append(total / sum(sites for _, sites in sums.values()))
         return AttentionMaps(torch.stack(means), tuple(self._sums))
 
     def clear(self) -> None:
@@ -116,9 +119,16 @@ class AttentionRecorder:
             weights, (rows, columns) = fuser_attention(module, *args), site.site.grid(*call.size)
         else:
             weights, (rows, columns) = joint_attention(module, *args), call.size
-        by_token = weights.unflatten(1, (len(ROLES), -1, self._parts)).sum(-1)  # [L, 3, N]
-        maps = by_token.permute(1, 2, 0).unflatten(2, (rows, columns)).float().cpu()
-        self._sums.setdefault(len(self._timesteps) - 1, []).append(maps)
+        by_token = weights.unflatten(1, (len(ROLES), -1, self._parts)).sum(-1)[
+            :, :, : self._slots
+        ]  # [L, 3, N]
+        maps = by_token.permute(1, 2, 0).unflatten(2, (rows, columns)).float()
+        if max(rows, columns) > FINEST:
+            maps = F.adaptive_avg_pool2d(maps, (min(rows, FINEST), min(columns, FINEST)))
+        maps = maps.cpu()
+        sums = self._sums.setdefault(len(self._timesteps) - 1, {})
+        total, sites = sums.get(maps.shape[-2:], (torch.zeros(()), 0))
+        sums[maps.shape[-2:]] = total + maps, sites + 1
 
 
 def fuser_attention(attention: Any, queries: Tensor, keys: Tensor, _: Tensor) -> Tensor:
