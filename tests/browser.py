@@ -124,8 +124,9 @@ class StudioPage:
         self.page.wait_for_function(script, arg=[name, value])
 
     def open_panel(self, name: str) -> None:
-        """Unfold what is folded."""
+        """Unfold what is folded, and wait until Gradio has filled in what is in it."""
         self.page.locator(f"#{name} > button").click()
+        self.page.wait_for_timeout(500)
 
     def generate(self) -> None:
         """Draw, and wait for the pictures."""
