@@ -37,7 +37,7 @@ def shown(
     token = token if token in [value for _, value in choices] else choices[0][1] if choices else None
     last = 0 if recorded is None else len(recorded.steps)
     step = min(step, last)
-    pictures = [(_in_view(one, view, token, step), _caption(one, len(drawn))) for one in drawn]
+    pictures = [(_in_view(one, view, token, step), _caption(one)) for one in drawn]
     return {
         page.gallery: gr.update(value=pictures, visible=True, **_gallery(len(drawn))),
         page.view: gr.update(value=view, visible=True),
@@ -102,7 +102,7 @@ def _open(one: Drawn) -> Image.Image:
         return image.convert("RGB")
 
 
-def _caption(one: Drawn, of: int) -> str:
+def _caption(one: Drawn) -> str:
     scene = one.record.scene
     without = "" if one.controlled or not scene.items else ", without control"
     return f"seed {scene.seed}{without}"

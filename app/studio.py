@@ -77,12 +77,10 @@ class Studio(Page):
     def _wire_drawing(self) -> None:
         begun = [self.turn, self.seed, self.status, self.generate, self.stop]
         results = [*self.results, self.generate, self.stop, *self.errors.values()]
-        self.generate.click(self._begin, [self.lock, self.seed], begun, **AT_ONCE).then(
-            self._generate,
-            [self.turn, self.canvas, self.suggested, *self.fields.values()],
-            results,
-            **ONE_AT_A_TIME,
-        )
+        begin = self.generate.click(self._begin, [self.lock, self.seed], begun, **AT_ONCE)
+        asked = [self.turn, self.canvas, self.suggested, *self.fields.values()]
+        drawing = begin.then(self._generate, asked, results, **ONE_AT_A_TIME)
+        drawing.failure(self._turned_away, self.turn, [self.status, self.generate, self.stop], **AT_ONCE)
         self.stop.click(self._stopped, self.turn, [self.status, self.stop], **AT_ONCE)
         self.blocks.unload(self._gone)
         seen = [self.drawn, self.chosen, self.view, self.token, self.step]
@@ -214,6 +212,15 @@ class Studio(Page):
         if turn in self._stops:
             self._stops[turn][1].set()
         return {self.status: looks.bar("Stopping"), self.stop: gr.update(interactive=False)}
+
+    def _turned_away(self, turn: str) -> Updates:
+        """The queue is full."""
+        self._stops.pop(turn, None)
+        return {
+            self.status: looks.bar("Too many are waiting: try again in a while."),
+            self.generate: gr.update(interactive=True),
+            self.stop: gr.update(interactive=False),
+        }
 
     def _gone(self, request: gr.Request) -> None:
         """End what a page that was closed still waits for."""

@@ -229,6 +229,25 @@ def test_stopping_and_drawing_on(studio: StudioPage) -> None:
     assert studio.page.evaluate("() => document.querySelector('#canvas .picture').naturalWidth") == 96
 
 
+def test_a_full_queue_is_told_in_words(browser: Any) -> None:
+    """Two pages beside one that draws, where one may wait."""
+    with served_studio("--max-queue", "1", "--port", "7899") as (where, _):
+        context = browser.new_context(**LAPTOP)
+        pages = [StudioPage(context.new_page(), where) for _ in range(3)]
+        for page in pages:
+            page.open_panel("settings")
+            page.page.locator("#steps input[type=number]").fill("150")
+            page.page.locator("#generate").click()
+            page.page.locator("#status", has_text="step " if page is pages[0] else "a").wait_for()
+        pages[2].page.locator("#status", has_text="Too many are waiting").wait_for()
+        assert pages[2].page.locator("#generate").is_enabled()
+        pages[1].page.locator("#stop").click()
+        pages[0].page.locator("#stop").click()
+        for page in pages[:2]:
+            page.page.locator("#status", has_text="Stopped: 0 of 1").wait_for()
+        context.close()
+
+
 def test_a_scene_file_and_another_picture_can_be_dropped(studio: StudioPage, tmp_path: Path) -> None:
     scene = Scene.from_dict(
         {"prompt": "a wide one", "width": 128, "height": 64, "seed": 11,

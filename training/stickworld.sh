@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes every packaged model of stickworld again, in the order and with the settings of the packaged ones:
-# `bash training/stickworld.sh` from the repository's root, some seven hours on two CPU cores. What was cut off
+# `bash training/stickworld.sh` from the repository's root, some eight hours on two CPU cores. What was cut off
 # goes on where it stopped. The models come to lie in runs/.
 set -euo pipefail
 
@@ -27,10 +27,14 @@ cp -R runs/stickworld/{vae,text_encoder,tokenizer} runs/stickworld-dit/
 train t5 seed=4
 train dit seed=5
 train_clear() {
-	.venv/bin/interactdiff train "training/configs/distill_clear_stickworld$1.yaml" --resume_from_checkpoint latest
+	.venv/bin/interactdiff train "training/configs/distill_clear_stickworld$1.yaml" \
+		--resume_from_checkpoint latest --set seed=6 "${@:2}"
 }
 train_clear ""
 train_clear _down_4
+train_clear _down_4 output_dir=runs/clear-more init_from=runs/stickworld-dit-clear-down-4 \
+	export_to=runs/stickworld-dit-clear-more seed=7 steps=2200 ema_decay=0.998 mixed_precision=bf16 \
+	"data={folder: runs/cache/self-generated, pictures: 2400, prompts: null, size: 96, steps: 20, guidance_scale: 3.0, batch_size: 32}"
 train dit_interaction seed=1
 
 # What scores the pictures; it has seen renders only.
