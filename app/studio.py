@@ -81,7 +81,7 @@ class Studio(Page):
         asked = [self.turn, self.canvas, self.suggested, *self.fields.values()]
         drawing = begin.then(self._generate, asked, results, **ONE_AT_A_TIME)
         drawing.failure(self._turned_away, self.turn, [self.status, self.generate, self.stop], **AT_ONCE)
-        self.stop.click(self._stopped, self.turn, [self.status, self.stop], **AT_ONCE)
+        self.stop.click(self._stopped, self.turn, self.stop, **AT_ONCE)
         self.blocks.unload(self._gone)
         seen = [self.drawn, self.chosen, self.view, self.token, self.step]
         for event in (self.view.input, self.token.input, self.step.release):
@@ -208,10 +208,10 @@ class Studio(Page):
         finally:
             self._stops.pop(turn, None)
 
-    def _stopped(self, turn: str) -> Updates:
+    def _stopped(self, turn: str) -> Any:
         if turn in self._stops:
             self._stops[turn][1].set()
-        return {self.status: looks.bar("Stopping"), self.stop: gr.update(interactive=False)}
+        return gr.update(interactive=False)  # what the drawing says last is not to be overwritten
 
     def _turned_away(self, turn: str) -> Updates:
         """The queue is full."""
