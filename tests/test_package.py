@@ -32,7 +32,7 @@ def test_attach_stays_the_function_when_its_module_is_imported_first() -> None:
     assert in_fresh_python(code) == "function"
 
 
-@pytest.mark.parametrize("name", ["pipelines", "training"])
+@pytest.mark.parametrize("name", ["app", "pipelines", "training"])
 def test_mapped_folders_refuse_their_bare_names(name: str) -> None:
     code = f"try:\n  import {name}\nexcept ImportError as e: print(e)"
     assert in_fresh_python(code).startswith(f"import interactdiff.{name}, not {name}")
