@@ -24,12 +24,12 @@ from interactdiff.training.run import load_config, make_recipe
 
 CONFIG = Path(__file__).parent.parent / "training/configs/stickworld_dit_interaction.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "between, all": {},
-    "union, all": {"action_region": "union"},
-    "between, structured": {"structured": True},
+    "between, all": {"structured": False, "action_region": "between"},
+    "union, all": {"structured": False, "action_region": "union"},
+    "between, structured": {"structured": True, "action_region": "between"},
     "union, structured": {"structured": True, "action_region": "union"},
-    "one key a token": {"parts": 1},
-    "concatenated": {},
+    "one key a token": {"parts": 1, "structured": False, "action_region": "between"},
+    "concatenated": {"structured": False, "action_region": "between"},
 }
 
 

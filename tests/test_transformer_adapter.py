@@ -55,7 +55,7 @@ def test_the_configuration_is_checked(flux_pipe: Any, tmp_path: Path) -> None:
     trained_joint_adapter(flux_pipe.transformer).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     text = config.read_text()
-    for old, new in (('"parts": 2', '"parts": 0'), ('"between"', '"beside"'), ('"joint"', '"other"')):
+    for old, new in (('"parts": 2', '"parts": 0'), ('"union"', '"beside"'), ('"joint"', '"other"')):
         config.write_text(text.replace(old, new))
         with pytest.raises(AdapterError, match="expected the sizes of an adapter in its configuration"):
             InteractionAdapter.from_pretrained(tmp_path)

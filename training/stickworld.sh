@@ -35,7 +35,8 @@ train_clear _down_4
 train_clear _down_4 output_dir=runs/clear-more init_from=runs/stickworld-dit-clear-down-4 \
 	export_to=runs/stickworld-dit-clear-more seed=7 steps=2200 ema_decay=0.998 mixed_precision=bf16 \
 	"data={folder: runs/cache/self-generated, pictures: 2400, prompts: null, size: 96, steps: 20, guidance_scale: 3.0, batch_size: 32}"
-train dit_interaction seed=1
+train dit_interaction seed=1 \
+	"adapter={max_interactions: 4, hidden: 112, token_dim: 192, parts: 4, structured: false, action_region: between, init: open}"
 
 # What scores the pictures; it has seen renders only.
 train detector seed=2
