@@ -196,9 +196,12 @@ def test_guidance_and_arguments_of_one_pipeline_reach_their_stages(
 
 def test_embeddings_in_the_place_of_a_prompt(flux_pipe: Any, tmp_path: Path):
     helper = HighResolution(flux_pipe, **OPTIONS)
-    embeds, pooled, _ = flux_pipe.encode_prompt("a cat", None, max_sequence_length=10)
+    with torch.no_grad():
+        embeds, pooled, _ = flux_pipe.encode_prompt("a cat", None, max_sequence_length=10)
     call = {**CALL, "prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    assert same(helper(**call, folder=tmp_path), helper(**CALL))
+    pairs = zip(helper(**call, folder=tmp_path).images, helper(**CALL).images, strict=True)
+    # another place in memory may round another way, once in many runs
+    assert all(np.abs(np.subtract(*pair, dtype=int)).max() <= 1 for pair in pairs)
     with pytest.raises(ClearError, match="prompt_embeds: expected"):
         helper(**{**call, "prompt_embeds": embeds + 1}, folder=tmp_path)
 
