@@ -73,8 +73,9 @@ class Page:
             )  # fmt: skip
             self._error("text")
             self.table = gr.Dataframe(
-                headers=list(COLUMNS), column_limits=(len(COLUMNS),) * 2, label="Table", interactive=True,
-                type="array", datatype=["str", "str", "str", "str", "str", "number", "str"], elem_id="table",
+                headers=list(COLUMNS), column_limits=(len(COLUMNS), len(COLUMNS)), label="Table",
+                datatype=["str", "str", "str", "str", "str", "number", "str"], type="array", interactive=True,
+                elem_id="table",
             )  # fmt: skip
 
     def _answer(self) -> None:

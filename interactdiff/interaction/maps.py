@@ -123,12 +123,12 @@ class AttentionRecorder:
             :, :, : self._slots
         ]  # [L, 3, N]
         maps = by_token.permute(1, 2, 0).unflatten(2, (rows, columns)).float()
-        if max(rows, columns) > FINEST:
-            maps = F.adaptive_avg_pool2d(maps, (min(rows, FINEST), min(columns, FINEST)))
-        maps = maps.cpu()
+        grid = min(rows, FINEST), min(columns, FINEST)
+        if grid != (rows, columns):
+            maps = F.adaptive_avg_pool2d(maps, grid)
         sums = self._sums.setdefault(len(self._timesteps) - 1, {})
-        total, sites = sums.get(maps.shape[-2:], (torch.zeros(()), 0))
-        sums[maps.shape[-2:]] = total + maps, sites + 1
+        total, sites = sums.get(grid, (torch.zeros(()), 0))
+        sums[grid] = total + maps.cpu(), sites + 1
 
 
 def fuser_attention(attention: Any, queries: Tensor, keys: Tensor, _: Tensor) -> Tensor:
