@@ -58,7 +58,7 @@ class StudioPage:
 
     def __init__(self, page: Page, address: str):
         self.page, self.problems = page, list[str]()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda said: said.type == "error" and self.problems.append(said.text))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.goto(address)
@@ -123,10 +123,19 @@ class StudioPage:
         )
         self.page.wait_for_function(script, arg=[name, value])
 
+    def fill(self, name: str, value: str) -> Any:
+        """Write into a field until it stays: what has just been unfolded may be filled in by Gradio later."""
+        field = self.page.locator(f"#{name} textarea, #{name} input").first
+        for _ in range(20):
+            field.fill(value)
+            self.page.wait_for_timeout(300)
+            if field.input_value() == value:
+                break
+        return field
+
     def open_panel(self, name: str) -> None:
-        """Unfold what is folded, and wait until Gradio has filled in what is in it."""
+        """Unfold what is folded."""
         self.page.locator(f"#{name} > button").click()
-        self.page.wait_for_timeout(500)
 
     def generate(self) -> None:
         """Draw, and wait for the pictures."""

@@ -158,19 +158,11 @@ def test_boxes_are_moved_resized_and_linked_by_shift(studio: StudioPage) -> None
     assert "riding" in names
 
 
-def write(studio: StudioPage, text: str) -> None:
-    """Into the text form, as slowly as nobody types."""
-    field = studio.page.locator("#text textarea")
-    field.fill(text)
-    studio.page.wait_for_timeout(100)
-    field.blur()
-
-
 def test_canvas_text_and_table_stay_in_step(studio: StudioPage) -> None:
     studio.draw_box((0.1, 0.1), (0.4, 0.7), "person")
     studio.open_panel("forms")
     studio.expect("text", "person")
-    write(studio, "person=riding=bike\nball")
+    studio.fill("text", "person=riding=bike\nball").blur()
     studio.tag("riding").wait_for()
     assert studio.tags() == ["ball", "bike", "person", "riding"]
     studio.expect("prompt", "a person riding a bike and a ball")
@@ -182,7 +174,7 @@ def test_canvas_text_and_table_stay_in_step(studio: StudioPage) -> None:
     studio.tag("pushing").wait_for()
     studio.expect("text", "person=pushing=bike\nball")
 
-    write(studio, "person=riding")
+    studio.fill("text", "person=riding").blur()
     refusal = studio.page.locator("#refusal-text")
     refusal.wait_for()
     assert "line 1: expected subject=action=object" in refusal.inner_text()
@@ -202,9 +194,7 @@ def test_errors_stand_beside_what_caused_them(studio: StudioPage) -> None:
     studio.page.locator("#refusal-canvas", has_text="expected a name for every box").wait_for()
     studio.page.locator("#canvas [data-do=clear]").click()
     studio.open_panel("settings")
-    model = studio.page.locator("#model input")
-    model.fill("/etc")
-    model.press("Enter")
+    studio.fill("model", "/etc").press("Enter")
     studio.page.locator("#refusal-model", has_text="expected a model that this server has").wait_for()
     assert studio.page.locator("#generate").is_enabled()
 
@@ -213,13 +203,13 @@ def test_stopping_and_drawing_on(studio: StudioPage) -> None:
     studio.page.get_by_role("button", name="riding").click()
     studio.tag("riding").wait_for()
     studio.open_panel("settings")
-    studio.page.locator("#steps input[type=number]").fill("200")
+    studio.fill("steps", "200")
     studio.page.locator("#generate").click()
     studio.page.locator("#status", has_text="step ").wait_for()
     studio.page.locator("#preview img").wait_for()
     studio.page.locator("#stop").click()
     studio.page.locator("#status", has_text="Stopped").wait_for()
-    studio.page.locator("#steps input[type=number]").fill("4")
+    studio.fill("steps", "4")
     studio.page.locator("#compare input").check()
     studio.generate()
     assert studio.page.locator("#gallery", has_text="without control").count() == 1
@@ -236,7 +226,7 @@ def test_a_full_queue_is_told_in_words(browser: Any) -> None:
         pages = [StudioPage(context.new_page(), where) for _ in range(3)]
         for page in pages:
             page.open_panel("settings")
-            page.page.locator("#steps input[type=number]").fill("150")
+            page.fill("steps", "150")
             page.page.locator("#generate").click()
             page.page.locator("#status", has_text="step " if page is pages[0] else "a").wait_for()
         pages[2].page.locator("#status", has_text="Too many are waiting").wait_for()
