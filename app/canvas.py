@@ -29,9 +29,8 @@ class SceneCanvas(gr.HTML):
         actions: tuple[str, ...] = (),
         **options: Any,
     ):
-        html, css, js = (
-            (ASSETS / f"canvas.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-        )
+        files = ("canvas.html", "canvas.css", "canvas_view.js", "canvas.js")
+        html, css, view, js = ((ASSETS / name).read_text(encoding="utf-8") for name in files)
         # Gradio reads constructor arguments off the component, and takes one that is not there for an event.
         self.names, self.actions = list(names), list(actions)
         super().__init__(
@@ -40,7 +39,7 @@ class SceneCanvas(gr.HTML):
             actions=self.actions,
             html_template=html,
             css_template=css,
-            js_on_load=js,
+            js_on_load=view + js,  # one script
             apply_default_css=False,
             **options,
         )

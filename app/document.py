@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from typing import Any, cast
 
+from interactdiff.app.things import Link, Row, Thing
 from interactdiff.scene import (
     ACTION_REGIONS,
     MAX_STRENGTH,
     NULL_ACTION,
-    ActionRegion,
     Entity,
     Interaction,
     Scene,
@@ -48,56 +48,6 @@ DETERMINERS = {
     "their",
 }
 MOST_BOXES = 200
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A box and its name; an empty one is still to be named."""
-
-    id: str
-    phrase: str
-    box: Box
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        checked_text("phrase", self.phrase)
-        object.__setattr__(self, "box", checked_box("box", self.box))
-        checked_number("strength", self.strength, 0.0, MAX_STRENGTH)
-
-
-@dataclass(frozen=True)
-class Link:
-    """Who (the id of a thing) does what to what; an empty action leaves it open."""
-
-    id: str
-    subject: str
-    object: str
-    action: str = ""
-    strength: float = 1.0
-    region: ActionRegion | None = None
-
-    def __post_init__(self) -> None:
-        checked_text("action", self.action)
-        checked_number("strength", self.strength, 0.0, MAX_STRENGTH)
-        if self.region not in (None, *ACTION_REGIONS):
-            raise SceneError(f"region: expected between or union, got {shown(self.region)}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """An interaction, or a thing without one (then there is no object), before it has to be complete."""
-
-    subject: str
-    subject_box: Box
-    action: str = ""
-    object: str | None = None
-    object_box: Box | None = None
-    strength: float = 1.0
-    region: ActionRegion | None = None
-
-    @property
-    def words(self) -> tuple[str, str, str | None]:
-        return self.subject, self.action, self.object
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def details(page: Page, drawn: list[Drawn], chosen: int, view: str) -> Updates:
     words = ""
     if view == FOUND:
         words = f"Picture {chosen + 1}: {found_in_file(one.path)[1]}."
-        if not of_stickworld(one):
+        if one.record.model not in MODELS:
             words += " The detector knows the embedded world alone; other pictures are beyond it."
     if view == LOOKED and one.maps is None:
         words = "Nothing was recorded: draw with control and with *Record where it looks*."
@@ -77,11 +77,6 @@ def _gallery(pictures: int) -> dict[str, Any]:
     if pictures == 1:
         return {"selected_index": 0, "preview": True, "height": 420}
     return {"selected_index": None, "preview": False, "height": "auto"}
-
-
-def of_stickworld(one: Drawn) -> bool:
-    """Whether a picture is one of the embedded world, as far as its model's name tells."""
-    return one.record.model in MODELS
 
 
 def _in_view(one: Drawn, view: str, token: str | None, step: int) -> Any:

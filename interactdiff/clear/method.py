@@ -29,25 +29,20 @@ def _why_not(pipeline: Any) -> str | None:
     return f"expected a Flux or Stable Diffusion 3 pipeline, got {type(pipeline).__name__}"
 
 
-def _helper(drawer: "Drawer", values: dict[str, Any]) -> HighResolution:
+def _plan(drawer: "Drawer", values: dict[str, Any], scene: Scene) -> tuple[HighResolution, tuple[Stage, ...]]:
+    """What draws, and the stages that it will draw."""
     scales = (1, *(scale for scale in SCALES if scale <= values["scale"]))
     options = {name: values[name] for name in ("strength", "steps", "shift")}
-    try:
-        return HighResolution(drawer.pipeline, scales=scales, progress=False, **options)
-    except ClearError as error:
-        raise SceneError(f"{METHOD.name}, {error}") from None
-
-
-def _stages(drawer: "Drawer", values: dict[str, Any], scene: Scene) -> tuple[Stage, ...]:
     width, height = scene.width or drawer.size, scene.height or drawer.size
     try:
-        return _helper(drawer, values).stages(height, width, scene.steps)
+        helper = HighResolution(drawer.pipeline, scales=scales, progress=False, **options)
+        return helper, helper.stages(height, width, scene.steps)
     except ClearError as error:
         raise SceneError(f"{METHOD.name}, {error}") from None
 
 
 def _work(drawer: "Drawer", values: dict[str, Any], scene: Scene) -> Work:
-    stages = _stages(drawer, values, scene)
+    _, stages = _plan(drawer, values, scene)
     return Work(stages[-1].width * stages[-1].height, sum(stage.steps for stage in stages))
 
 
@@ -55,7 +50,7 @@ def _draw(
     drawer: "Drawer", values: dict[str, Any], _: Draw, scene: Scene, on_step: "OnStep | None"
 ) -> "Image":
     drawer.ask(scene)
-    helper, stages = _helper(drawer, values), _stages(drawer, values, scene)
+    helper, stages = _plan(drawer, values, scene)
     told = drawer.told(scene)
     if "guidance_scale" in told:
         helper.guidance_scale = told["base_guidance_scale"] = told.pop("guidance_scale")
