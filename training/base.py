@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
-from interactdiff.stickworld.world import HELD_OUT, WorldScene, caption, sample_scene
+from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.world import HELD_OUT, WorldScene
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.world_data import as_images, cached_renders, grid

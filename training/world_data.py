@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from interactdiff.stickworld.render import render
-from interactdiff.stickworld.world import sample_scene
+from interactdiff.stickworld.render import SIZE, render
+from interactdiff.stickworld.layouts import sample_scene
 
 _CHUNK = 500
 
@@ -21,7 +21,7 @@ def _render_chunk(first: int, last: int, size: int) -> np.ndarray:
     return np.stack([render(sample_scene(seed), size).image for seed in range(first, last)])
 
 
-def cached_renders(folder: Path, count: int, size: int = 96) -> np.ndarray:
+def cached_renders(folder: Path, count: int, size: int = SIZE) -> np.ndarray:
     """Renders of scenes 0 to `count` - 1, kept in `folder`; drawn anew when the world looks different.
 
     Args:

@@ -25,6 +25,16 @@ class Pose:
     prop: str | None = None
 
 
+IDLE = Pose(
+    head=(0.50, 0.12),
+    neck=(0.50, 0.26),
+    hip=(0.50, 0.60),
+    far_arm=((0.74, 0.42), (0.90, 0.58)),
+    near_arm=((0.26, 0.42), (0.10, 0.58)),
+    far_leg=((0.60, 0.80), (0.64, 0.97)),
+    near_leg=((0.40, 0.80), (0.36, 0.97)),
+)
+"""Of a person who does nothing to anything."""
 POSES: dict[str, Pose] = {
     # beside: the object stands on the ground in front of the person
     "kicking": Pose(
