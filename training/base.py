@@ -6,14 +6,12 @@ decided.
 """
 
 import copy
-import hashlib
 import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -28,10 +26,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from interactdiff.stickworld.layouts import sample_scene
-from interactdiff.stickworld.world import HELD_OUT, WorldScene
+from interactdiff.stickworld.render import SIZE
+from interactdiff.stickworld.world import HELD_OUT
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
-from interactdiff.training.world_data import as_images, cached_renders, grid
+from interactdiff.training.world_data import CaptionedLatents, grid
 
 SCHEDULE: dict[str, Any] = {
     "beta_schedule": "squaredcos_cap_v2",
@@ -78,61 +77,48 @@ def sampler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1, algorithm_type="sde-dpmsolver++")
 
 
-@torch.no_grad()
-def cached_latents(folder: Path, vae: Any, renders: np.ndarray) -> Tensor:
-    """Latents of renders, computed once for each encoder and each look of the world.
-
-    Returns:
-        [N, C, H, W] float16 on the CPU.
-    """
-    made_of = hashlib.sha256(renders[:32].tobytes())
-    for parameter in vae.encoder.parameters():
-        made_of.update(parameter.detach().cpu().numpy().tobytes())
-    path = folder / f"latents-{len(renders)}-{made_of.hexdigest()[:12]}.npy"
-    if not path.exists():
-        parts = []
-        for first in range(0, len(renders), 250):
-            images = as_images(renders[first : first + 250]).to(vae.device)
-            parts.append(vae.encode(images).latents.half().cpu().numpy())
-        aside = path.with_suffix(".aside.npy")
-        np.save(aside, np.concatenate(parts))
-        aside.rename(path)
-    return torch.from_numpy(np.load(path))
-
-
-def varied_caption(scene: WorldScene, rng: random.Random, empty: float) -> str:
-    """A caption in random wording: at times without verbs, without colours, as keywords, or empty."""
-    draw = rng.random()
-    if draw < empty:
-        return ""
-    if draw > 0.95:
-        words = [f"{t.object_colour} {t.object}" for t in scene.triplets] + [scene.background]
-        return ", ".join(words)
-    verbs, colours = rng.random() < 0.85, rng.random() < 0.92
-    return caption(scene.background, scene.triplets, rng, verbs=verbs, colours=colours)
-
-
 def text_states(tokenizer: PreTrainedTokenizerBase, encoder: CLIPTextModel, texts: Sequence[str]) -> Tensor:
     """[B, L, D] states of the prompts, padded to the encoder's length as Stable Diffusion pads them."""
     tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
     return encoder(tokens.input_ids.to(encoder.device)).last_hidden_state
 
 
+class PooledDropout:
+    """Leaves the pooled caption out of half of the examples of a U-Net that is trained.
+
+    A caption that reaches every layer with the timestep says early what belongs where, but attention then
+    never learns to look at words (`addition_embed_type: text`).
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, share: float):
+        self.share, self.kept = share, torch.ones(1)
+        embedding = unet.add_embedding
+        assert embedding is not None
+        embedding.register_forward_hook(lambda module, _, output: self._drop(module, output))
+
+    def draw(self, rows: int, generator: torch.Generator) -> None:
+        """Choose the examples of the next call."""
+        self.kept = (torch.rand(rows, 1, generator=generator) >= self.share).float()
+
+    def _drop(self, module: nn.Module, output: Tensor) -> Tensor:
+        return output * self.kept.to(output) if module.training else output
+
+
 class BaseRecipe(Recipe):
     """Trains a U-Net on captions; it never sees a box.
 
-    Extra configuration keys: `cache_dir`, `renders`, `vae` (folder), `text` (folder with `tokenizer` and
-    `text_encoder`), `unet` (arguments of its class), `compile` (whether to compile the U-Net), `init_from`
-    (pipeline folder to go on from, or null), `empty_caption` (probability), `timestep_power`,
-    `guidance_scale` (of samples), `export_to`.
+    Extra configuration keys: `cache_dir`, `sizes` (see `CaptionedLatents`), `vae` (folder), `text` (folder
+    with `tokenizer` and `text_encoder`), `unet` (arguments of its class), `pooled_dropout` (share of the
+    examples without the pooled caption), `compile` (whether to compile the U-Net), `init_from` (pipeline
+    folder to go on from, or null), `empty_caption` (probability), `timestep_power`, `guidance_scale` (of
+    samples), `export_to`.
     """
 
     def build(self) -> nn.Module:
         config = self.config
         self.vae = AutoencoderTiny.from_pretrained(config["vae"]).float().to(self.device).eval()
         self.vae.requires_grad_(False)
-        renders = cached_renders(Path(config["cache_dir"]), config["renders"])
-        self.latents = cached_latents(Path(config["cache_dir"]), self.vae, renders)
+        self.data = CaptionedLatents(Path(config["cache_dir"]), self.vae, config["sizes"])
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(config["text"], subfolder="tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(config["text"], subfolder="text_encoder").eval()
         self.text_encoder.float().to(self.device).requires_grad_(False)
@@ -141,6 +127,7 @@ class BaseRecipe(Recipe):
             unet = make.from_pretrained(config["init_from"], subfolder="unet").float()
         else:
             unet = make(**config["unet"])
+        self.pooled = PooledDropout(unet, config["pooled_dropout"])
         unet.to(memory_format=torch.channels_last)
         if config["compile"]:
             unet.compile()
@@ -148,14 +135,13 @@ class BaseRecipe(Recipe):
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config["seed"] * 1_000_003 + step)
-        chosen = [rng.randrange(len(self.latents)) for _ in range(self.config["batch_size"])]
-        empty = self.config["empty_caption"]
-        captions = [varied_caption(sample_scene(index), rng, empty) for index in chosen]
-        return {"latents": self.latents[chosen].float().to(self.device), "captions": captions}
+        latents, captions = self.data.batch(rng, self.config["empty_caption"])
+        return {"latents": latents.to(self.device), "captions": captions}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         with torch.no_grad():
             text = text_states(self.tokenizer, self.text_encoder, batch["captions"])
+        self.pooled.draw(len(text), generator)
         return velocity_loss(self.model, batch["latents"], text, generator, self.config["timestep_power"])
 
     def pipeline(self) -> StableDiffusionPipeline:
@@ -179,6 +165,8 @@ class BaseRecipe(Recipe):
         pipe.set_progress_bar_config(disable=True)
         drawn = pipe(
             captions,
+            height=SIZE,
+            width=SIZE,
             num_inference_steps=30,
             guidance_scale=self.config["guidance_scale"],
             generator=torch.Generator().manual_seed(0),

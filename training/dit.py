@@ -1,7 +1,7 @@
 """The embedded diffusion transformer: a small Flux, trained on pictures and their captions alone.
 
 Rectified flow: of x_s = (1 - s) x + s n the transformer predicts n - x (arXiv 2209.03003; arXiv 2403.03206,
-section 3). It sees pictures at one size, and a share of its steps at twice that size.
+section 3).
 """
 
 import copy
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from interactdiff.generate import call_arguments
-from interactdiff.stickworld.world import HELD_OUT, sample_scene
-from interactdiff.training.base import cached_latents, varied_caption
+from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.render import SIZE
+from interactdiff.stickworld.world import HELD_OUT
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
-from interactdiff.training.world_data import cached_renders, grid
+from interactdiff.training.world_data import CaptionedLatents, grid
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -120,23 +121,19 @@ def start_at_identity(transformer: FluxTransformer2DModel) -> None:
 class DitRecipe(Recipe):
     """Trains a `FluxTransformer2DModel` on captions; it never sees a box.
 
-    Extra configuration keys: `cache_dir`, `renders`, `text` (a pipeline folder with both tokenizers and text
-    encoders, and the autoencoder), `transformer` (arguments of its class), `compile`, `init_from` (pipeline
+    Extra configuration keys: `cache_dir`, `sizes` (see `CaptionedLatents`), `text` (a pipeline folder with
+    both tokenizers and text encoders, and the autoencoder), `transformer` (arguments of its class),
+    `pooled_dropout` (share of the examples without the pooled caption), `compile`, `init_from` (pipeline
     folder to go on from, or null), `empty_caption` (probability), `logit_mean`, `logit_std`, `shift` (of the
-    sampler), `guidance_scale` (of samples), `large`: `every` (one step in so many is at twice the size, 0 for
-    none), `from_step`, `renders` and `batch_size` of those; `export_to`.
+    sampler), `guidance_scale` (of samples), `export_to`.
     """
 
     def build(self) -> nn.Module:
         config = self.config
-        cache = Path(config["cache_dir"])
         self.text = TextParts(config["text"], self.device)
         self.vae: Any = AutoencoderTiny.from_pretrained(config["text"], subfolder="vae").float()
         self.vae.to(self.device).eval().requires_grad_(False)
-        self.latents = cached_latents(cache, self.vae, cached_renders(cache, config["renders"]))
-        if config["large"]["every"]:
-            renders = cached_renders(cache, config["large"]["renders"], 2 * 96)
-            self.large = cached_latents(cache, self.vae, renders)
+        self.data = CaptionedLatents(Path(config["cache_dir"]), self.vae, config["sizes"])
         make: Any = FluxTransformer2DModel
         if config["init_from"]:
             transformer = make.from_pretrained(config["init_from"], subfolder="transformer").float()
@@ -149,17 +146,14 @@ class DitRecipe(Recipe):
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config["seed"] * 1_000_003 + step)
-        large, latents, size = self.config["large"], self.latents, self.config["batch_size"]
-        if large["every"] and step >= large["from_step"] and step % large["every"] == 0:
-            latents, size = self.large, large["batch_size"]
-        chosen = [rng.randrange(len(latents)) for _ in range(size)]
-        empty = self.config["empty_caption"]
-        captions = [varied_caption(sample_scene(index), rng, empty) for index in chosen]
-        return {"latents": latents[chosen].float().to(self.device), "captions": captions}
+        latents, captions = self.data.batch(rng, self.config["empty_caption"])
+        return {"latents": latents.to(self.device), "captions": captions}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         config = self.config
         text, pooled = self.text.states(batch["captions"])
+        kept = torch.rand(len(text), 1, generator=generator) >= config["pooled_dropout"]
+        pooled = pooled * kept.to(pooled)
         logits = config["logit_mean"], config["logit_std"]
         flow = FlowBatch(batch["latents"], text, pooled, generator, logits)
         return flow.loss(self.model(**flow.inputs).sample)
@@ -184,8 +178,8 @@ class DitRecipe(Recipe):
         pipe.set_progress_bar_config(disable=True)
         drawn = pipe(
             **call_arguments(pipe, captions, guidance_scale=self.config["guidance_scale"]),
-            height=96,
-            width=96,
+            height=SIZE,
+            width=SIZE,
             num_inference_steps=30,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",

@@ -9,15 +9,22 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS, PLACES
+from interactdiff.stickworld.appearance import COLOURS, OBJECT_ATTRIBUTES, PERSON_ATTRIBUTES
+from interactdiff.stickworld.captions import PLACES
+from interactdiff.stickworld.world import ACTIONS, OBJECTS
 
-_PLAIN = "a an the person someone people in on at with wearing shirt and , of is are near next to his her"
+_PLAIN = (
+    "a an the person someone people in on at with wearing shirt trousers hair skin hat no and , of is are "
+    "near next to his her striped dotted checked"
+)
 _END = "</w>"
 
 
 def world_words() -> list[str]:
     """Every word that captions and phrases of stickworld use, and some small words around them."""
     texts = [_PLAIN, *ACTIONS, *COLOURS, *OBJECTS, *PLACES, *(p for place in PLACES.values() for p in place)]
+    for values in (*PERSON_ATTRIBUTES.values(), *OBJECT_ATTRIBUTES.values()):
+        texts += values
     return sorted({word for text in texts for word in text.split()})
 
 

@@ -1,24 +1,60 @@
-"""Renders of stickworld for the recipes, made once and mapped from disk."""
+"""Renders of stickworld, their captions and their latents for the recipes: made once and kept on disk."""
 
 import hashlib
 import os
+import random
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from interactdiff.stickworld.render import SIZE, render
+from interactdiff.stickworld.captions import caption
 from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.render import SIZE, render
+from interactdiff.stickworld.world import WorldScene
 
 _CHUNK = 500
+CAPTIONS = 4  # wordings of each scene
 
 
 def _render_chunk(first: int, last: int, size: int) -> np.ndarray:
     return np.stack([render(sample_scene(seed), size).image for seed in range(first, last)])
+
+
+def _caption_chunk(first: int, last: int) -> list[str]:
+    return ["\t".join(_captions(seed)) for seed in range(first, last)]
+
+
+def _captions(seed: int) -> list[str]:
+    scene, rng = sample_scene(seed), random.Random(f"captions {seed}")
+    return [varied_caption(scene, rng) for _ in range(CAPTIONS)]
+
+
+def varied_caption(scene: WorldScene, rng: random.Random) -> str:
+    """A caption in random wording: at times without verbs, colours or the place, or keywords."""
+    if rng.random() > 0.95:
+        words = [f"{thing.appearance.colour} {thing.name}" for thing in scene.things]
+        return ", ".join([*words, scene.background])
+    verbs, colours, place = rng.random() < 0.9, rng.random() < 0.92, rng.random() < 0.95
+    return caption(scene, rng, verbs=verbs, colours=colours, place=place).text
+
+
+def _in_chunks(count: int, make: Callable[..., Any], *arguments: Any) -> list[tuple[int, int, Any]]:
+    """What `make(first, last, ...)` returns for each chunk, by as many processes as there are cores."""
+    firsts = range(0, count, _CHUNK)
+    lasts = [min(first + _CHUNK, count) for first in firsts]
+    if len(lasts) == 1:
+        return [(0, count, make(0, count, *arguments))]
+    # Fresh processes: a fork of one that runs torch's threads may hang.
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(lasts)), get_context("spawn")) as pool:
+        chunks = pool.map(make, firsts, lasts, *([argument] * len(lasts) for argument in arguments))
+        return list(zip(firsts, lasts, chunks, strict=True))
 
 
 def cached_renders(folder: Path, count: int, size: int = SIZE) -> np.ndarray:
@@ -38,19 +74,77 @@ def cached_renders(folder: Path, count: int, size: int = SIZE) -> np.ndarray:
     if not path.exists():
         aside = path.with_suffix(".aside")
         store = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
-        firsts = range(0, count, _CHUNK)
-        lasts = [min(first + _CHUNK, count) for first in firsts]
-        if len(lasts) == 1:
-            store[:] = _render_chunk(0, count, size)
-        else:
-            # Fresh processes: a fork of one that runs torch's threads may hang.
-            with ProcessPoolExecutor(min(os.cpu_count() or 1, len(lasts)), get_context("spawn")) as pool:
-                chunks = pool.map(_render_chunk, firsts, lasts, [size] * len(lasts))
-                for first, last, chunk in zip(firsts, lasts, chunks, strict=True):
-                    store[first:last] = chunk
+        for first, last, chunk in _in_chunks(count, _render_chunk, size):
+            store[first:last] = chunk
         store.flush()
         aside.rename(path)
     return np.load(path, mmap_mode="r")
+
+
+def cached_captions(folder: Path, count: int) -> list[list[str]]:
+    """`CAPTIONS` wordings of each of the scenes 0 to `count` - 1, kept in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wording = hashlib.sha256("\n".join(_caption_chunk(0, min(count, 64))).encode()).hexdigest()[:12]
+    path = folder / f"captions-{count}-{wording}.txt"
+    if not path.exists():
+        lines = [line for _, _, chunk in _in_chunks(count, _caption_chunk) for line in chunk]
+        aside = path.with_suffix(".aside")
+        aside.write_text("\n".join(lines), encoding="utf-8")
+        aside.rename(path)
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")]
+
+
+@torch.no_grad()
+def cached_latents(folder: Path, vae: Any, renders: np.ndarray) -> Tensor:
+    """Latents of renders, computed once for each encoder and each look of the world.
+
+    Returns:
+        [N, C, H, W] float16 on the CPU.
+    """
+    made_of = hashlib.sha256(renders[:32].tobytes())
+    for parameter in vae.encoder.parameters():
+        made_of.update(parameter.detach().cpu().numpy().tobytes())
+    path = folder / f"latents-{len(renders)}-{made_of.hexdigest()[:12]}.npy"
+    if not path.exists():
+        parts = []
+        for first in range(0, len(renders), 250):
+            images = as_images(renders[first : first + 250]).to(vae.device)
+            parts.append(vae.encode(images).latents.half().cpu().numpy())
+        aside = path.with_suffix(".aside.npy")
+        np.save(aside, np.concatenate(parts))
+        aside.rename(path)
+    return torch.from_numpy(np.load(path))
+
+
+class CaptionedLatents:
+    """Latents and captions of the first scenes of the world, at one or several sizes.
+
+    Args:
+        folder: where the caches are kept.
+        vae: the autoencoder.
+        sizes: for each size in pixels `renders` (how many), `batch_size`, and `share` of the steps.
+
+    Raises:
+        ValueError: the shares do not add up to 1.
+    """
+
+    def __init__(self, folder: Path, vae: Any, sizes: dict[int, dict[str, Any]]):
+        self.sizes = sizes
+        if abs(sum(one["share"] for one in sizes.values()) - 1) > 1e-6:
+            raise ValueError(f"expected shares of the sizes that add up to 1, got {sizes}")
+        self.latents = {
+            size: cached_latents(folder, vae, cached_renders(folder, one["renders"], size))
+            for size, one in sizes.items()
+        }
+        self.captions = cached_captions(folder, max(one["renders"] for one in sizes.values()))
+
+    def batch(self, rng: random.Random, empty: float) -> tuple[Tensor, list[str]]:
+        """[B, C, H, W] latents of one size, and their captions, each empty with probability `empty`."""
+        (size,) = rng.choices(list(self.sizes), [one["share"] for one in self.sizes.values()])
+        latents, count = self.latents[size], self.sizes[size]["batch_size"]
+        chosen = [rng.randrange(len(latents)) for _ in range(count)]
+        texts = ["" if rng.random() < empty else rng.choice(self.captions[index]) for index in chosen]
+        return latents[chosen].float(), texts
 
 
 def as_images(pixels: np.ndarray) -> Tensor:
@@ -61,5 +155,7 @@ def as_images(pixels: np.ndarray) -> Tensor:
 def grid(images: Tensor, columns: int) -> Image.Image:
     """[B, 3, S, S] in [-1, 1] to one picture."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    rows = [np.concatenate(list(pixels[i : i + columns]), 1) for i in range(0, len(pixels), columns)]
+    rows: Sequence[np.ndarray] = [
+        np.concatenate(list(pixels[i : i + columns]), 1) for i in range(0, len(pixels), columns)
+    ]
     return Image.fromarray(np.concatenate(rows, 0))

@@ -1,4 +1,4 @@
-"""What persons and objects look like beyond the words of a scene: who they are, in any pose, place and size."""
+"""What persons and objects look like beyond a scene's words: who they are, in any pose, place and size."""
 
 import random
 from dataclasses import dataclass

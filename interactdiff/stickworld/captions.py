@@ -114,7 +114,10 @@ def describe_object(name: str, named: dict[str, str], rng: random.Random) -> str
 def describe_person(named: dict[str, str], rng: random.Random) -> str:
     """A person in words: what is worn, then hair and skin."""
     worn = []
-    if "pattern" in named or ("colour" in named and rng.random() < 0.4):
+    more = (
+        "trousers" in named or named.get("headwear", "none") != "none"
+    )  # "in blue and white trousers" are one
+    if "pattern" in named or ("colour" in named and (more or rng.random() < 0.4)):
         worn.append(article(_clothing("shirt", named, rng)))
     elif "colour" in named:
         worn.append(named["colour"])
@@ -173,7 +176,9 @@ def caption(
     clauses += [(n, None) for n in range(2 * len(scene.triplets), len(things))]
     for clause, (n, action) in enumerate(clauses):
         if clause:
-            pieces.append((" and " if rng.random() < 0.5 else ", and " if clause == len(clauses) - 1 else ", ", None))
+            pieces.append(
+                (" and " if rng.random() < 0.5 else ", and " if clause == len(clauses) - 1 else ", ", None)
+            )
         pieces.append((words[n], n))
         if action is not None:
             pieces += [(f" {action} " if verbs else " and ", None), (words[n + 1], n + 1)]

@@ -20,7 +20,7 @@ ROPE: Colour = (120, 78, 40)
 FOOD: Colour = (255, 250, 235)
 PLAIN_SKIN: Colour = (242, 190, 150)
 PLAIN_TROUSERS: Colour = (70, 74, 100)
-# Of a person's height: width of limbs, radius of the head, width of the torso; of the plain world and of this.
+# In shares of a person's height: width of limbs, radius of the head, width of the torso.
 PLAIN_BUILD, BUILD = (0.085, 0.115, 0.20), (0.088, 0.135, 0.26)
 # How far hair and headwear reach from the middle of the head, in its radii: up, to the front, to the back.
 _HAIR_REACH = {"short": (1.15, 1.1, 1.15), "long": (1.15, 1.1, 1.5), "curly": (1.4, 1.3, 1.4)}

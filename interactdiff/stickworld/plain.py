@@ -13,7 +13,6 @@ from interactdiff.stickworld.world import (
     OBJECTS,
     Triplet,
     WorldScene,
-    wording,
 )
 
 _PERSON = ("a person in {}", "a person wearing {}", "someone in {}", "a person in a {} shirt")
@@ -39,9 +38,12 @@ class PlainScene(WorldScene):
         text = " and ".join(clauses)
         text = f"{place}, {text}" if rng.random() < 0.3 else f"{text} {place}"
         things = tuple(
-            Described(thing.name, {"colour": thing.appearance.colour}, (0, len(text))) for thing in self.things
+            Described(thing.name, {"colour": thing.appearance.colour}, (0, len(text)))
+            for thing in self.things
         )
-        return Caption(text, things, tuple(t.action if verbs else None for t in self.triplets), self.background)
+        return Caption(
+            text, things, tuple(t.action if verbs else None for t in self.triplets), self.background
+        )
 
 
 def _layout(group: str, aspect: float, rng: random.Random) -> tuple[Box, Box]:

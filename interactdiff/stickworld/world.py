@@ -156,7 +156,9 @@ class WorldScene:
         things = self.things
         if len(appearances) != len(things):
             raise ValueError(f"expected {len(things)} appearances, got {len(appearances)}")
-        looks = [thing.appearance if new is None else new for thing, new in zip(things, appearances, strict=True)]
+        looks = [
+            thing.appearance if new is None else new for thing, new in zip(things, appearances, strict=True)
+        ]
         for thing, look in zip(things, looks, strict=True):
             if isinstance(look, PersonAppearance) != (thing.name == "person"):
                 raise ValueError(f"expected an appearance of a {thing.name}, got a {type(look).__name__}")
