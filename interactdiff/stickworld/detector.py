@@ -2,12 +2,13 @@
 
 A small anchor-free detector in the manner of CenterNet (Zhou et al., "Objects as Points", 2019): heatmaps of
 centres, and at each centre what belongs to the thing there. The cell of a person's centre also tells its
-action and points at the object of that action, as in PPDM (Liao et al., 2020).
+action and points at the object of that action, as in PPDM (Liao et al., 2020). What a thing looks like is
+read off its crop by a second stage; the detector of the plain world has none, and tells colours at centres.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,14 +18,27 @@ from torch import Tensor, nn
 
 from interactdiff.files import write_aside
 from interactdiff.scene import Box
-from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS
+from interactdiff.stickworld.appearance import COLOURS
+from interactdiff.stickworld.attribute_reader import (
+    CROPS,
+    OBJECT_HEADS,
+    PERSON_HEADS,
+    AttributeReader,
+    conv,
+)
+from interactdiff.stickworld.world import ACTIONS, OBJECTS
 
-SIZE = 96  # height and width in pixels of the pictures that it looks at
+SIZE = 128  # height and width in pixels of the pictures that it looks at
+PLAIN_SIZE = 96  # of the plain world's
 STRIDE = 4  # pixels of a cell
-GRID = SIZE // STRIDE
 KINDS = ("person", *OBJECTS)
 COLOUR_NAMES = tuple(COLOURS)
 WEIGHTS, CONFIG = "detector.safetensors", "config.json"
+_VOCABULARY = {"kinds": list(KINDS), "colours": list(COLOUR_NAMES), "actions": list(ACTIONS)}
+_ATTRIBUTES = {
+    f"attributes of {whose}": {name: list(values) for name, values in heads.items()}
+    for whose, heads in (("persons", PERSON_HEADS), ("objects", OBJECT_HEADS))
+}
 _MOST = 6  # persons and objects each in a picture
 _LEAST_SCORE = 0.1  # of a centre's heat, and of an action's probability
 _PAIRING_REACH = 0.1  # distance, as a share of the picture, at which a pointed-at object counts 0.6
@@ -34,7 +48,8 @@ _PAIRING_REACH = 0.1  # distance, as a share of the picture, at which a pointed-
 class Found:
     """A person or an object: `box` xyxy as shares of the picture, `score` in 0..1.
 
-    `action` is the likeliest one of a person, and None of an object.
+    `action` is the likeliest one of a person, and None of an object and of a person who does nothing.
+    `attributes` are those beside the colour, by their names; a detector of the plain world finds none.
     """
 
     name: str
@@ -42,6 +57,7 @@ class Found:
     colour: str
     score: float
     action: str | None = None
+    attributes: dict[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -65,74 +81,99 @@ class Detections:
 
 @dataclass(frozen=True)
 class Maps:
-    """What the network says of every cell; G is `GRID`.
+    """What the network says of every cell of the grid, G to a side.
 
     Attributes:
         heat: [B, 1 + O, G, G] logits that the centre of a person, or of an object of each kind, is here.
         boxes: [B, 2, 4, G, G] of person and object here: how far left, up, right and down of the cell's
             middle its box reaches, as shares of the picture.
-        colours: [B, 2, C, G, G] logits.
-        actions: [B, A, G, G] logits of the person's action.
+        actions: [B, A, G, G] logits of the person's action; with a second stage, one more for none.
         towards: [B, 2, G, G] x and y from the cell's middle to the middle of the object acted on.
+        colours: [B, 2, C, G, G] logits; None with a second stage.
+        attributes: of persons and of objects, [N, C] logits of each attribute of the boxes asked for.
     """
 
     heat: Tensor
     boxes: Tensor
-    colours: Tensor
     actions: Tensor
     towards: Tensor
+    colours: Tensor | None = None
+    attributes: tuple[dict[str, Tensor], ...] = ()
 
 
-def cell_middles(device: torch.device | str = "cpu") -> Tensor:
-    """[2, G, G]: x and y of every cell's middle, as shares of the picture."""
-    middles = (torch.arange(GRID, device=device) + 0.5) / GRID
+def cell_middles(grid: int, device: torch.device | str = "cpu") -> Tensor:
+    """[2, G, G]: x and y of the middle of every cell of a grid, as shares of the picture."""
+    middles = (torch.arange(grid, device=device) + 0.5) / grid
     return torch.stack(torch.meshgrid(middles, middles, indexing="xy"))
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.GroupNorm(outputs // 8, outputs), nn.SiLU()
-    )
-
-
 class Detector(nn.Module):
-    """Down to 6 x 6 for context and back up to 24 x 24 for places; under a million parameters."""
+    """Down to a sixteenth for context and back up to a quarter for places, and two readers of crops.
 
-    def __init__(self, widths: tuple[int, int, int, int] = (32, 64, 96, 128)):
+    Args:
+        widths: channels at a half, a quarter, an eighth and a sixteenth of the picture's size.
+        size: S, height and width in pixels of the pictures that it looks at; a multiple of 16.
+        reader_widths: of `AttributeReader`; None is a detector of the plain world, whose persons all act.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int, int] = (32, 64, 96, 128),
+        size: int = SIZE,
+        reader_widths: tuple[int, int, int, int] | None = (24, 32, 64, 96),
+    ):
         super().__init__()
         a, b, c, d = self.widths = tuple(widths)
-        self.fine = nn.Sequential(_conv(3, a, 2), _conv(a, b, 2))
-        self.middle = nn.Sequential(_conv(b, c, 2), _conv(c, c))
-        self.coarse = nn.Sequential(_conv(c, d, 2), _conv(d, d), _conv(d, d))
+        self.size = size
+        self.reader_widths = None if reader_widths is None else tuple(reader_widths)
+        self.fine = nn.Sequential(conv(3, a, 2), conv(a, b, 2))
+        self.middle = nn.Sequential(conv(b, c, 2), conv(c, c))
+        self.coarse = nn.Sequential(conv(c, d, 2), conv(d, d), conv(d, d))
         self.to_middle = nn.Conv2d(d, c, 1)
-        self.merge_middle = _conv(c, c)
+        self.merge_middle = conv(c, c)
         self.to_fine = nn.Conv2d(c, b, 1)
-        self.merge_fine = nn.Sequential(_conv(b, b), _conv(b, b))
+        self.merge_fine = nn.Sequential(conv(b, b), conv(b, b))
         self.heat = nn.Conv2d(b, len(KINDS), 1)
         self.boxes = nn.Conv2d(b, 2 * 4, 1)
-        self.colours = nn.Conv2d(b, 2 * len(COLOURS), 1)
-        self.actions = nn.Conv2d(b, len(ACTIONS), 1)
+        self.colours = nn.Conv2d(b, 2 * len(COLOURS), 1) if self.plain else None
+        self.actions = nn.Conv2d(b, len(ACTIONS) + (not self.plain), 1)
         self.towards = nn.Conv2d(b, 2, 1)
+        self.readers = nn.ModuleList(
+            AttributeReader(heads, crop, self.reader_widths)
+            for heads, crop in zip((PERSON_HEADS, OBJECT_HEADS), CROPS, strict=True)
+            if self.reader_widths is not None
+        )
         nn.init.constant_(self.heat.bias, -4.0)  # type: ignore[arg-type]  # centres are rare
         nn.init.constant_(self.boxes.bias, 0.15)  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor) -> Maps:
+    @property
+    def plain(self) -> bool:
+        """Whether it is one of the plain world, without a second stage."""
+        return self.reader_widths is None
+
+    def forward(self, images: Tensor, asked: tuple[tuple[Tensor, Tensor], ...] = ()) -> Maps:
         """Look at pictures.
 
         Args:
-            images: [B, 3, 96, 96] in [0, 1].
+            images: [B, 3, S, S] in [0, 1].
+            asked: boxes of persons and of objects whose attributes are read: for each of the two, [N, 4] xyxy
+                as shares of the picture, and [N] the pictures that they are of.
         """
         fine = self.fine(2 * images - 1)
         middle = self.middle(fine)
         coarse = self.coarse(middle)
         middle = self.merge_middle(middle + F.interpolate(self.to_middle(coarse), scale_factor=2.0))
         fine = self.merge_fine(fine + F.interpolate(self.to_fine(middle), scale_factor=2.0))
+        colours = None
+        if self.colours is not None:
+            colours = self.colours(fine).float().unflatten(1, (2, len(COLOURS)))
         return Maps(
             heat=self.heat(fine).float(),
             boxes=self.boxes(fine).float().unflatten(1, (2, 4)),
-            colours=self.colours(fine).float().unflatten(1, (2, len(COLOURS))),
             actions=self.actions(fine).float(),
             towards=self.towards(fine).float(),
+            colours=colours,
+            attributes=tuple(r(images, *boxes) for r, boxes in zip(self.readers, asked, strict=False)),
         )
 
     @torch.no_grad()
@@ -140,7 +181,7 @@ class Detector(nn.Module):
         """Find what is in each picture.
 
         Args:
-            images: [B, 3, H, W] in [0, 1]; other sizes than 96 are scaled to it.
+            images: [B, 3, H, W] in [0, 1]; other sizes than S are scaled to it.
 
         Raises:
             ValueError: the pictures are not of that shape.
@@ -151,9 +192,18 @@ class Detector(nn.Module):
             )
         weight = self.to_fine.weight
         images = images.to(weight.device, weight.dtype)
-        if images.shape[-2:] != (SIZE, SIZE):
-            images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
-        return detections(self(images))
+        size = (self.size, self.size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+        found = located(maps := self(images))
+        for role, reader in enumerate(self.readers):
+            things = [(n, thing) for n, roles in enumerate(found) for thing, _ in roles[role]]
+            boxes = images.new_tensor([thing.box for _, thing in things]).reshape(-1, 4)
+            pictures = torch.tensor([n for n, _ in things], dtype=torch.long, device=images.device)
+            read = iter(reader.read(images, boxes, pictures))
+            for roles in found:
+                roles[role] = [(_with_attributes(thing, next(read)), cell) for thing, cell in roles[role]]
+        return paired(found, maps)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write float16 weights and `config.json`, making the folder if need be."""
@@ -162,12 +212,9 @@ class Detector(nn.Module):
         tensors = {
             name: tensor.detach().half().contiguous().cpu() for name, tensor in self.state_dict().items()
         }
-        config = {
-            "widths": list(self.widths),
-            "kinds": list(KINDS),
-            "colours": list(COLOUR_NAMES),
-            "actions": list(ACTIONS),
-        }
+        config = {"widths": list(self.widths), "size": self.size, **_VOCABULARY}
+        if self.reader_widths is not None:
+            config |= {"reader_widths": list(self.reader_widths), **_ATTRIBUTES}
         write_aside(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
         text = json.dumps(config, indent=2) + "\n"
         write_aside(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
@@ -181,60 +228,92 @@ class Detector(nn.Module):
             ValueError: it was trained on another vocabulary.
         """
         config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
-        for name, ours in (("kinds", KINDS), ("colours", COLOUR_NAMES), ("actions", ACTIONS)):
-            if config[name] != list(ours):
-                raise ValueError(f"expected a detector of the {name} {list(ours)}, got one of {config[name]}")
-        detector = cls(tuple(config["widths"]))
+        reader_widths = config.get("reader_widths")
+        for name, ours in (_VOCABULARY if reader_widths is None else _VOCABULARY | _ATTRIBUTES).items():
+            if config[name] != ours:
+                raise ValueError(f"expected a detector of the {name} {ours}, got one of {config[name]}")
+        detector = cls(config["widths"], config.get("size", PLAIN_SIZE), reader_widths)
         detector.load_state_dict({n: t.float() for n, t in load_file(Path(folder, WEIGHTS)).items()})
         return detector.eval()
 
 
-def detections(maps: Maps) -> list[Detections]:
-    """Read persons, objects and triplets off the maps, one `Detections` a picture."""
+_Located = tuple[Found, int]  # a thing, and the number of the cell that holds its centre
+
+
+def located(maps: Maps) -> list[list[list[_Located]]]:
+    """Read persons and objects off the maps: for each picture the persons and the objects, surest first.
+
+    Their colours are empty where the maps tell none.
+    """
     heat = maps.heat.sigmoid()
+    grid = heat.shape[-1]
     kinds = heat[:, 1:].argmax(1)
     peaks = torch.stack([heat[:, 0], heat[:, 1:].amax(1)], 1)  # of persons, and of objects of any kind
     peaks = peaks * (peaks == F.max_pool2d(peaks, 3, 1, 1))
     scores, cells = peaks.flatten(2).topk(_MOST)  # [B, 2, K]
-    middles = cell_middles(heat.device)
     sign = heat.new_tensor([-1, -1, 1, 1])[:, None, None]
-    boxes = (middles.repeat(2, 1, 1) + sign * maps.boxes).clamp(0, 1)
-    colours = maps.colours.argmax(2)
-    probabilities = maps.actions.softmax(1)
-    targets = middles + maps.towards
+    boxes = (cell_middles(grid, heat.device).repeat(2, 1, 1) + sign * maps.boxes).clamp(0, 1)
+    colours = None if maps.colours is None else maps.colours.argmax(2)
+    actions = maps.actions.argmax(1)
     found = []
     for image in range(len(heat)):
-        things: list[list[tuple[Found, int]]] = [[], []]
+        things: list[list[_Located]] = [[], []]
         for role in (0, 1):
             for score, cell in zip(scores[image, role].tolist(), cells[image, role].tolist(), strict=True):
                 if score < _LEAST_SCORE:
                     continue
-                row, column = divmod(cell, GRID)
+                row, column = divmod(cell, grid)
                 x0, y0, x1, y1 = boxes[image, role, :, row, column].tolist()
                 thing = Found(
                     name=KINDS[0] if role == 0 else KINDS[1 + int(kinds[image, row, column])],
                     box=(x0, y0, x1, y1),
-                    colour=COLOUR_NAMES[int(colours[image, role, row, column])],
+                    colour="" if colours is None else COLOUR_NAMES[int(colours[image, role, row, column])],
                     score=score,
-                    action=ACTIONS[int(probabilities[image, :, row, column].argmax())] if role == 0 else None,
+                    action=_action(int(actions[image, row, column])) if role == 0 else None,
                 )
                 things[role].append((thing, cell))
-        objects = tuple(thing for thing, _ in things[1])
+        found.append(things)
+    return found
+
+
+def paired(found: list[list[list[_Located]]], maps: Maps) -> list[Detections]:
+    """Tell which person does what to which object, one `Detections` a picture.
+
+    Args:
+        found: persons and objects of each picture, see `located`.
+        maps: that they were read off.
+    """
+    grid = maps.heat.shape[-1]
+    probabilities = maps.actions.softmax(1)
+    targets = cell_middles(grid, maps.towards.device) + maps.towards
+    detections = []
+    for image, (persons, things) in enumerate(found):
+        objects = tuple(thing for thing, _ in things)
         triplets = []
-        for person, cell in things[0]:
-            row, column = divmod(cell, GRID)
+        for person, cell in persons:
+            row, column = divmod(cell, grid)
             x, y = targets[image, :, row, column].tolist()
-            if (thing := _pointed_at(x, y, objects)) is None:
+            if person.action is None or (thing := _pointed_at(x, y, objects)) is None:
                 continue
-            for action, probability in zip(
-                ACTIONS, probabilities[image, :, row, column].tolist(), strict=True
-            ):
+            likely = probabilities[image, : len(ACTIONS), row, column].tolist()
+            for action, probability in zip(ACTIONS, likely, strict=True):
                 if probability >= _LEAST_SCORE:
                     score = person.score * thing.score * probability
                     triplets.append(FoundTriplet(person, action, thing, score))
         triplets.sort(key=lambda triplet: -triplet.score)
-        found.append(Detections(tuple(person for person, _ in things[0]), objects, tuple(triplets)))
-    return found
+        detections.append(Detections(tuple(person for person, _ in persons), objects, tuple(triplets)))
+    return detections
+
+
+def _action(index: int) -> str | None:
+    """One of `ACTIONS`; the class beyond them is to do nothing."""
+    return ACTIONS[index] if index < len(ACTIONS) else None
+
+
+def _with_attributes(thing: Found, attributes: dict[str, str]) -> Found:
+    """A thing with the colour and the other attributes that were read."""
+    others = {name: value for name, value in attributes.items() if name != "colour"}
+    return replace(thing, colour=attributes["colour"], attributes=others)
 
 
 def _pointed_at(x: float, y: float, objects: tuple[Found, ...]) -> Found | None:
