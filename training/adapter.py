@@ -21,18 +21,56 @@ from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.phrases import pipeline_phrases
 from interactdiff.interaction.tokens import scene_phrases
 from interactdiff.picture import overlay
-from interactdiff.scene import Interaction
-from interactdiff.stickworld.world import HELD_OUT, WorldScene, sample_scene
-from interactdiff.training.base import cached_latents, sampler, text_states, velocity_loss
+from interactdiff.scene import Box, Entity, Interaction
+from interactdiff.stickworld.captions import describe_object, describe_person, named_attributes, phrase
+from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.render import SIZE
+from interactdiff.stickworld.world import HELD_OUT, WorldEntity, WorldScene
+from interactdiff.training.base import sampler, text_states, velocity_loss
 from interactdiff.training.dit import FlowBatch, encoded
 from interactdiff.training.recipe import Recipe, RecipeError
-from interactdiff.training.world_data import cached_renders, grid
+from interactdiff.training.world_data import cached_latents, cached_renders, grid, scenes
 
 
-def varied_interactions(scene: WorldScene, rng: random.Random, null_action: float) -> tuple[Interaction, ...]:
-    """A scene's interactions in random order, with colours or without, at times without the action."""
-    asked = scene.interactions(colours=rng.random() < 0.8, action=rng.random() >= null_action)
-    return tuple(rng.sample(asked, len(asked)))
+def varied_items(
+    scene: WorldScene, rng: random.Random, null_action: float, slack: float
+) -> tuple[Interaction | Entity, ...]:
+    """A scene's interactions and entities as users would give them, in random order.
+
+    With colours or without, at times with more of their appearance, without the action, or left out.
+
+    Args:
+        scene: the scene.
+        rng: what decides.
+        null_action: probability of an interaction without its action.
+        slack: standard deviation of a box's edges about the true ones, in shares of the box's side; boxes
+            drawn by hand are rather too large than too small.
+    """
+
+    def words(thing: WorldEntity) -> str:
+        colours = rng.random() < 0.8
+        if rng.random() < 0.5:
+            return phrase(thing.name, thing.appearance, colours)
+        named = named_attributes(thing.appearance, rng, colours)
+        described = (
+            describe_person(named, rng) if thing.name == "person" else describe_object(thing.name, named, rng)
+        )
+        return described.removeprefix("a ").removeprefix("an ")
+
+    def box(true: Box) -> Box:
+        x, y = slack * (true[2] - true[0]), slack * (true[3] - true[1])
+        x0, y0 = true[0] - rng.gauss(0.5, 1) * x, true[1] - rng.gauss(0.5, 1) * y
+        x1, y1 = true[2] + rng.gauss(0.5, 1) * x, true[3] + rng.gauss(0.5, 1) * y
+        return max(0.0, x0), max(0.0, y0), min(1.0, x1), min(1.0, y1)
+
+    items: list[Interaction | Entity] = []
+    for t in scene.triplets:
+        subject, obj = t.entities
+        action = None if rng.random() < null_action else t.action
+        items.append(Interaction(words(subject), action, words(obj), box(t.subject_box), box(t.object_box)))
+    items += [Entity(words(entity), box(entity.box)) for entity in scene.entities]
+    kept = [item for item in items if rng.random() < 0.9] or items
+    return tuple(rng.sample(kept, len(kept)))
 
 
 def varied_prompt(scene: WorldScene, rng: random.Random, keep: float, strip: float) -> str:
@@ -48,11 +86,12 @@ def in_random_slots(tensors: dict[str, Tensor], generator: torch.Generator) -> d
 
     Args:
         tensors: the laid out scenes, [B, N, ...] each.
-        generator: CPU source of the draw.
+        generator: source of the draw, on the tensors' device.
     """
     rows, slots = tensors["masks"].shape
-    order = torch.rand(rows, slots, generator=generator).argsort(dim=1)
-    return {name: t[torch.arange(rows)[:, None], order] for name, t in tensors.items()}
+    order = torch.rand(rows, slots, generator=generator, device=generator.device).argsort(dim=1)
+    first = torch.arange(rows, device=order.device)[:, None]
+    return {name: t[first, order] for name, t in tensors.items()}
 
 
 class AdapterRecipe(Recipe):
@@ -60,9 +99,9 @@ class AdapterRecipe(Recipe):
 
     Extra configuration keys: `base` (pipeline folder), `cache_dir`, `renders`, `adapter` (arguments of
     `InteractionAdapter.for_unet` or `.for_transformer`), `init_from` (adapter to go on from, or null),
-    `keep_caption`, `strip_caption`, `null_all`, `null_action` (probabilities), `guidance_scale` (of samples),
-    `export_to`; `timestep_power` (of a U-Net, see `velocity_loss`) or `logits` (of a transformer, see
-    `FlowBatch`).
+    `keep_caption`, `strip_caption`, `null_all`, `null_action` (probabilities), `slack` (see `varied_items`),
+    `guidance_scale` (of samples), `export_to`; `timestep_power` (of a U-Net, see `velocity_loss`) or `logits`
+    (of a transformer, see `FlowBatch`).
     """
 
     def build(self) -> nn.Module:
@@ -78,6 +117,7 @@ class AdapterRecipe(Recipe):
             self.pipe.unet.to(memory_format=torch.channels_last)
         renders = cached_renders(Path(config["cache_dir"]), config["renders"])
         self.latents = cached_latents(Path(config["cache_dir"]), self.pipe.vae, renders)
+        self.scenes = scenes(config["renders"])
         if config["init_from"]:
             adapter = InteractionAdapter.from_pretrained(config["init_from"]).float()
         elif self.in_unet:
@@ -96,22 +136,22 @@ class AdapterRecipe(Recipe):
         config = self.config
         rng = random.Random(config["seed"] * 1_000_003 + step)
         chosen = [rng.randrange(len(self.latents)) for _ in range(config["batch_size"])]
-        prompts, asked = [], []
+        prompts, items = [], []
         for index in chosen:
-            scene = sample_scene(index)
+            scene = self.scenes[index]
             nulled = rng.random() < config["null_all"]
             prompts.append(
                 "" if nulled else varied_prompt(scene, rng, config["keep_caption"], config["strip_caption"])
             )
-            asked.append(() if nulled else varied_interactions(scene, rng, config["null_action"]))
+            items.append(() if nulled else varied_items(scene, rng, config["null_action"], config["slack"]))
         return {
             "latents": self.latents[chosen].float().to(self.device),
             "prompts": prompts,
-            "interactions": asked,
+            "items": items,
         }
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        tensors = in_random_slots(self._scene_tensors(batch["interactions"]), generator)
+        tensors = in_random_slots(self._scene_tensors(batch["items"]), generator)
         self.handle.set_tokens(self.model(**tensors))
         loss = self._loss_in_unet if self.in_unet else self._loss_in_transformer
         return loss(batch["latents"], batch["prompts"], generator)
@@ -128,7 +168,7 @@ class AdapterRecipe(Recipe):
             flow.inputs["guidance"] = torch.full_like(flow.inputs["timestep"], self.config["guidance_scale"])
         return flow.loss(self.pipe.transformer(**flow.inputs).sample)
 
-    def _scene_tensors(self, scenes: Sequence[Sequence[Interaction]]) -> dict[str, Tensor]:
+    def _scene_tensors(self, scenes: Sequence[Sequence[Interaction | Entity]]) -> dict[str, Tensor]:
         new = [phrase for phrase in scene_phrases(scenes) if phrase not in self.features]
         if new:
             with torch.autocast(self.device.type, enabled=False):
@@ -137,14 +177,14 @@ class AdapterRecipe(Recipe):
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
-        scenes = [sample_scene(HELD_OUT + n) for n in range(8)]
-        asked = [scene.interactions() for scene in scenes]
-        self.handle.set_scene(asked)
-        captions = [scene.caption_without_verb for scene in scenes]
+        held_out = [sample_scene(HELD_OUT + n) for n in range(8)]
+        items = [(*scene.interactions(), *scene.lone_entities()) for scene in held_out]
+        self.handle.set_scene(items)
+        captions = [scene.caption_without_verb for scene in held_out]
         drawn = self.pipe(
             **call_arguments(self.pipe, captions, guidance_scale=self.config["guidance_scale"]),
-            height=96,
-            width=96,
+            height=SIZE,
+            width=SIZE,
             num_inference_steps=30,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
@@ -152,7 +192,12 @@ class AdapterRecipe(Recipe):
         self.handle.clear()
         plain = grid(drawn.cpu() * 2 - 1, 8)
         side = plain.height
-        rows = [overlay(plain.crop((n * side, 0, (n + 1) * side, side)), a) for n, a in enumerate(asked)]
+        rows = [
+            overlay(
+                plain.crop((n * side, 0, (n + 1) * side, side)), scene.interactions(), scene.lone_entities()
+            )
+            for n, scene in enumerate(held_out)
+        ]
         sheet = Image.new("RGB", (sum(r.width for r in rows[:4]), 2 * rows[0].height))
         for n, row in enumerate(rows):
             sheet.paste(row, (n % 4 * row.width, n // 4 * row.height))

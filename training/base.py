@@ -59,12 +59,12 @@ def velocity_loss(
         denoiser: a `UNet2DConditionModel`.
         latents: x, [B, C, H, W].
         text: [B, L, D] states of the text encoder.
-        generator: CPU source of the noise and of the timesteps.
+        generator: source of the noise and of the timesteps.
         timestep_power: timesteps are 1000 u^power with u uniform in [0, 1); below 1 leans to high noise,
             where text and layout are decided.
     """
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    uniform = torch.rand(len(latents), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
+    uniform = torch.rand(len(latents), generator=generator, device=generator.device)
     timesteps = (uniform**timestep_power * 1000).long().clamp(max=999).to(latents.device)
     noisy = schedule().add_noise(latents, noise, cast(Any, timesteps))
     predicted = denoiser(noisy, timesteps, text).sample
@@ -98,7 +98,7 @@ class PooledDropout:
 
     def draw(self, rows: int, generator: torch.Generator) -> None:
         """Choose the examples of the next call."""
-        self.kept = (torch.rand(rows, 1, generator=generator) >= self.share).float()
+        self.kept = (torch.rand(rows, 1, generator=generator, device=generator.device) >= self.share).float()
 
     def _drop(self, module: nn.Module, output: Tensor) -> Tensor:
         return output * self.kept.to(output) if module.training else output

@@ -24,7 +24,8 @@ from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
 from interactdiff.files import write_aside
 from interactdiff.generate import call_arguments
 from interactdiff.sites import attention_sites
-from interactdiff.stickworld.world import HELD_OUT, sample_scene
+from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.world import HELD_OUT
 from interactdiff.training.dit import FlowBatch, encoded
 from interactdiff.training.recipe import Recipe, RecipeError
 from interactdiff.training.world_data import grid

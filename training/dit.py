@@ -52,7 +52,7 @@ class FlowBatch:
         latents: x, [B, C, H, W].
         text: [B, T, D] states of the text.
         pooled: [B, P] pooled state of the text.
-        generator: CPU source of the noise and of the times.
+        generator: source of the noise and of the times.
         logits: mean and standard deviation of the times' logit-normal density (arXiv 2403.03206, section
             3.1), whose mean above 0 leans to noise, where text and layout are decided; None spreads them
             evenly.
@@ -66,10 +66,10 @@ class FlowBatch:
         generator: torch.Generator,
         logits: tuple[float, float] | None = None,
     ):
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
         density, (mean, deviation) = ("logit_normal", logits) if logits else ("none", (0.0, 1.0))
         times: Any = compute_density_for_timestep_sampling(
-            density, len(latents), mean, deviation, generator=generator
+            density, len(latents), mean, deviation, device=generator.device, generator=generator
         )
         times = times.to(latents)
         share = times[:, None, None, None]
@@ -152,7 +152,9 @@ class DitRecipe(Recipe):
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         config = self.config
         text, pooled = self.text.states(batch["captions"])
-        kept = torch.rand(len(text), 1, generator=generator) >= config["pooled_dropout"]
+        kept = (
+            torch.rand(len(text), 1, generator=generator, device=generator.device) >= config["pooled_dropout"]
+        )
         pooled = pooled * kept.to(pooled)
         logits = config["logit_mean"], config["logit_std"]
         flow = FlowBatch(batch["latents"], text, pooled, generator, logits)

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def attention_backend(device: torch.device) -> AbstractContextManager[object]:
 
 
 def make_optimizers(parameters: list[nn.Parameter], config: dict[str, Any]) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or ("muon") Muon for the matrices and AdamW for the rest.
+    """AdamW for everything, or ("muon") Muon for matrices and kernels of convolutions and AdamW for the rest.
 
     Muon (Jordan et al. 2024) steps along the nearest orthogonal matrix to the momentum; its steps are scaled
     to the size of AdamW's (arXiv 2502.16982, section 2.2), so that both go by one learning rate.
@@ -54,11 +55,48 @@ def make_optimizers(parameters: list[nn.Parameter], config: dict[str, Any]) -> l
         known = "adamw or muon" if hasattr(torch.optim, "Muon") else "adamw (muon needs torch 2.9)"
         raise RecipeError(f"expected optimizer {known}, got {config['optimizer']!r}")
     matrices = [p for p in parameters if p.ndim == 2]
-    others = [p for p in parameters if p.ndim != 2]
-    return [
-        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared),
-        torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True, **shared),
-    ]
+    kernels = [p for p in parameters if p.ndim == 4]
+    others = [p for p in parameters if p.ndim not in (2, 4)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared))
+    if kernels:
+        optimizers.append(KernelMuon(kernels, **shared))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True, **shared))
+    return optimizers
+
+
+class KernelMuon(torch.optim.Muon if hasattr(torch.optim, "Muon") else torch.optim.Optimizer):
+    """Muon for kernels of convolutions, [O, I, H, W], each taken as a matrix of O rows."""
+
+    def __init__(self, kernels: list[nn.Parameter], **options: float):
+        self._kernels = kernels
+        self._matrices = [nn.Parameter(_as_matrix(kernel.detach())) for kernel in kernels]
+        super().__init__(self._matrices, adjust_lr_fn="match_rms_adamw", **options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Step on the kernels themselves, which may have moved to another device meanwhile."""
+        for kernel, matrix in zip(self._kernels, self._matrices, strict=True):
+            matrix.data = _as_matrix(kernel.detach())
+            matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad, kernel)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the kernels' gradients."""
+        super().zero_grad(set_to_none)
+        for kernel in self._kernels:
+            kernel.grad = None
+
+
+def _as_matrix(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """[O, I, H, W] as [O, I * H * W], in the order in which a kernel (`like`, or itself) lies in memory.
+
+    Of a kernel itself it is a view.
+    """
+    by_rows = (tensor if like is None else like).is_contiguous()
+    return tensor.flatten(1) if by_rows else tensor.permute(0, 2, 3, 1).flatten(1)  # else channels last
 
 
 class Recipe(ABC):
@@ -117,19 +155,29 @@ class Recipe(ABC):
         """Write the (averaged) model where `export_to` says."""
 
     def generator(self, step: int) -> torch.Generator:
-        """The source of a step's noise, on the CPU."""
-        return torch.Generator().manual_seed(self.config["seed"] * 1_000_003 + step)
+        """The source of a step's noise, on the device."""
+        return torch.Generator(self.device).manual_seed(self.config["seed"] * 1_000_003 + step)
 
     def train(self) -> list[float]:
         """Run to the last step; returns the losses of the steps run here."""
+        with ThreadPoolExecutor(1) as pool:  # makes the next batch while the device is busy
+            losses = self._train(pool)
+        with self._averaged():
+            self.export()
+        return losses
+
+    def _train(self, pool: ThreadPoolExecutor) -> list[float]:
         config, losses = self.config, []
         started = time.monotonic()
         bar = tqdm(total=config["steps"], initial=self.step, desc=self.output.name, mininterval=5.0)
         end = min(config["steps"], config["stop_at"])
+        upcoming = pool.submit(self.batch, self.step)
         while self.step < end:
             self.model.train()
+            batch = upcoming.result()
+            upcoming = pool.submit(self.batch, self.step + 1)
             with self.accelerator.autocast(), attention_backend(self.device):
-                loss = self.loss(self.batch(self.step), self.generator(self.step))
+                loss = self.loss(batch, self.generator(self.step))
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(self.model.parameters(), config["max_grad_norm"])
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
@@ -138,9 +186,7 @@ class Recipe(ABC):
                 optimizer.zero_grad(set_to_none=True)
             self.ema.step(p for p in self.model.parameters() if p.requires_grad)
             self.step += 1
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise RecipeError(f"expected a finite loss, got {losses[-1]} at step {self.step}")
+            losses.append(loss.detach())  # read when it is logged: reading waits for the device
             bar.update()
             if self.step % config["log_every"] == 0:
                 self._log(losses[-config["log_every"] :])
@@ -152,16 +198,13 @@ class Recipe(ABC):
             if last:
                 break
         bar.close()
-        with self._averaged():
-            self.export()
-        return losses
+        return torch.stack(losses).tolist() if losses else []
 
-    def _log(self, recent: list[float]) -> None:
-        row = {
-            "step": self.step,
-            "loss": sum(recent) / len(recent),
-            "lr": self.schedulers[0].get_last_lr()[0],
-        }
+    def _log(self, recent: list[Tensor]) -> None:
+        loss = torch.stack(recent).mean().item()
+        if not math.isfinite(loss):
+            raise RecipeError(f"expected a finite loss, got {loss} before step {self.step}")
+        row = {"step": self.step, "loss": loss, "lr": self.schedulers[0].get_last_lr()[0]}
         with (self.output / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
         tqdm.write(f"step {self.step}: loss {row['loss']:.4f}")

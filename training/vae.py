@@ -43,7 +43,7 @@ class VaeRecipe(Recipe):
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         images = batch["images"]
         latents = self.model.encode(images).latents.float()
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
         drawn = self.model.decode(latents + self.config["latent_noise"] * noise).sample.float()
         mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
         spread = mean.square().mean() + (variance - 1).square().mean()

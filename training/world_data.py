@@ -57,6 +57,15 @@ def _in_chunks(count: int, make: Callable[..., Any], *arguments: Any) -> list[tu
         return list(zip(firsts, lasts, chunks, strict=True))
 
 
+def _scene_chunk(first: int, last: int) -> list[WorldScene]:
+    return [sample_scene(seed) for seed in range(first, last)]
+
+
+def scenes(count: int) -> list[WorldScene]:
+    """Scenes 0 to `count` - 1."""
+    return [scene for _, _, chunk in _in_chunks(count, _scene_chunk) for scene in chunk]
+
+
 def cached_renders(folder: Path, count: int, size: int = SIZE) -> np.ndarray:
     """Renders of scenes 0 to `count` - 1, kept in `folder`; drawn anew when the world looks different.
 
