@@ -20,23 +20,24 @@ from tqdm.auto import tqdm
 
 from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.commands.arguments import quiet_libraries
-from interactdiff.evaluation.hoi import text_scores, with_interval
+from interactdiff.evaluation.captions import text_scores
+from interactdiff.evaluation.hoi import with_interval
 from interactdiff.evaluation.images import feature_distance
-from interactdiff.evaluation.world import Drawing, Order, draw, held_out_scenes, packaged_detector
+from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
+from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generate import Drawer
 from interactdiff.models import GUIDANCE_SCALES
 from interactdiff.stickworld import model_path
-from interactdiff.stickworld.detector import SIZE
 from interactdiff.training.world_data import grid
 
 MODEL = "stickworld-dit"
 BATCH = 20
 
 
-def pictures(drawer: Drawer, orders: list[Order], seed: int, how: Drawing, title: str) -> Tensor:
+def pictures(drawer: Drawer, orders: list[PictureRequest], seed: int, how: Sampling, title: str) -> Tensor:
     """[N, 3, H, W] in [0, 1]."""
     firsts = tqdm(range(0, len(orders), BATCH), desc=title, unit="batch", leave=False)
-    return torch.cat([draw(orders[first : first + BATCH], drawer, seed, how) for first in firsts])
+    return torch.cat([draw_pictures(orders[first : first + BATCH], drawer, seed, how) for first in firsts])
 
 
 def main() -> None:
@@ -45,21 +46,22 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--size", type=int, help="pixels; default: the model's own")
     parser.add_argument("--layers", type=Path, nargs="+", help="folders; default: the packaged ones")
     parser.add_argument("--sheet", type=Path, help="also write the first pictures of each row, a row each")
     args = parser.parse_args()
     quiet_libraries()
     drawer, detector = Drawer.load(MODEL, device="cpu"), packaged_detector()
     drawer.pipeline.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(args.scenes, args.seed)
-    orders = [Order(n, scene.caption) for n, scene in enumerate(scenes)]
-    how = Drawing(args.steps, GUIDANCE_SCALES[MODEL], args.size)
+    scenes = held_out_scenes(args.scenes, args.seed, detector.plain)
+    orders = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]
+    size = args.size or drawer.size
+    how = Sampling(args.steps, GUIDANCE_SCALES[MODEL], size)
     layers = [ClearAdapter.from_pretrained(f) for f in args.layers or [model_path(f"{MODEL}-clear")]]
     rows: dict[str, Any] = {"teacher": None, "window, untrained": ClearAdapter(layers[0].config).eval()}
     rows |= {f"distilled, {one.config}": one for one in layers}
 
-    print(f"{args.scenes} scenes, {args.size} px, {args.steps} steps, {layers[0].config}")
+    print(f"{args.scenes} scenes, {size} px, {args.steps} steps, {layers[0].config}")
     print(f"{'%':42}" + "".join(f"{name:>20}" for name in ("objects", "actions", "colours")), end="")
     print(f"{'PSNR, dB':>10}{'distance':>10}")
     sheet, wanted = [], None
@@ -69,11 +71,11 @@ def main() -> None:
         )
         with attached:
             drawn = pictures(drawer, orders, args.seed, how, title)
-        small = F.interpolate(drawn, (SIZE, SIZE), mode="area")
+        small = F.interpolate(drawn, (detector.size, detector.size), mode="area")
         wanted = (drawn, small) if wanted is None else wanted
         sheet.append(drawn[:8])
         cells = []
-        for score in text_scores(detector.detect(small), [scene.triplets for scene in scenes]).values():
+        for score in text_scores(detector.detect(small), scenes).values():
             value, (low, high) = with_interval(score, len(scenes))
             cells.append(f"{100 * value:8.1f} [{100 * low:3.0f}, {100 * high:3.0f}]")
         print(f"{title:42}" + "".join(f"{cell:>20}" for cell in cells), end="")

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from interactdiff.bench.interaction import BASES, operations
 from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.evaluation.hoi import at_box, iou, picture_scores, with_interval
-from interactdiff.evaluation.world import held_out_scenes, packaged_detector
+from interactdiff.evaluation.sampling import held_out_scenes
+from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generate import Drawer
 from interactdiff.interaction import control
 from interactdiff.interaction.fuser import GatedSelfAttention, KeysValues
@@ -50,7 +51,7 @@ class World:
     def __init__(self, scenes: int, seed: int, steps: int):
         self.drawer, self.detector = Drawer.load(device="cpu"), packaged_detector()
         self.drawer.pipeline.set_progress_bar_config(disable=True)
-        self.scenes, self.seed, self.steps = held_out_scenes(scenes, seed), seed, steps
+        self.scenes, self.seed, self.steps = held_out_scenes(scenes, seed, self.detector.plain), seed, steps
 
     def look(self, asked: list[list[Any]], fast: bool = False) -> list[Detections]:
         """What is seen where these interactions and entities were asked for, one list for each scene."""
@@ -72,7 +73,7 @@ class World:
 
     def show(self, title: str, seen: list[Detections]) -> None:
         """Print the scores of a row."""
-        scores = picture_scores(seen, [scene.triplets for scene in self.scenes])
+        scores = picture_scores(seen, self.scenes)
         cells = []
         for name, score in scores.items():
             value, (low, high) = with_interval(score, len(self.scenes))

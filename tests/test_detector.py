@@ -7,81 +7,129 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_dit import tiny_autoencoder
+from world_truth import perfect
 
+from interactdiff.evaluation.attributes import head_accuracies
 from interactdiff.evaluation.hoi import picture_scores
-from interactdiff.evaluation.world import held_out_scenes, look_at_renders, swap, swap_scores
+from interactdiff.evaluation.sampling import action_swap, detect_renders, held_out_scenes
+from interactdiff.evaluation.world import swap_scores
 from interactdiff.stickworld import model_path
+from interactdiff.stickworld.attribute_reader import (
+    OBJECT_HEADS,
+    PERSON_HEADS,
+)
 from interactdiff.stickworld.detector import (
-    COLOUR_NAMES,
-    GRID,
     KINDS,
+    SIZE,
+    STRIDE,
+    Detections,
     Detector,
     Maps,
     cell_middles,
-    detections,
+    located,
+    paired,
 )
-from interactdiff.stickworld.world import ACTIONS, COLOURS, sample_scene
-from interactdiff.training.detector import detection_loss, focal_loss, roughened, scene_truth
+from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.world import ACTIONS, WorldScene
+from interactdiff.training.detector import (
+    attribute_loss,
+    detection_loss,
+    focal_loss,
+    present_boxes,
+    roughened,
+    scene_truth,
+    shaken,
+)
 from interactdiff.training.recipe import checkpoints
 from interactdiff.training.run import load_config, make_recipe
 
 CONFIG = Path(__file__).parent.parent / "training" / "configs" / "stickworld_detector.yaml"
+GRID = SIZE // STRIDE
+TINY = (8, 8, 8, 8)
 
 
 def ideal_maps(truth: dict[str, torch.Tensor]) -> Maps:
     """What a perfect detector says: at every cell, the truth of the nearest person and object."""
     boxes, present = truth["boxes"], truth["present"]
     images = len(boxes)
-    middles = cell_middles()
+    middles = cell_middles(GRID)
     maps = Maps(
         heat=torch.full((images, len(KINDS), GRID, GRID), -20.0),
         boxes=torch.zeros(images, 2, 4, GRID, GRID),
-        colours=torch.zeros(images, 2, len(COLOURS), GRID, GRID),
-        actions=torch.zeros(images, len(ACTIONS), GRID, GRID),
+        actions=torch.zeros(images, len(ACTIONS) + 1, GRID, GRID),
         towards=torch.zeros(images, 2, GRID, GRID),
+        attributes=tuple(
+            {
+                name: 20.0 * torch.nn.functional.one_hot(wanted[:, k].clamp(min=0), len(values))
+                for k, (name, values) in enumerate(heads.items())
+            }
+            for role, heads in enumerate((PERSON_HEADS, OBJECT_HEADS))
+            for wanted in [truth["attributes"][:, role][present[:, role]]]
+        ),
     )
     centres = (boxes[..., :2] + boxes[..., 2:]) / 2
     for image in range(images):
         for role in (0, 1):
-            distance = (middles - centres[image, :, role, :, None, None]).square().sum(1)
+            distance = (middles - centres[image, role, :, :, None, None]).square().sum(1)
             owner = distance.argmin(0)
-            for n in range(2):
-                if not present[image, n]:
-                    continue
-                mine, box = owner == n, boxes[image, n, role]
+            for n in present[image, role].nonzero().flatten().tolist():
+                mine, box = owner == n, boxes[image, role, n]
                 kind = 0 if role == 0 else int(truth["kinds"][image, n])
                 cell = divmod(int(distance[n].argmin()), GRID)
                 maps.heat[image, kind, cell[0], cell[1]] = 20.0
                 here = torch.cat([middles - box[:2, None, None], box[2:, None, None] - middles])
                 maps.boxes[image, role][:, mine] = here[:, mine]
-                maps.colours[image, role, truth["colours"][image, n, role]][mine] = 20.0
                 if role == 0:
                     maps.actions[image, truth["actions"][image, n]][mine] = 20.0
-                    towards = centres[image, n, 1][:, None, None] - middles
-                    maps.towards[image][:, mine] = towards[:, mine]
+                    if (aim := int(truth["targets"][image, n])) >= 0:
+                        towards = centres[image, 1, aim][:, None, None] - middles
+                        maps.towards[image][:, mine] = towards[:, mine]
     return maps
 
 
+def read(maps: Maps) -> list[Detections]:
+    return paired(located(maps), maps)
+
+
 def test_ideal_maps_are_read_as_the_scenes_that_they_are_of() -> None:
-    worlds = held_out_scenes(24, seed=0)
-    found = detections(ideal_maps(scene_truth(worlds)))
-    once = np.ones((1, len(worlds)))
-    for name, score in picture_scores(found, [world.triplets for world in worlds]).items():
-        assert score.value(once) == pytest.approx([1.0]), name
-    for seen, world in zip(found, worlds, strict=True):
-        assert len(seen.persons) == len(seen.objects) == len(seen.triplets) == len(world.triplets)
-        assert all(triplet.score == pytest.approx(1, abs=1e-3) for triplet in seen.triplets)
+    scenes = held_out_scenes(40, seed=0)
+    assert {len(scene.triplets) for scene in scenes} == {0, 1, 2, 3}
+    found = read(ideal_maps(scene_truth(scenes)))
+    once = np.ones((1, len(scenes)))
+    scores = picture_scores(found, scenes)
+    for name in ("hoi_map", "box_acc", "action_acc"):
+        assert scores[name].value(once) == pytest.approx([1.0]), name
+    for picture, scene in zip(found, scenes, strict=True):
+        whole = perfect(scene)
+        assert len(picture.persons) == len(whole.persons)
+        assert len(picture.objects) == len(whole.objects)
+        assert len(picture.triplets) == len(scene.triplets)
+        assert sum(person.action is None for person in picture.persons) == sum(
+            entity.name == "person" for entity in scene.entities
+        )
+        assert all(triplet.score == pytest.approx(1, abs=1e-3) for triplet in picture.triplets)
 
 
 def test_score_of_a_triplet_is_the_product_of_its_parts() -> None:
-    worlds = held_out_scenes(1, seed=0)
-    maps = ideal_maps(scene_truth(worlds))
+    maps = ideal_maps(scene_truth([sample_scene(0, 1, 0)]))
     maps.heat.clamp_(max=1.0)
-    maps.actions.mul_(0)
-    seen = detections(maps)[0]
+    maps.actions.fill_(-20)
+    maps.actions[:, :4] = 0
+    picture = read(maps)[0]
     heat = torch.tensor(1.0).sigmoid().item()
-    assert seen.persons[0].score == pytest.approx(heat)
-    assert seen.triplets[0].score == pytest.approx(heat * heat / len(ACTIONS))
+    assert picture.persons[0].score == pytest.approx(heat)
+    assert picture.triplets[0].score == pytest.approx(heat * heat / 4)
+
+
+def test_who_does_nothing_is_in_no_triplet() -> None:
+    maps = ideal_maps(scene_truth([sample_scene(0, 1, 0)]))
+    maps.actions.mul_(0)
+    maps.actions[:, -1] = 0.1  # likeliest, and each action is likely enough
+    picture = read(maps)[0]
+    assert picture.persons[0].action is None
+    assert picture.objects
+    assert picture.triplets == ()
 
 
 def test_loss_is_least_for_ideal_maps_and_rises_with_every_mistake() -> None:
@@ -91,7 +139,6 @@ def test_loss_is_least_for_ideal_maps_and_rises_with_every_mistake() -> None:
     spoil: dict[str, Callable[[Maps], Any]] = {
         "heat": lambda maps: maps.heat.mul_(0.05),
         "boxes": lambda maps: maps.boxes.add_(0.05),
-        "colours": lambda maps: maps.colours.copy_(maps.colours.roll(1, 2)),
         "actions": lambda maps: maps.actions.copy_(maps.actions.roll(1, 1)),
         "towards": lambda maps: maps.towards.add_(0.05),
     }
@@ -99,6 +146,23 @@ def test_loss_is_least_for_ideal_maps_and_rises_with_every_mistake() -> None:
         maps = ideal_maps(truth)
         mistake(maps)
         assert detection_loss(maps, truth).item() > least + 0.1, name
+
+
+def test_loss_of_attributes_counts_those_that_things_have() -> None:
+    truth = scene_truth(held_out_scenes(16, seed=1))
+    attributes = ideal_maps(truth).attributes
+    assert attribute_loss(attributes, truth).item() == pytest.approx(0, abs=1e-3)
+    for logits in attributes:
+        for values in logits.values():
+            kept = values.clone()
+            values.copy_(values.roll(1, 1))
+            assert attribute_loss(attributes, truth).item() > 10
+            values.copy_(kept)
+    wanted = truth["attributes"][:, 1][truth["present"][:, 1]]
+    plain = wanted[:, list(OBJECT_HEADS).index("second_colour")] < 0
+    assert plain.any()
+    attributes[1]["second_colour"][plain] = torch.randn(int(plain.sum()), 4)
+    assert attribute_loss(attributes, truth).item() == pytest.approx(0, abs=1e-3)
 
 
 def test_focal_loss_by_hand() -> None:
@@ -110,15 +174,40 @@ def test_focal_loss_by_hand() -> None:
 
 
 def test_truth_of_scenes_holds_what_is_planned() -> None:
-    scene = sample_scene(3, n_interactions=1)
-    truth = scene_truth([scene, sample_scene(4, n_interactions=2)])
-    assert truth["present"].tolist() == [[True, False], [True, True]]
+    scene = sample_scene(3, n_interactions=1, n_entities=2)
+    truth = scene_truth([scene, sample_scene(4, n_interactions=0, n_entities=1)])
+    things = [[t for t in scene.things if (t.name == "person") == person] for person in (True, False)]
     triplet = scene.triplets[0]
+    assert truth["present"].sum((1, 2)).tolist() == [4, 1]
     assert KINDS[truth["kinds"][0, 0]] == triplet.object
     assert ACTIONS[truth["actions"][0, 0]] == triplet.action
-    colours = tuple(COLOUR_NAMES[n] for n in truth["colours"][0, 0])
-    assert colours == (triplet.subject_colour, triplet.object_colour)
-    torch.testing.assert_close(truth["boxes"][0, 0, 1], torch.tensor(triplet.object_box))
+    assert truth["actions"][0, 1:].unique().tolist() == [len(ACTIONS)]
+    assert truth["targets"][0].tolist() == [0, -1, -1, -1, -1]
+    for role, heads in enumerate((PERSON_HEADS, OBJECT_HEADS)):
+        assert truth["present"][0, role].sum() == len(things[role])
+        for n, thing in enumerate(things[role]):
+            torch.testing.assert_close(truth["boxes"][0, role, n], torch.tensor(thing.box))
+            indices = dict(zip(heads, truth["attributes"][0, role, n].tolist(), strict=False))
+            shown = {name: heads[name][index] for name, index in indices.items() if index >= 0}
+            assert shown == thing.appearance.attributes()
+
+
+def test_boxes_that_are_read_are_those_of_their_pictures_and_a_little_off() -> None:
+    scenes = held_out_scenes(6, seed=4)
+    for role, boxes in enumerate(present_boxes(scene_truth(scenes))):
+        wanted = [
+            (thing.box, n)
+            for n, scene in enumerate(scenes)
+            for thing in scene.things
+            if (thing.name != "person") == bool(role)
+        ]
+        assert boxes[1].tolist() == [n for _, n in wanted]
+        torch.testing.assert_close(boxes[0], torch.tensor([box for box, _ in wanted]))
+        moved, pictures = shaken(boxes, torch.Generator().manual_seed(0))
+        assert torch.equal(pictures, boxes[1])
+        sides = (boxes[0][:, 2:] - boxes[0][:, :2]).repeat(1, 2)
+        share = (moved - boxes[0]).abs() / sides
+        assert 0.04 < share.max() <= 0.0601
 
 
 def test_roughened_pictures_stay_pictures_and_repeat_with_the_seed() -> None:
@@ -131,22 +220,27 @@ def test_roughened_pictures_stay_pictures_and_repeat_with_the_seed() -> None:
     assert rough.max() <= 1
 
 
-def test_detector_takes_any_size_and_stays_under_a_million_parameters() -> None:
+def test_detector_takes_any_size_and_is_small() -> None:
     torch.manual_seed(0)
     detector = Detector().eval()
-    assert sum(p.numel() for p in detector.parameters()) < 1_000_000
+    assert sum(p.numel() for p in detector.parameters()) < 1_300_000
     assert len(detector.detect(torch.rand(2, 3, 64, 80))) == 2
     with pytest.raises(ValueError, match=r"expected pictures .* got \[3, 96, 96\]"):
         detector.detect(torch.rand(3, 96, 96))
 
 
-def test_detector_is_the_same_from_its_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader_widths", [None, TINY])
+def test_detector_is_the_same_from_its_files(
+    reader_widths: tuple[int, int, int, int] | None, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    detector = Detector((8, 8, 16, 16)).half().float().eval()
+    detector = Detector((8, 8, 16, 16), 64, reader_widths).half().float().eval()
     detector.save_pretrained(tmp_path / "made" / "detector")
     loaded = Detector.from_pretrained(tmp_path / "made" / "detector")
-    images = torch.rand(1, 3, 96, 96)
+    images = torch.rand(1, 3, 64, 64)
     assert torch.equal(detector(images).heat, loaded(images).heat)
+    assert loaded.detect(images) == detector.detect(images)
+    assert (loaded.size, loaded.plain) == (64, reader_widths is None)
     assert not loaded.training
     assert {p.name for p in (tmp_path / "made" / "detector").iterdir()} == {
         "detector.safetensors",
@@ -155,12 +249,17 @@ def test_detector_is_the_same_from_its_files(tmp_path: Path) -> None:
 
 
 def test_detector_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    Detector((8, 8, 8, 8)).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["actions"][0] = "juggling"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="expected a detector of the actions"):
-        Detector.from_pretrained(tmp_path)
+    Detector(TINY, reader_widths=TINY).save_pretrained(tmp_path)
+    written = (tmp_path / "config.json").read_text()
+    for name, spoil in {
+        "actions": lambda values: values.append("juggling"),
+        "attributes of persons": lambda values: values.pop("hair"),
+    }.items():
+        config = json.loads(written)
+        spoil(config[name])
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"expected a detector of the {name}"):
+            Detector.from_pretrained(tmp_path)
 
 
 def tiny_config(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -170,7 +269,8 @@ def tiny_config(folder: Path, **changes: Any) -> dict[str, Any]:
         "cache_dir": str(folder / "cache"),
         "export_to": str(folder / "detector"),
         "renders": 24,
-        "model": {"widths": [8, 8, 8, 8]},
+        "held_out": 4,
+        "model": {"widths": TINY, "size": 64, "reader_widths": TINY},
         "steps": 4,
         "batch_size": 4,
         "warmup_steps": 1,
@@ -194,36 +294,58 @@ def test_recipe_resumes_with_the_losses_of_an_unbroken_run(tmp_path: Path) -> No
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in exported.state_dict().items())
 
 
+def test_pictures_pass_through_an_autoencoder_and_every_head_is_scored(tmp_path: Path) -> None:
+    tiny_autoencoder(4).save_pretrained(tmp_path / "vae")
+    recipe = make_recipe(tiny_config(tmp_path, autoencoder=str(tmp_path / "vae")))
+    images = recipe.batch(0)["images"]
+    passed = recipe.autoencoded(images)
+    assert passed.shape == images.shape
+    assert 0 <= passed.min() <= passed.max() <= 1
+    noisy = [recipe.autoencoded(images, torch.Generator().manual_seed(n)) for n in (0, 0, 1)]
+    assert torch.equal(noisy[0], noisy[1])
+    assert not torch.equal(noisy[0], noisy[2])
+    assert not torch.equal(noisy[0], passed)
+    recipe.train()
+    (row,) = map(json.loads, (tmp_path / "run" / "accuracy.jsonl").read_text().splitlines())
+    assert list(row) == ["step", "renders", "autoencoded"]
+    assert {"person", "object"} <= set(row["renders"])
+
+
+def packaged(scenes: list[WorldScene]) -> list[Detections]:
+    return detect_renders(scenes, Detector.from_pretrained(model_path("detector")), 30)
+
+
 def test_packaged_detector_sees_what_is_in_renders() -> None:
-    detector = Detector.from_pretrained(model_path("detector"))
-    worlds = held_out_scenes(60, seed=11)
-    scores = picture_scores(look_at_renders(worlds, detector, 30), [world.triplets for world in worlds])
-    once = np.ones((1, len(worlds)))
-    got = {name: float(score.value(once)[0]) for name, score in scores.items()}
+    plain = Detector.from_pretrained(model_path("detector")).plain
+    scenes = held_out_scenes(60, 11, plain)
+    found = packaged(scenes)
+    once = np.ones((1, len(scenes)))
+    got = {name: float(score.value(once)[0]) for name, score in picture_scores(found, scenes).items()}
     assert min(got.values()) > 0.97, got
+    if not plain:
+        heads = head_accuracies(found, scenes)
+        assert min(heads.values()) > 0.95, heads
 
 
 def test_packaged_detector_follows_an_action_changed_in_place() -> None:
-    detector = Detector.from_pretrained(model_path("detector"))
-    worlds = held_out_scenes(20, seed=12)
-    swaps = [swap(number, world, seed=0) for number, world in enumerate(worlds)]
+    scenes = held_out_scenes(20, 12, Detector.from_pretrained(model_path("detector")).plain)
+    swaps = [action_swap(n, scene, seed=0) for n, scene in enumerate(scenes) if scene.triplets]
     changed = []
-    for s in swaps:
-        for action in s.actions:
-            triplets = list(worlds[s.scene].triplets)
-            triplets[s.chosen] = replace(triplets[s.chosen], action=action)
-            changed.append(replace(worlds[s.scene], triplets=tuple(triplets)))
-    orders = [order for s in swaps for order in s.pictures]
-    seen = dict(zip(orders, look_at_renders(changed, detector, 30), strict=True))
-    seen |= {
-        s.without: s_seen for s, s_seen in zip(swaps, look_at_renders(worlds, detector, 30), strict=True)
-    }
-    assert swap_scores(swaps, worlds, seen)["adapter"].value(np.ones((1, len(worlds))))[0] > 0.97
+    for swap in swaps:
+        for action in swap.actions:
+            triplets = list(scenes[swap.scene].triplets)
+            triplets[swap.triplet] = replace(triplets[swap.triplet], action=action)
+            changed.append(replace(scenes[swap.scene], triplets=tuple(triplets)))
+    requests = [request for swap in swaps for request in swap.pictures]
+    found = dict(zip(requests, packaged(changed), strict=True))
+    as_they_are = packaged(scenes)
+    found |= {swap.without: as_they_are[swap.scene] for swap in swaps}
+    assert swap_scores(swaps, scenes, found)["adapter"].value(np.ones((1, len(scenes))))[0] > 0.97
 
 
 def test_packaged_detector_sees_nothing_where_nothing_is() -> None:
     detector = Detector.from_pretrained(model_path("detector"))
     flat = torch.full((1, 3, 96, 96), 0.8)
     noise = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    for seen in detector.detect(torch.cat([flat, noise])):
-        assert not any(triplet.score > 0.3 for triplet in seen.triplets)
+    for picture in detector.detect(torch.cat([flat, noise])):
+        assert not any(triplet.score > 0.3 for triplet in picture.triplets)

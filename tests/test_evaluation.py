@@ -1,58 +1,41 @@
-import json
+"""Scores of detections that are known by hand."""
+
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
+from world_truth import exact, perfect
 
-from interactdiff.attach import attach
-from interactdiff.checkpoint import AdapterError
-from interactdiff.clear import ClearAdapter, ClearConfig
-from interactdiff.clear.handle import attached_clear
-from interactdiff.cli import main
+from interactdiff.evaluation.attributes import head_accuracies, identity, right_attributes
 from interactdiff.evaluation.hoi import (
     Share,
     at_box,
     average_precision,
+    found_at,
     hoi_map,
     iou,
     picture_scores,
     with_interval,
 )
-from interactdiff.evaluation.world import (
-    Drawing,
-    Order,
-    draw,
-    evaluate_world,
-    format_table,
+from interactdiff.evaluation.sampling import (
     held_out_scenes,
-    look_at,
-    packaged_detector,
-    shrunk,
-    swap,
-    swap_scores,
 )
-from interactdiff.generate import Drawer
-from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.models import ModelError
-from interactdiff.scene import Box, SceneError
-from interactdiff.stickworld.detector import Detections, Detector, Found, FoundTriplet
-from interactdiff.stickworld.world import GROUPS, HELD_OUT, Triplet, WorldScene
+from interactdiff.scene import Box
+from interactdiff.stickworld.appearance import Appearance, PersonAppearance
+from interactdiff.stickworld.detector import Detections, Found, FoundTriplet
+from interactdiff.stickworld.world import Triplet, WorldEntity, WorldScene
 
 HERE: Box = (0.1, 0.1, 0.4, 0.6)
 THERE: Box = (0.5, 0.1, 0.8, 0.6)
 
 
-def asked(
+def triplet(
     action: str = "kicking", thing: str = "ball", person: Box = HERE, object_box: Box = THERE
 ) -> Triplet:
-    return Triplet(action, thing, "red", "blue", person, object_box, "right")
+    return Triplet(action, thing, PersonAppearance("red"), Appearance("blue"), person, object_box, "right")
 
 
-def seen(
+def found_triplet(
     action: str = "kicking",
     thing: str = "ball",
     person: Box = HERE,
@@ -63,21 +46,8 @@ def seen(
     return FoundTriplet(subject, action, Found(thing, object_box, "blue", score), score)
 
 
-def value(found: list[list[FoundTriplet]], wanted: list[list[Triplet]]) -> float:
-    return float(hoi_map(found, wanted).value(np.ones((1, len(wanted))))[0])
-
-
-def perfect(world: WorldScene) -> Detections:
-    triplets = tuple(
-        FoundTriplet(
-            Found("person", t.subject_box, t.subject_colour, 1.0, t.action),
-            t.action,
-            Found(t.object, t.object_box, t.object_colour, 1.0),
-            1.0,
-        )
-        for t in world.triplets
-    )
-    return Detections(tuple(t.person for t in triplets), tuple(t.object for t in triplets), triplets)
+def value(found: list[list[FoundTriplet]], truth: list[list[Triplet]]) -> float:
+    return float(hoi_map(found, truth).value(np.ones((1, len(truth))))[0])
 
 
 def test_iou_of_boxes_known_by_hand() -> None:
@@ -124,39 +94,42 @@ def test_average_precision_equals_the_slow_one_for_scenes_taken_any_number_of_ti
 
 
 def test_map_of_perfect_detections_is_one_and_of_swapped_boxes_zero() -> None:
-    worlds = held_out_scenes(20, seed=3)
-    found, wanted = [list(perfect(w).triplets) for w in worlds], [list(w.triplets) for w in worlds]
+    scenes = held_out_scenes(20, seed=3)
+    found, wanted = [list(perfect(s).triplets) for s in scenes], [list(s.triplets) for s in scenes]
     assert value(found, wanted) == pytest.approx(1)
-    assert value([[seen(person=THERE, object_box=HERE)]], [[asked()]]) == 0
+    assert value([[found_triplet(person=THERE, object_box=HERE)]], [[triplet()]]) == 0
 
 
 def test_map_counts_a_triplet_once() -> None:
-    twice = [[seen(score=0.9), seen(score=0.8)]]
-    assert value(twice, [[asked()]]) == 1
-    assert value(twice, [[asked(), asked(person=THERE, object_box=HERE)]]) == pytest.approx(1 / 2)
+    twice = [[found_triplet(score=0.9), found_triplet(score=0.8)]]
+    assert value(twice, [[triplet()]]) == 1
+    assert value(twice, [[triplet(), triplet(person=THERE, object_box=HERE)]]) == pytest.approx(1 / 2)
 
 
 def test_map_looks_in_the_right_picture_and_at_both_boxes_and_the_class() -> None:
-    assert value([[], [seen()]], [[asked()], []]) == 0
-    assert value([[seen(object_box=HERE)]], [[asked()]]) == 0
-    assert value([[seen(action="pushing")]], [[asked()]]) == 0
-    assert value([[seen(thing="box")]], [[asked()]]) == 0
+    assert value([[], [found_triplet()]], [[triplet()], []]) == 0
+    assert value([[found_triplet(object_box=HERE)]], [[triplet()]]) == 0
+    assert value([[found_triplet(action="pushing")]], [[triplet()]]) == 0
+    assert value([[found_triplet(thing="box")]], [[triplet()]]) == 0
     # IoU of exactly one half is not above it
-    assert value([[seen(person=(0.0, 0.0, 1.0, 0.5))]], [[asked(person=(0.0, 0.0, 1.0, 1.0))]]) == 0
+    assert (
+        value([[found_triplet(person=(0.0, 0.0, 1.0, 0.5))]], [[triplet(person=(0.0, 0.0, 1.0, 1.0))]]) == 0
+    )
 
 
 def test_map_is_the_mean_over_classes_and_ranks_over_pictures() -> None:
-    wanted = [[asked()], [asked()], [asked("riding", "bike")]]
-    found = [[seen(score=0.5)], [seen(person=THERE, score=0.9)], []]
+    wanted = [[triplet()], [triplet()], [triplet("riding", "bike")]]
+    found = [[found_triplet(score=0.5)], [found_triplet(person=THERE, score=0.9)], []]
     assert value(found, wanted) == pytest.approx(((1 / 2) / 2 + 0) / 2)
-    found = [[seen(score=0.9)], [seen(person=THERE, score=0.5)], []]
+    found = [[found_triplet(score=0.9)], [found_triplet(person=THERE, score=0.5)], []]
     assert value(found, wanted) == pytest.approx((1 / 2 + 0) / 2)
 
 
 def test_shares_of_boxes_actions_and_colours() -> None:
     person, ball = Found("person", HERE, "green", 0.9, "kicking"), Found("ball", THERE, "blue", 0.9)
-    far = asked("riding", "bike", (0.0, 0.7, 0.1, 0.9), (0.2, 0.7, 0.3, 0.9))
-    scores = picture_scores([Detections((person,), (ball,), ())], [(asked(), far)])
+    far = triplet("riding", "bike", (0.0, 0.7, 0.1, 0.9), (0.2, 0.7, 0.3, 0.9))
+    scene = WorldScene("park", (triplet(), far), 0)
+    scores = picture_scores([Detections((person,), (ball,), ())], [scene])
     once = np.ones((1, 1))
     assert scores["box_acc"].value(once) == pytest.approx([2 / 4])
     assert scores["action_acc"].value(once) == pytest.approx([1 / 2])
@@ -187,8 +160,12 @@ def test_interval_holds_the_value_and_narrows_with_scenes() -> None:
 
 
 def test_bootstrap_of_map_equals_scoring_the_scenes_again() -> None:
-    wanted = [[asked()], [asked()], [asked("riding", "bike")]]
-    found = [[seen(score=0.9)], [seen(person=THERE, score=0.8)], [seen("riding", "bike", score=0.7)]]
+    wanted = [[triplet()], [triplet()], [triplet("riding", "bike")]]
+    found = [
+        [found_triplet(score=0.9)],
+        [found_triplet(person=THERE, score=0.8)],
+        [found_triplet("riding", "bike", score=0.7)],
+    ]
     score = hoi_map(found, wanted)
     for taken in ([0, 1], [2], [0, 1, 2], [1, 2]):
         counts = np.isin(np.arange(3), taken).astype(float)[None]
@@ -196,208 +173,50 @@ def test_bootstrap_of_map_equals_scoring_the_scenes_again() -> None:
         assert score.value(counts) == pytest.approx([again])
 
 
-def test_held_out_scenes_are_beyond_training_and_differ_by_seed() -> None:
-    scenes = held_out_scenes(5, seed=1)
-    assert all(scene.seed >= HELD_OUT for scene in scenes)
-    assert not {s.seed for s in scenes} & {s.seed for s in held_out_scenes(5, seed=0)}
-
-
-def test_swap_changes_one_action_and_nothing_else() -> None:
-    for number, world in enumerate(held_out_scenes(12, seed=0)):
-        s = swap(number, world, seed=0)
-        action = world.triplets[s.chosen].action
-        assert action in s.actions
-        assert s.actions in GROUPS.values()
-        assert not any(action in order.prompt for order in s.pictures)
-        for order, wanted in zip(s.pictures, s.actions, strict=True):
-            interactions = list(order.interactions)
-            assert interactions[s.chosen].action == wanted
-            interactions[s.chosen] = replace(interactions[s.chosen], action=None)
-            assert tuple(interactions) == s.without.interactions
-            assert order.prompt == s.without.prompt
-
-
-def test_swap_followed_is_one_and_boxes_only_is_chance() -> None:
-    worlds = held_out_scenes(30, seed=0)
-    swaps = [swap(n, world, 0) for n, world in enumerate(worlds)]
-    found = {}
-    for s in swaps:
-        person = perfect(worlds[s.scene]).triplets[s.chosen].person
-        for order, action in zip(s.pictures, s.actions, strict=True):
-            found[order] = Detections((replace(person, action=action),), (), ())
-        found[s.without] = Detections((person,), (), ())
-    once = np.ones((1, len(worlds)))
-    scores = {name: float(score.value(once)[0]) for name, score in swap_scores(swaps, worlds, found).items()}
-    pictures = [1 / len(s.actions) for s in swaps for _ in s.actions]
-    assert scores["adapter"] == 1
-    assert scores["chance"] == pytest.approx(np.mean(pictures))
-    assert scores["boxes_only"] == pytest.approx(scores["chance"])
-
-
-@pytest.fixture
-def drawer(pipe: StableDiffusionPipeline, adapter: InteractionAdapter) -> Drawer:
-    return Drawer(pipe, attach(pipe, adapter), "tiny", "tiny-adapter")
-
-
-@pytest.fixture
-def detector() -> Detector:
-    torch.manual_seed(0)
-    return Detector((8, 8, 8, 8)).eval()
-
-
-def test_evaluate_world_gives_the_whole_table(drawer: Drawer, detector: Detector) -> None:
-    table = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
-    assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter"]
-    scores = ["hoi_map", "box_acc", "action_acc", "colour_acc"]
-    for row in table["rows"].values():
-        assert list(row) == scores
-        assert all(0 <= share <= 1 for share in row.values())
-    assert list(table["action_swap"]) == ["adapter", "boxes_only", "chance"]
-    assert list(table["intervals"]["rows"]["base"]) == scores
-    assert list(table["text"]) == list(table["intervals"]["text"]) == ["real", "base"]
-    for row in table["text"].values():
-        assert list(row) == ["object_acc", "action_acc", "colour_acc"]
-    assert (table["scenes"], table["seed"]) == (2, 5)
-    assert (table["guidance_scale"], table["size"]) == (2.0, 16)
-    text = format_table(table)
-    assert "real renders" in text
-    assert "found anywhere" in text
-    assert f"chance {100 * table['action_swap']['chance']:.1f}" in text
-
-
-def test_fast_control_has_a_row_of_its_own(drawer: Drawer, detector: Detector) -> None:
-    table = evaluate_world(
-        "", "", 1, 5, 3, 3, "cpu", progress=False, fast=True, drawer=drawer, detector=detector
+def test_lone_entities_count_by_their_boxes_and_colours() -> None:
+    lone = (
+        WorldEntity("person", PersonAppearance("green"), HERE, "left"),
+        WorldEntity("dog", Appearance("red"), THERE, "left"),
     )
-    assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_fast"]
-    assert "adapter, fast" in format_table(table)
+    scene = WorldScene("park", (), 0, lone)
+    person, dog = Found("person", HERE, "green", 0.9), Found("dog", THERE, "blue", 0.9)
+    scores = picture_scores([Detections((person,), (dog,), ())], [scene])
+    got = {name: float(score.value(np.ones((1, 1)))[0]) for name, score in scores.items()}
+    assert got == {"hoi_map": 0, "box_acc": 1, "action_acc": 0, "colour_acc": 1 / 2}
 
 
-def test_windows_have_a_row_of_their_own(drawer: Drawer, detector: Detector) -> None:
-    windows = ClearAdapter(ClearConfig(2)).eval()
-    table = evaluate_world(
-        "", "", 1, 5, 3, 3, "cpu", progress=False, drawer=drawer, detector=detector, clear=windows
+def test_identity_is_the_share_of_attributes_that_are_right_at_the_boxes() -> None:
+    look = PersonAppearance("red", "dots", "white", "curly", "grey", "none", None, "brown", "tan")
+    lone = (
+        WorldEntity("person", look, HERE, "left"),
+        WorldEntity("dog", Appearance("red", "plain"), THERE, "left"),
     )
-    assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_clear"]
-    assert "adapter+clear" in format_table(table)
-    assert attached_clear(drawer.denoiser) is None
+    scene = WorldScene("park", (), 0, lone)
+    person = replace(exact(lone[0]), colour="blue")
+    person.attributes.pop("hair")
+    assert right_attributes(person, look.attributes()) == 6  # of 8: two are wrong
+    assert right_attributes(None, look.attributes()) == 0
+    once = np.ones((1, 1))
+    both = Detections((person,), (exact(lone[1]),), ())
+    assert identity([both], [scene]).value(once) == pytest.approx([8 / 10])
+    assert identity([both], [scene], [[0]]).value(once) == pytest.approx([6 / 8])
+    missing = Detections((replace(person, box=THERE),), (), ())
+    assert identity([missing], [scene]).value(once) == 0
+    assert identity([missing], [scene], [[]]).value(once) == 0
+    assert found_at(both, lone[1]) == exact(lone[1])
 
 
-def test_without_an_adapter_there_are_the_rows_that_need_none(
-    pipe: StableDiffusionPipeline, drawer: Drawer, detector: Detector
-) -> None:
-    full = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
-    assert drawer.handle is not None
-    drawer.handle.detach()
-    bare = Drawer(pipe, None, "tiny", None)
-    table = evaluate_world("", None, 2, 5, 2, 3, "cpu", progress=False, drawer=bare, detector=detector)
-    assert table["action_swap"] is table["intervals"]["action_swap"] is table["adapter"] is None
-    assert list(table) == list(full)
-    for part in (table, table["intervals"]):
-        whole = full if part is table else full["intervals"]
-        assert part["rows"] == {row: whole["rows"][row] for row in ("real", "base")}
-        assert part["text"] == whole["text"]
-    text = format_table(table)
-    assert "base, text only" in text
-    assert "action swap" not in text
-    with pytest.raises(
-        AdapterError, match="expected an adapter for the row of fast control, got none for tiny"
-    ):
-        evaluate_world("", None, 2, 5, 2, 3, "cpu", fast=True, drawer=bare, detector=detector)
-
-
-def test_pictures_are_drawn_at_a_size_and_averaged_down_to_the_detectors(
-    drawer: Drawer, detector: Detector
-) -> None:
-    assert draw([Order(0, "a person")], drawer, 0, Drawing(1, size=24)).shape == (1, 3, 24, 24)
-    table = evaluate_world(
-        "", "", 1, 5, 1, 3, "cpu", progress=False, size=24, drawer=drawer, detector=detector
-    )
-    assert table["size"] == 24
-    assert "of 24 px" in format_table(table)
-    large = torch.rand(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
-    corners = large.unflatten(2, (96, 2)).unflatten(4, (96, 2))
-    torch.testing.assert_close(shrunk(large), corners.mean((3, 5)))
-    assert shrunk(large[..., :96, :96]).equal(large[..., :96, :96])
-    assert shrunk(large[..., :24, :24]).shape == (2, 3, 24, 24)
-    with pytest.raises(SceneError, match="size: expected a multiple of 8 pixels, got 20"):
-        evaluate_world("", "", 1, 5, 1, 3, "cpu", size=20, drawer=drawer, detector=detector)
-
-
-def test_a_unet_is_called_as_it_always_was(drawer: Drawer, pipe: StableDiffusionPipeline) -> None:
-    order = Order(3, "a person")
-    got = draw([order], drawer, 2, Drawing(2, 3.0))
-    noise = torch.Generator().manual_seed(HELD_OUT + 2_000_003)
-    plain: Any = pipe
-    wanted = plain(
-        ["a person"], generator=[noise], output_type="pt", num_inference_steps=2, guidance_scale=3.0
-    )
-    assert torch.equal(got, wanted.images)
-
-
-def test_evaluate_on_the_command_line_prints_the_table_and_writes_it(
-    pipe: StableDiffusionPipeline,
-    adapter: InteractionAdapter,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    pipe.save_pretrained(tmp_path / "model")
-    adapter.save_pretrained(tmp_path / "adapter")
-    models = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter")]
-    out = tmp_path / "score.json"
-    sizes = ["--scenes", "2", "--steps", "1", "--batch-size", "2", "--device", "cpu"]
-    assert main(["evaluate", "--world", *sizes, *models, "--json", str(out)]) == 0
-    table = json.loads(out.read_text())
-    assert table["rows"]["real"]["box_acc"] == 1.0  # by the packaged detector
-    assert table["rows"]["base"]["hoi_map"] == 0.0
-    assert format_table(table) in capsys.readouterr().out
-    without = [*models[:2], "--size", "24", "--guidance-scale", "3"]
-    assert main(["evaluate", "--world", *sizes, *without, "--json", str(out)]) == 0
-    table = json.loads(out.read_text())
-    assert list(table["rows"]) == list(table["text"]) == ["real", "base"]
-    assert table["text"]["real"] == {"object_acc": 1.0, "action_acc": 1.0, "colour_acc": 1.0}
-    assert (table["size"], table["guidance_scale"], table["action_swap"]) == (24, 3.0, None)
-    assert format_table(table) in capsys.readouterr().out
-
-
-def test_pictures_do_not_depend_on_the_batch(drawer: Drawer) -> None:
-    worlds = held_out_scenes(3, seed=0)
-    orders = [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)]
-    together = draw(orders, drawer, seed=0, how=Drawing(2))
-    alone = torch.cat([draw([order], drawer, seed=0, how=Drawing(2)) for order in orders])
-    assert together.shape == (3, 3, 16, 16)
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
-
-
-def test_the_base_row_is_the_base_and_the_others_are_not(
-    drawer: Drawer, pipe: StableDiffusionPipeline
-) -> None:
-    world = held_out_scenes(1, seed=0)[0]
-    controlled = draw([Order(0, world.caption, world.interactions())], drawer, seed=0, how=Drawing(2))
-    uncontrolled = draw([Order(0, world.caption)], drawer, seed=0, how=Drawing(2))
-    assert drawer.handle is not None
-    drawer.handle.detach()
-    without = draw([Order(0, world.caption)], Drawer(pipe, None, "tiny", None), seed=0, how=Drawing(2))
-    assert torch.equal(uncontrolled, without)
-    assert not torch.allclose(uncontrolled, controlled, atol=1e-3)
-
-
-def test_a_picture_ordered_twice_is_drawn_once(drawer: Drawer, detector: Detector) -> None:
-    drawn = []
-    hook = drawer.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: drawn.append(len(args[0])))
-    orders = [Order(0, "a person"), Order(1, "a person"), Order(0, "a person")]
-    found = look_at(orders, drawer, detector, seed=0, how=Drawing(1), batch_size=8, progress=False)
-    hook.remove()
-    assert sum(drawn) == 2
-    assert set(found) == set(orders)
-
-
-def test_seed_out_of_range_is_refused(drawer: Drawer, detector: Detector) -> None:
-    with pytest.raises(SceneError, match=r"expected a seed .* got -1"):
-        evaluate_world("", "", 1, -1, 1, 1, "cpu", drawer=drawer, detector=detector)
-
-
-def test_missing_detector_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("interactdiff.evaluation.world.model_path", lambda name: tmp_path / name)
-    with pytest.raises(ModelError, match="packaged detector"):
-        packaged_detector()
+def test_accuracies_of_heads_are_over_those_that_have_the_attribute() -> None:
+    scenes = held_out_scenes(40, seed=3)
+    assert set(head_accuracies([perfect(scene) for scene in scenes], scenes).values()) == {1.0}
+    plain = Appearance("red", "plain")
+    dotted = Appearance("red", "dots", "white")
+    lone = (WorldEntity("dog", plain, HERE, "left"), WorldEntity("dog", dotted, THERE, "left"))
+    dogs = tuple(replace(exact(one), attributes={"pattern": "dots", "second_colour": "blue"}) for one in lone)
+    person = WorldEntity("person", PersonAppearance("red"), (0.0, 0.6, 0.3, 1.0), "left")
+    idle = replace(exact(person), action="kicking")
+    got = head_accuracies([Detections((idle,), dogs, ())], [WorldScene("park", (), 0, (*lone, person))])
+    assert got == {
+        "action": 0, "object": 1, "object.colour": 1, "object.pattern": 1 / 2, "object.second_colour": 0,
+        "person": 1, "person.colour": 1,
+    }  # fmt: skip

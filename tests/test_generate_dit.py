@@ -18,7 +18,9 @@ import interactdiff.evaluation.world
 import interactdiff.stickworld
 from interactdiff.clear import ClearConfig
 from interactdiff.cli import main
-from interactdiff.evaluation.world import Drawing, Order, draw, evaluate_world, format_table
+from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures
+from interactdiff.evaluation.table import format_table
+from interactdiff.evaluation.world import evaluate_world
 from interactdiff.generate import Drawer, call_arguments
 from interactdiff.models import default_adapter, lasting
 from interactdiff.picture import read_record
@@ -197,12 +199,16 @@ def test_a_transformer_of_an_unknown_kind_is_refused(
 
 
 def test_pictures_that_are_scored_are_guided_and_have_noise_of_their_own(drawer: Drawer) -> None:
-    orders = [Order(0, "a red bike"), Order(1, "a dog")]
-    together = draw(orders, drawer, seed=0, how=Drawing(2, 3.0, 32))
+    requests = [PictureRequest(0, "a red bike"), PictureRequest(1, "a dog")]
+    together = draw_pictures(requests, drawer, seed=0, how=Sampling(2, 3.0, 32))
     assert together.shape == (2, 3, 32, 32)
-    alone = torch.cat([draw([order], drawer, seed=0, how=Drawing(2, 3.0, 32)) for order in orders])
+    alone = torch.cat(
+        [draw_pictures([request], drawer, seed=0, how=Sampling(2, 3.0, 32)) for request in requests]
+    )
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
-    assert not torch.allclose(together, draw(orders, drawer, seed=0, how=Drawing(2, 1.0, 32)), atol=1e-3)
+    assert not torch.allclose(
+        together, draw_pictures(requests, drawer, seed=0, how=Sampling(2, 1.0, 32)), atol=1e-3
+    )
 
 
 def test_a_transformer_is_scored_by_its_captions(drawer: Drawer) -> None:

@@ -11,17 +11,12 @@ from safetensors.torch import load_file
 
 from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.cli import main
-from interactdiff.evaluation.hoi import text_scores, with_interval
-from interactdiff.evaluation.world import (
-    Drawing,
-    Order,
-    draw,
-    evaluate_world,
-    held_out_scenes,
-    packaged_detector,
-)
+from interactdiff.evaluation.captions import text_scores
+from interactdiff.evaluation.hoi import with_interval
+from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
+from interactdiff.evaluation.world import evaluate_world, packaged_detector
 from interactdiff.generate import Drawer
-from interactdiff.models import GUIDANCE_SCALES, default_adapter
+from interactdiff.models import PACKAGED, default_adapter
 from interactdiff.picture import read_record
 from interactdiff.scene import Scene
 from interactdiff.stickworld import model_path
@@ -56,10 +51,11 @@ def test_all_packaged_weights_are_of_40_mb_together() -> None:
 
 def found_of_captions(drawer: Drawer) -> list[float]:
     """Shares of what a few captions say that is found in the pictures: objects, actions, colours."""
-    scenes = held_out_scenes(12, 3)
-    orders = [Order(n, scene.caption) for n, scene in enumerate(scenes)]
-    found = packaged_detector().detect(draw(orders, drawer, 3, Drawing(12, 3.0)))
-    scores = text_scores(found, [scene.triplets for scene in scenes])
+    info = PACKAGED[drawer.model]
+    scenes = held_out_scenes(12, 3, info.plain_world)
+    requests = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]
+    found = packaged_detector(info.detector).detect(draw_pictures(requests, drawer, 3, Sampling(12, 3.0)))
+    scores = text_scores(found, scenes)
     return [with_interval(score, len(scenes))[0] for score in scores.values()]
 
 
@@ -108,7 +104,7 @@ def test_control_beats_the_caption(model: str, boxes: float, base: float) -> Non
     drawer = Drawer.load(model, device="cpu")
     table = evaluate_world(
         model, adapter, scenes=6, seed=3, steps=8, batch_size=12, device="cpu", progress=False, drawer=drawer,
-        guidance_scale=GUIDANCE_SCALES[model],
+        guidance_scale=PACKAGED[model].guidance_scale,
     )  # fmt: skip
     rows = table["rows"]
     assert rows["real"]["box_acc"] > 0.9

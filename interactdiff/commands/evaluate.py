@@ -40,6 +40,22 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--size", type=positive, metavar="N", help="pixels, a multiple of 8 (default: the model's own size)"
     )
+    parser.add_argument(
+        "--interactions", type=whole, metavar="N", help="in every scene (default: as scenes have them)"
+    )
+    parser.add_argument(
+        "--word-iou",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="also whether words look where their things are, on N renders (default: 0, not at all)",
+    )
+    parser.add_argument(
+        "--detector",
+        type=Path,
+        metavar="FOLDER",
+        help="that scores the pictures, and whose world scenes are of (default: a packaged one)",
+    )
     parser.add_argument("--batch-size", type=positive, default=16, help="default: %(default)s")
     parser.add_argument("--fast", action="store_true", help="also score fast control")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
@@ -54,7 +70,8 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"--fast: expected --adapter for the model {model}, got none")
     checked_side("--size", args.size)
     quiet_libraries()
-    from interactdiff.evaluation.world import evaluate_world, format_table
+    from interactdiff.evaluation.table import format_table
+    from interactdiff.evaluation.world import evaluate_world, load_detector
     from interactdiff.generate import usable_device
 
     table = evaluate_world(
@@ -69,6 +86,9 @@ def _run(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance_scale,
         size=args.size,
         fast=args.fast,
+        n_interactions=args.interactions,
+        word_iou=args.word_iou,
+        detector=None if args.detector is None else load_detector(args.detector),
     )
     print(format_table(table))
     if args.json is not None:

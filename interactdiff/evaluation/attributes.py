@@ -2,27 +2,41 @@
 
 from collections.abc import Mapping, Sequence
 
-from interactdiff.evaluation.hoi import at_box
+import numpy as np
+
+from interactdiff.evaluation.hoi import Share, found_at
 from interactdiff.stickworld.detector import Detections, Found
-from interactdiff.stickworld.world import WorldEntity, WorldScene
-
-
-def found_at(found: Detections, thing: WorldEntity) -> Found | None:
-    """What is found of a thing's kind at its box; see `at_box`."""
-    return at_box(found.persons if thing.name == "person" else found.objects, thing.name, thing.box)
-
-
-def shown_attributes(found: Found) -> dict[str, str]:
-    """What was found of a thing's looks, the colour included."""
-    return {"colour": found.colour, **found.attributes}
+from interactdiff.stickworld.world import WorldScene
 
 
 def right_attributes(found: Found | None, wanted: Mapping[str, str]) -> int:
-    """How many of the attributes wanted are those found; none where nothing was found."""
+    """How many of the attributes wanted, the colour among them, are found; 0 where nothing was found."""
     if found is None:
         return 0
-    shown = shown_attributes(found)
+    shown = {"colour": found.colour, **found.attributes}
     return sum(shown.get(name) == value for name, value in wanted.items())
+
+
+def identity(
+    found: Sequence[Detections],
+    scenes: Sequence[WorldScene],
+    numbers: Sequence[Sequence[int]] | None = None,
+) -> Share:
+    """Of the attributes of persons and objects, the colour included, the share that is right at their boxes.
+
+    Args:
+        found: by picture.
+        scenes: that the pictures should show; their appearances are those wanted.
+        numbers: for each scene, which of its things count; None is all of them.
+    """
+    right, total = np.zeros(len(scenes)), np.zeros(len(scenes))
+    for n, (picture, scene) in enumerate(zip(found, scenes, strict=True)):
+        for number in range(len(scene.things)) if numbers is None else numbers[n]:
+            thing = scene.things[number]
+            wanted = thing.appearance.attributes()
+            right[n] += right_attributes(found_at(picture, thing), wanted)
+            total[n] += len(wanted)
+    return Share(right, total)
 
 
 def head_accuracies(found: Sequence[Detections], scenes: Sequence[WorldScene]) -> dict[str, float]:
@@ -47,13 +61,13 @@ def head_accuracies(found: Sequence[Detections], scenes: Sequence[WorldScene]) -
     for picture, scene in zip(found, scenes, strict=True):
         for n, thing in enumerate(scene.things):
             kind = "person" if thing.name == "person" else "object"
-            seen = found_at(picture, thing)
-            count(kind, seen is not None)
-            if seen is None:
+            match = found_at(picture, thing)
+            count(kind, match is not None)
+            if match is None:
                 continue
             if kind == "person":
                 acts = n < 2 * len(scene.triplets)
-                count("action", seen.action == (scene.triplets[n // 2].action if acts else None))
+                count("action", match.action == (scene.triplets[n // 2].action if acts else None))
             for name, value in thing.appearance.attributes().items():
-                count(f"{kind}.{name}", right_attributes(seen, {name: value}) == 1)
+                count(f"{kind}.{name}", right_attributes(match, {name: value}) == 1)
     return {name: right[name] / total[name] for name in sorted(total)}
