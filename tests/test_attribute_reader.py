@@ -1,11 +1,13 @@
 """The detector's second stage: what things look like, read off their crops."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from interactdiff.stickworld.appearance import COLOURS
 from interactdiff.stickworld.attribute_reader import OBJECT_HEADS, AttributeReader, crops, worn
-from interactdiff.stickworld.detector import Detector
+from interactdiff.stickworld.detector import KINDS, Detector
 
 TINY = (8, 8, 8, 8)
 
@@ -53,12 +55,13 @@ def test_attributes_go_to_the_things_that_they_are_of() -> None:
     """In pictures with several persons and objects, found in the order of their scores."""
     torch.manual_seed(0)
     detector = Detector(TINY, reader_widths=TINY).eval()
-    torch.nn.init.zeros_(detector.heat.bias)  # something is everywhere
+    detector.heat.bias = torch.nn.Parameter(torch.zeros(len(KINDS)))  # something is everywhere
     images = torch.rand(3, 3, 128, 128)
     found = detector.detect(images)
+    readers: Any = detector.readers
     assert sum(len(picture.persons) for picture in found) > 3
     for n, picture in enumerate(found):
-        for things, reader in zip((picture.persons, picture.objects), detector.readers, strict=True):
+        for things, reader in zip((picture.persons, picture.objects), readers, strict=True):
             for thing in things:
                 boxes = torch.tensor([thing.box])
                 with torch.no_grad():

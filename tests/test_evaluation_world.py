@@ -62,7 +62,7 @@ def test_swap_changes_one_action_and_nothing_else() -> None:
         assert swap.actions in GROUPS.values()
         assert not any(action in request.prompt for request in swap.pictures)
         for request, wanted in zip(swap.pictures, swap.actions, strict=True):
-            items = list(request.items)
+            items: list[Any] = list(request.items)
             assert items[len(scene.triplets) :] == list(scene.lone_entities())
             assert items[swap.triplet].action == wanted
             items[swap.triplet] = replace(items[swap.triplet], action=None)

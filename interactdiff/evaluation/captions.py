@@ -66,7 +66,8 @@ def pairs(described: Sequence[Described], found: Sequence[Found]) -> list[Found 
     partners: list[Found | None] = [None] * len(described)
     for kind in {thing.name for thing in described}:
         numbers = [n for n, thing in enumerate(described) if thing.name == kind]
-        candidates: list[Found | None] = sorted((f for f in found if f.name == kind), key=lambda f: -f.score)
+        of_kind = sorted((thing for thing in found if thing.name == kind), key=lambda thing: -thing.score)
+        candidates: list[Found | None] = [*of_kind]
         candidates += [None] * max(0, len(numbers) - len(candidates))
 
         def value(chosen: tuple[Found | None, ...], numbers: list[int] = numbers) -> tuple[float, ...]:

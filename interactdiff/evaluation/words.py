@@ -10,11 +10,11 @@ mask is averaged over things.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -160,8 +160,9 @@ def recorded(denoiser: Any) -> Iterator[WordAttention]:
     weights = WordAttention()
     modules = list(denoiser.modules())
     blocks = [module for module in modules if isinstance(module, BasicTransformerBlock)]
+    sites: list[tuple[Any, Callable[..., None]]]
     if isinstance(denoiser, FluxTransformer2DModel):
-        joint = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+        joint = cast(Any, [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks])
         sites = [(block.attn, _record_joint) for block in joint]
     elif blocks and "encoder_hid_dim" in denoiser.config:  # of a `UNet2DConditionModel`
         sites = [(block.attn1, _record_own) for block in blocks]
@@ -226,8 +227,9 @@ def _record_joint(weights: WordAttention, length: dict[str, int], attn: Any, arg
         queries = torch.cat([_heads(attn, "add_q_proj", "norm_added_q", text), queries], 1)
         keys = torch.cat([_heads(attn, "add_k_proj", "norm_added_k", text), keys], 1)
     if (rotary := kwargs.get("image_rotary_emb")) is not None:
-        queries = apply_rotary_emb(queries, rotary, sequence_dim=1)
-        keys = apply_rotary_emb(keys, rotary, sequence_dim=1)
+        queries, keys = (
+            cast(Tensor, apply_rotary_emb(states, rotary, sequence_dim=1)) for states in (queries, keys)
+        )
     words = length["text"]
     both = _weights(queries[:, words:], keys)
     tokens = len(both)

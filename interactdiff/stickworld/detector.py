@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,9 +124,8 @@ class Detector(nn.Module):
         reader_widths: tuple[int, int, int, int] | None = (24, 32, 64, 96),
     ):
         super().__init__()
-        a, b, c, d = self.widths = tuple(widths)
-        self.size = size
-        self.reader_widths = None if reader_widths is None else tuple(reader_widths)
+        a, b, c, d = self.widths = widths
+        self.size, self.reader_widths = size, reader_widths
         self.fine = nn.Sequential(conv(3, a, 2), conv(a, b, 2))
         self.middle = nn.Sequential(conv(b, c, 2), conv(c, c))
         self.coarse = nn.Sequential(conv(c, d, 2), conv(d, d), conv(d, d))
@@ -139,9 +139,9 @@ class Detector(nn.Module):
         self.actions = nn.Conv2d(b, len(ACTIONS) + (not self.plain), 1)
         self.towards = nn.Conv2d(b, 2, 1)
         self.readers = nn.ModuleList(
-            AttributeReader(heads, crop, self.reader_widths)
+            AttributeReader(heads, crop, reader_widths)
             for heads, crop in zip((PERSON_HEADS, OBJECT_HEADS), CROPS, strict=True)
-            if self.reader_widths is not None
+            if reader_widths is not None
         )
         nn.init.constant_(self.heat.bias, -4.0)  # type: ignore[arg-type]  # centres are rare
         nn.init.constant_(self.boxes.bias, 0.15)  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ class Detector(nn.Module):
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
         found = located(maps := self(images))
-        for role, reader in enumerate(self.readers):
+        for role, reader in enumerate(cast(Any, self.readers)):
             things = [(n, thing) for n, roles in enumerate(found) for thing, _ in roles[role]]
             boxes = images.new_tensor([thing.box for _, thing in things]).reshape(-1, 4)
             pictures = torch.tensor([n for n, _ in things], dtype=torch.long, device=images.device)
