@@ -57,13 +57,13 @@ class DetectorRecipe(Recipe):
         truth = {
             name: values[torch.from_numpy(chosen)].to(self.device) for name, values in self.truth.items()
         }
-        return {"images": as_pictures(self.renders[chosen]), "truth": truth}
+        return {"images": as_pictures(self.renders[chosen]).to(self.device), "truth": truth}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         images, truth = batch["images"], batch["truth"]
         half = len(images) // 2 if self.autoencoder is not None else 0
         images = torch.cat([self.autoencoded(images[:half], generator), images[half:]]) if half else images
-        images = roughened(images, generator).to(self.device)
+        images = roughened(images, generator)
         boxes = tuple(shaken(boxes, generator) for boxes in present_boxes(truth))
         maps = self.model(images, boxes)
         return detection_loss(maps, truth) + attribute_loss(maps.attributes, truth)
@@ -73,9 +73,9 @@ class DetectorRecipe(Recipe):
         """Pictures [B, 3, S, S] in [0, 1], encoded and decoded, with some noise on the latents if asked."""
         latents = self.autoencoder.encode(2 * images.to(self.device) - 1).latents
         if generator is not None:
-            amount = _LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator)
-            latents = latents + (amount * torch.randn(latents.shape, generator=generator)).to(latents)
-        return (self.autoencoder.decode(latents).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
+            amount = _LATENT_NOISE * _uniform(generator, 0, 1, len(latents), 1, 1, 1)
+            latents = latents + (amount * _normal(generator, *latents.shape)).to(latents)
+        return (self.autoencoder.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
@@ -175,8 +175,7 @@ def shaken(boxes: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Te
     """Boxes and their pictures, each side of a box moved by up to `_JITTER` of the box."""
     xyxy, pictures = boxes
     sides = (xyxy[:, 2:] - xyxy[:, :2]).repeat(1, 2)
-    moved = _JITTER * (2 * torch.rand(xyxy.shape, generator=generator) - 1)
-    return xyxy + moved.to(xyxy) * sides, pictures
+    return xyxy + _uniform(generator, -_JITTER, _JITTER, *xyxy.shape).to(xyxy) * sides, pictures
 
 
 def attribute_loss(attributes: tuple[dict[str, Tensor], ...], truth: dict[str, Tensor]) -> Tensor:
@@ -244,26 +243,36 @@ def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     return missed + false
 
 
+def _uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Uniform in [low, high), on the generator's device."""
+    return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal, on the generator's device."""
+    return torch.randn(*shape, generator=generator, device=generator.device)
+
+
 def roughened(images: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures [B, 3, S, S] in [0, 1] made less clean, so that the detector does not rely on exact pixels.
 
     Each is blurred or scaled down and up again, recoloured, and given fine and coarse noise, all by a random
     amount; a quarter stay as they are.
     """
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
     count, _, size, _ = images.shape
+    each = (count, 1, 1, 1)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    small = F.interpolate(images, scale_factor=float(uniform(0.5, 0.9, 1)), mode="bilinear", antialias=True)
+    scale = float(_uniform(generator, 0.5, 0.9, 1))
+    small = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
     coarse = F.interpolate(small, (size, size), mode="bilinear")
-    softened = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, blurred, coarse)
-    rough = images.lerp(softened, uniform(0, 1, count, 1, 1, 1))
-    rough = rough * uniform(0.88, 1.12, count, 3, 1, 1) + uniform(-0.07, 0.07, count, 3, 1, 1)
-    fine = torch.randn(images.shape, generator=generator)
-    patches = torch.randn(count, 3, size // 8, size // 8, generator=generator)
+    softened = torch.where(_uniform(generator, 0, 1, *each) < 0.5, blurred, coarse)
+    rough = images.lerp(softened, _uniform(generator, 0, 1, *each))
+    rough = rough * _uniform(generator, 0.88, 1.12, count, 3, 1, 1)
+    rough = rough + _uniform(generator, -0.07, 0.07, count, 3, 1, 1)
+    fine = _normal(generator, *images.shape)
+    patches = _normal(generator, count, 3, size // 8, size // 8)
     patches = F.interpolate(patches, (size, size), mode="bilinear")
-    rough = rough + uniform(0, 0.06, count, 1, 1, 1) * fine + uniform(0, 0.08, count, 1, 1, 1) * patches
-    clean = torch.rand(count, 1, 1, 1, generator=generator) < 0.25
+    rough = rough + _uniform(generator, 0, 0.06, *each) * fine
+    rough = rough + _uniform(generator, 0, 0.08, *each) * patches
+    clean = _uniform(generator, 0, 1, *each) < 0.25
     return torch.where(clean, images, rough.clamp(0, 1))
