@@ -34,8 +34,9 @@ TEXT = {
     "intermediate_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
-    "max_position_embeddings": 40,
+    "max_position_embeddings": 77,
 }
+SIZES = {96: {"renders": 12, "batch_size": 2, "share": 1.0}}
 
 
 def short(folder: Path, name: str, **changes: Any) -> dict[str, Any]:

@@ -10,20 +10,29 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from recipes import CONFIGS, TEXT, VAE, check_that_a_resumed_run_is_the_unbroken_one, short
+from recipes import CONFIGS, SIZES, TEXT, VAE, check_that_a_resumed_run_is_the_unbroken_one, short
 from safetensors.torch import load_file
 
 from interactdiff import InteractionAdapter
 from interactdiff.interaction.tokens import scene_phrases, scene_tensors
+from interactdiff.scene import Entity, Interaction
+from interactdiff.stickworld.appearance import COLOURS
+from interactdiff.stickworld.captions import PLACES, caption
+from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
-from interactdiff.stickworld.world import COLOURS, PLACES, sample_scene
-from interactdiff.training.adapter import in_random_slots
-from interactdiff.training.base import velocity_loss
+from interactdiff.training.adapter import in_random_slots, varied_items
+from interactdiff.training.base import PooledDropout, velocity_loss
 from interactdiff.training.recipe import RecipeError, checkpoints, make_optimizers
 from interactdiff.training.run import load_config, make_recipe, run
-from interactdiff.training.text import QUESTIONS, told_caption, told_phrase
+from interactdiff.training.text import (
+    OF_A_TEXT,
+    OF_A_THING,
+    answers_of_text,
+    answers_of_things,
+    phrase_example,
+)
 from interactdiff.training.tokenizer import make_tokenizer, world_words
-from interactdiff.training.world_data import cached_renders
+from interactdiff.training.world_data import CAPTIONS, CaptionedLatents, cached_captions, cached_renders
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +46,8 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
     base = load_config(CONFIGS / "stickworld_base.yaml", [])
     unet = base["unet"] | {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16}
     unet |= {"block_out_channels": [8, 16, 16], "norm_num_groups": 4, "attention_head_dim": 2}
-    unet |= {"sample_size": 12, "layers_per_block": 1}
-    adapter = {"max_interactions": 3, "hidden": 16, "grid_positions": True, "init": "open"}
+    unet |= {"sample_size": 16, "layers_per_block": 1}
+    adapter = {"max_interactions": 6, "hidden": 16, "grid_positions": True, "init": "open"}
     world, made = folder / "world", folder / "adapter"
     return {
         "stickworld_vae": short(folder, "stickworld_vae", model=VAE, export_to=str(world / "vae")),
@@ -47,6 +56,7 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
             folder,
             "stickworld_base",
             unet=unet,
+            sizes=SIZES,
             vae=str(world / "vae"),
             text=str(world),
             export_to=str(world),
@@ -70,11 +80,11 @@ def test_resumed_run_has_the_losses_of_the_unbroken_one(folder: Path, name: str)
 
 def test_what_the_recipes_write_is_loaded_by_stock_classes(folder: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(folder / "world")
-    assert pipe("a person", num_inference_steps=1, output_type="np").images.shape == (1, 96, 96, 3)
+    assert pipe("a person", num_inference_steps=1, output_type="np").images.shape == (1, 128, 128, 3)
     for weights in (folder / "world").rglob("*.safetensors"):
         assert {t.dtype for t in load_file(weights).values() if t.is_floating_point()} == {torch.float16}
     adapter = InteractionAdapter.from_pretrained(folder / "adapter")
-    assert adapter.position_net.max_interactions == 3
+    assert adapter.position_net.max_interactions == 6
     assert all(f.attn.to_out[0].weight.abs().sum() > 0 for f in adapter.fusers.values())
 
 
@@ -109,7 +119,7 @@ def test_a_frozen_encoder_stays_while_the_decoder_is_polished(folder: Path) -> N
 
 
 def test_interactions_move_to_random_slots_whole() -> None:
-    asked = sample_scene(3).interactions()
+    asked = sample_scene(3, 2).interactions()
     features = {phrase: torch.full((2,), float(n)) for n, phrase in enumerate(scene_phrases([asked]))}
     scene = scene_tensors([asked] * 64, features, 4)
     moved = in_random_slots(scene, torch.Generator().manual_seed(0))
@@ -125,20 +135,90 @@ def test_interactions_move_to_random_slots_whole() -> None:
 
 
 def test_what_a_text_says_is_in_it() -> None:
-    """And nothing that is not: colours and verbs left out are not asked for."""
-    rng = random.Random(0)
-    lacking = Counter()
+    """And nothing that is not: what is left out is no answer."""
+    rng, words = random.Random(0), {"stripes": "strip", "dots": "dot", "checks": "check", "none": "no hat"}
     for seed in range(200):
-        for tell in (told_caption, told_phrase):
-            text, said = tell(sample_scene(seed), rng)
-            for question, answer in said.items():
-                words = PLACES[answer] if question == "background" else (answer,)
-                assert answer in QUESTIONS[question]
-                assert answer == "person" or any(word in text for word in words), (text, said)
-            colours = [word for word in text.replace(",", "").split() if word in COLOURS]
-            assert len(colours) == sum("colour" in question for question in said), (text, said)
-            lacking[tell, "colour" in str(said), "action" in str(said)] += 1
-    assert len(lacking) == 7  # a phrase that names a colour has no action
+        described = caption(sample_scene(seed), rng, verbs=seed % 3 > 0, colours=seed % 2 > 0)
+        for thing, said in zip(described.things, answers_of_things(described), strict=True):
+            own = described.text[slice(*thing.span)]
+            assert said.keys() <= OF_A_THING.keys()
+            for name, value in said.items():
+                assert value in OF_A_THING[name]
+                shown = described.text if name == "action" else own
+                assert value == "person" or words.get(value, value) in shown, (own, said)
+            colours = [word for word in own.replace(",", "").split() if word in COLOURS]
+            values = [
+                v for k, v in said.items() if k.endswith("colour") and v in COLOURS and k != "hair_colour"
+            ]
+            assert sorted(colours) == sorted(values), (own, said)
+        whole = answers_of_text(described)
+        assert whole.keys() <= OF_A_TEXT.keys()
+        assert ("action 0" in whole) == (seed % 3 > 0 and bool(described.actions))
+        assert any(place in described.text for place in PLACES[whole["background"]])
+
+
+def test_phrases_are_things_without_an_article_or_actions() -> None:
+    rng, kinds = random.Random(0), Counter()
+    for seed in range(200):
+        example = phrase_example(sample_scene(seed), rng)
+        assert not example.text.startswith(("a ", "an "))
+        kinds[len(example.things), len(example.actions)] += 1
+    assert kinds.keys() == {(1, 0), (0, 1)}
+    assert min(kinds.values()) > 30
+
+
+def test_items_are_the_scene_with_some_slack() -> None:
+    scene, rng = sample_scene(5, 2, 1), random.Random(0)
+    true = {t.action: t for t in scene.triplets}
+    seen = Counter()
+    for _ in range(100):
+        items = varied_items(scene, rng, 0.2, 0.03)
+        assert 1 <= len(items) <= 3
+        for item in items:
+            seen[type(item)] += 1
+            if isinstance(item, Interaction) and item.action is not None and len(true) == 2:
+                wanted = true[item.action].subject_box
+                assert item.subject_box != wanted
+                assert max(abs(a - b) for a, b in zip(item.subject_box, wanted, strict=True)) < 0.15
+            seen["no action"] += isinstance(item, Interaction) and item.action is None
+    assert seen[Interaction] > seen[Entity] > 60
+    assert 15 < seen["no action"] < 65
+
+
+def test_captions_are_those_of_the_renders_and_kept(tmp_path: Path) -> None:
+    captions = cached_captions(tmp_path, 5)
+    assert [len(one) for one in captions] == [CAPTIONS] * 5
+    for seed, one in enumerate(captions):
+        names = [thing.name for thing in sample_scene(seed).things]
+        assert all(name in text or "someone" in text for text in one for name in names)
+    (made,) = tmp_path.glob("captions-*")
+    before = made.stat().st_mtime_ns
+    assert cached_captions(tmp_path, 5) == captions
+    assert made.stat().st_mtime_ns == before
+
+
+def test_sizes_come_as_often_as_their_shares(folder: Path, tmp_path: Path) -> None:
+    vae = make_recipe(recipe_configs(folder)["stickworld_vae"] | {"output_dir": str(tmp_path)}).model.eval()
+    sizes = {
+        64: {"renders": 4, "batch_size": 3, "share": 0.75},
+        128: {"renders": 2, "batch_size": 1, "share": 0.25},
+    }
+    data = CaptionedLatents(tmp_path, vae, sizes)
+    rng = random.Random(0)
+    shapes = Counter(tuple(data.batch(rng, 0.5)[0].shape) for _ in range(200))
+    assert shapes.keys() == {(3, 4, 8, 8), (1, 4, 16, 16)}
+    assert 0.6 < shapes[3, 4, 8, 8] / 200 < 0.9
+    with pytest.raises(ValueError, match="shares of the sizes that add up to 1"):
+        CaptionedLatents(tmp_path, vae, {64: sizes[64]})
+
+
+def test_the_pooled_caption_is_left_out_of_a_share_of_the_examples(folder: Path) -> None:
+    unet = make_recipe(recipe_configs(folder)["stickworld_base"] | {"output_dir": str(folder / "drop")}).model
+    text, pooled = torch.randn(64, 77, 16), PooledDropout(unet, 0.5)
+    pooled.draw(64, torch.Generator().manual_seed(0))
+    given = unet.train().add_embedding(text)
+    assert 15 < (given.abs().sum(1) == 0).sum() < 49
+    assert (unet.eval().add_embedding(text).abs().sum(1) > 0).all()
 
 
 def test_velocity_loss_is_zero_for_the_true_velocity() -> None:
@@ -159,13 +239,13 @@ def test_velocity_loss_is_zero_for_the_true_velocity() -> None:
 
 def test_renders_are_the_scenes_in_order(tmp_path: Path) -> None:
     renders = cached_renders(tmp_path, 3)
-    assert renders.shape == (3, 96, 96, 3)
+    assert renders.shape == (3, 128, 128, 3)
     for seed in range(3):
         assert np.array_equal(renders[seed], render(sample_scene(seed)).image)
 
 
 def test_every_word_of_the_world_is_one_token() -> None:
-    tokenizer = make_tokenizer(40)
+    tokenizer = make_tokenizer(77)
     for word in world_words():
         assert len(tokenizer(word).input_ids) == 3, word
     assert tokenizer.decode(tokenizer("quizzical").input_ids, skip_special_tokens=True) == "quizzical"
@@ -173,7 +253,7 @@ def test_every_word_of_the_world_is_one_token() -> None:
 
 def test_every_tokenizer_is_the_same() -> None:
     """A resumed run makes its own."""
-    assert make_tokenizer(40).get_vocab() == make_tokenizer(40).get_vocab()
+    assert make_tokenizer(77).get_vocab() == make_tokenizer(77).get_vocab()
 
 
 @pytest.mark.parametrize(
@@ -208,3 +288,21 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert [p.shape for group in adamw.param_groups for p in group["params"]] == [(4,)]
     with pytest.raises(RecipeError, match="expected optimizer adamw or muon, got 'sgd'"):
         make_optimizers([], config | {"optimizer": "sgd"})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_kernels_as_matrices(layout: torch.memory_format) -> None:
+    config = {"optimizer": "muon", "learning_rate": 0.1, "weight_decay": 0.0}
+    torch.manual_seed(0)
+    conv, linear = torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Linear(27, 4, bias=False)
+    linear.weight.data = conv.weight.detach().flatten(1).clone()
+    conv.to(memory_format=layout)
+    gradient = torch.randn(4, 27)
+    conv.weight.grad, linear.weight.grad = gradient.view(4, 3, 3, 3).clone(), gradient.clone()
+    (kernels,), (matrices,) = (make_optimizers(list(one.parameters()), config) for one in (conv, linear))
+    kernels.step()
+    matrices.step()
+    # orthogonalised in bfloat16, in the order in which the kernel lies in memory
+    torch.testing.assert_close(conv.weight.flatten(1), linear.weight, atol=5e-3, rtol=0)
+    kernels.zero_grad()
+    assert conv.weight.grad is None

@@ -105,7 +105,8 @@ class Recipe(ABC):
     Configuration keys shared by all recipes: `output_dir`, `seed`, `steps`, `batch_size`, `optimizer`,
     `learning_rate`, `warmup_steps`, `lr_scheduler`, `weight_decay`, `max_grad_norm`, `mixed_precision`,
     `ema_decay`, `log_every`, `checkpoint_every`, `checkpoints_total_limit`, `sample_every`; `stop_after`
-    (minutes) and `stop_at` (step) end a run early at a checkpoint, its learning rate planned for all `steps`.
+    (minutes) and `stop_at` (step) end a run early at a checkpoint, its learning rate planned for all `steps`,
+    or with the `lr_scheduler` "cosine_by_time", whose runs do not repeat bit for bit, for `stop_after`.
     """
 
     def __init__(self, config: dict[str, Any]):
@@ -118,21 +119,31 @@ class Recipe(ABC):
         self.model: Any = self.build()  # accelerate may wrap it
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         optimizers = make_optimizers(trainable, config)
-        schedulers = [
-            get_scheduler(
-                config["lr_scheduler"],
-                optimizer,
-                num_warmup_steps=config["warmup_steps"],
-                num_training_steps=config["steps"],
-            )
-            for optimizer in optimizers
-        ]
+        self.started = time.monotonic()
+        schedulers = [self._scheduler(optimizer) for optimizer in optimizers]
         self.model, *prepared = self.accelerator.prepare(self.model, *optimizers, *schedulers)
         self.optimizers, self.schedulers = prepared[: len(optimizers)], prepared[len(optimizers) :]
         self.ema = EMAModel(trainable, decay=config["ema_decay"], use_ema_warmup=True, power=0.75)
         self.ema.to(self.device)
         self.accelerator.register_for_checkpointing(self.ema)
         self.step = 0
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        config = self.config
+        if config["lr_scheduler"] != "cosine_by_time":
+            return get_scheduler(
+                config["lr_scheduler"],
+                optimizer,
+                num_warmup_steps=config["warmup_steps"],
+                num_training_steps=config["steps"],
+            )
+
+        def factor(step: int) -> float:
+            spent = (time.monotonic() - self.started) / 60 / config["stop_after"]
+            warm = min(1.0, (step + 1) / config["warmup_steps"]) if config["warmup_steps"] else 1.0
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, spent)))
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -168,7 +179,7 @@ class Recipe(ABC):
 
     def _train(self, pool: ThreadPoolExecutor) -> list[float]:
         config, losses = self.config, []
-        started = time.monotonic()
+        self.started = time.monotonic()
         bar = tqdm(total=config["steps"], initial=self.step, desc=self.output.name, mininterval=5.0)
         end = min(config["steps"], config["stop_at"])
         upcoming = pool.submit(self.batch, self.step)
@@ -190,7 +201,7 @@ class Recipe(ABC):
             bar.update()
             if self.step % config["log_every"] == 0:
                 self._log(losses[-config["log_every"] :])
-            last = self.step >= end or (time.monotonic() - started) / 60 > config["stop_after"]
+            last = self.step >= end or (time.monotonic() - self.started) / 60 > config["stop_after"]
             if self.step % config["checkpoint_every"] == 0 or last:
                 self.save_checkpoint()
             if self.step % config["sample_every"] == 0 or last:

@@ -81,7 +81,7 @@ def cached_renders(folder: Path, count: int, size: int = SIZE) -> np.ndarray:
     look = hashlib.sha256(_render_chunk(0, min(count, 32), size).tobytes()).hexdigest()[:12]
     path = folder / f"renders-{count}-{size}-{look}.npy"
     if not path.exists():
-        aside = path.with_suffix(".aside")
+        aside = path.with_suffix(f".{os.getpid()}.aside")
         store = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
         for first, last, chunk in _in_chunks(count, _render_chunk, size):
             store[first:last] = chunk
@@ -97,7 +97,7 @@ def cached_captions(folder: Path, count: int) -> list[list[str]]:
     path = folder / f"captions-{count}-{wording}.txt"
     if not path.exists():
         lines = [line for _, _, chunk in _in_chunks(count, _caption_chunk) for line in chunk]
-        aside = path.with_suffix(".aside")
+        aside = path.with_suffix(f".{os.getpid()}.aside")
         aside.write_text("\n".join(lines), encoding="utf-8")
         aside.rename(path)
     return [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")]
@@ -119,7 +119,7 @@ def cached_latents(folder: Path, vae: Any, renders: np.ndarray) -> Tensor:
         for first in range(0, len(renders), 250):
             images = as_images(renders[first : first + 250]).to(vae.device)
             parts.append(vae.encode(images).latents.half().cpu().numpy())
-        aside = path.with_suffix(".aside.npy")
+        aside = path.with_suffix(f".{os.getpid()}.aside.npy")
         np.save(aside, np.concatenate(parts))
         aside.rename(path)
     return torch.from_numpy(np.load(path))
