@@ -108,7 +108,7 @@ def test_an_interaction_adapter_trains_on_the_frozen_transformer(folder: Path) -
 
 def test_an_untrained_transformer_predicts_nothing_yet(folder: Path) -> None:
     recipe = make_recipe(recipe_config(folder, "stickworld_dit") | {"output_dir": str(folder / "untrained")})
-    text, pooled = recipe.text.states(["a person"])
+    text, pooled = recipe.text.states(*recipe.text.tokens(["a person"]))
     flow = FlowBatch(torch.randn(1, 4, 4, 6), text, pooled, torch.Generator().manual_seed(0))
     assert recipe.model(**flow.inputs).sample.abs().max() == 0
 

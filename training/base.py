@@ -77,10 +77,14 @@ def sampler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1, algorithm_type="sde-dpmsolver++")
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """[B, L] tokens of the prompts, padded to the encoder's length as diffusers' pipelines pad them."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
 def text_states(tokenizer: PreTrainedTokenizerBase, encoder: CLIPTextModel, texts: Sequence[str]) -> Tensor:
-    """[B, L, D] states of the prompts, padded to the encoder's length as Stable Diffusion pads them."""
-    tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
-    return encoder(tokens.input_ids.to(encoder.device)).last_hidden_state
+    """[B, L, D] states of the prompts."""
+    return encoder(token_ids(tokenizer, texts).to(encoder.device)).last_hidden_state
 
 
 class PooledDropout:
@@ -136,11 +140,12 @@ class BaseRecipe(Recipe):
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config["seed"] * 1_000_003 + step)
         latents, captions = self.data.batch(rng, self.config["empty_caption"])
-        return {"latents": latents.to(self.device), "captions": captions}
+        tokens = token_ids(self.tokenizer, captions)
+        return {"latents": latents.to(self.device), "tokens": tokens.to(self.device)}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         with torch.no_grad():
-            text = text_states(self.tokenizer, self.text_encoder, batch["captions"])
+            text = self.text_encoder(batch["tokens"]).last_hidden_state
         self.pooled.draw(len(text), generator)
         return velocity_loss(self.model, batch["latents"], text, generator, self.config["timestep_power"])
 

@@ -21,6 +21,7 @@ from interactdiff.generate import call_arguments
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
+from interactdiff.training.base import token_ids
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.world_data import CaptionedLatents, grid
@@ -99,14 +100,16 @@ class TextParts:
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         self.tokenizer_2: Any = T5Tokenizer.from_pretrained(folder, subfolder="tokenizer_2")
 
-    @torch.no_grad()
-    def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """[B, T, D] states of T5 and [B, P] pooled state of CLIP, as `FluxPipeline` makes them."""
+    def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """[B, L] tokens of CLIP and [B, T] of T5, as `FluxPipeline` pads them."""
         device = self.text_encoder.device
-        short = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        long = self.tokenizer_2(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        pooled = self.text_encoder(short.to(device)).pooler_output
-        return self.text_encoder_2(long.to(device)).last_hidden_state, pooled
+        short, long = token_ids(self.tokenizer, texts), token_ids(self.tokenizer_2, texts)
+        return short.to(device), long.to(device)
+
+    @torch.no_grad()
+    def states(self, short: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D] states of T5 and [B, P] pooled state of CLIP, as `FluxPipeline` makes them."""
+        return self.text_encoder_2(long).last_hidden_state, self.text_encoder(short).pooler_output
 
 
 def start_at_identity(transformer: FluxTransformer2DModel) -> None:
@@ -147,11 +150,11 @@ class DitRecipe(Recipe):
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config["seed"] * 1_000_003 + step)
         latents, captions = self.data.batch(rng, self.config["empty_caption"])
-        return {"latents": latents.to(self.device), "captions": captions}
+        return {"latents": latents.to(self.device), "tokens": self.text.tokens(captions)}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         config = self.config
-        text, pooled = self.text.states(batch["captions"])
+        text, pooled = self.text.states(*batch["tokens"])
         kept = (
             torch.rand(len(text), 1, generator=generator, device=generator.device) >= config["pooled_dropout"]
         )

@@ -109,9 +109,7 @@ def _cells(weights: list[float], rng: random.Random) -> list[Box]:
     return cells
 
 
-def sample_scene(
-    seed: int, n_interactions: int | None = None, n_entities: int | None = None
-) -> WorldScene:
+def sample_scene(seed: int, n_interactions: int | None = None, n_entities: int | None = None) -> WorldScene:
     """Draw a scene; the same seed and counts give the same scene.
 
     Args:
