@@ -9,12 +9,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-site=build/on_device
-rm -rf "$site" && mkdir -p "$site"
-cp -R interactdiff "$site/"
-cp -R app pipelines training "$site/interactdiff/"
-if [ -n "${WHEELS:-}" ]; then
-	python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" "$WHEELS"/*.whl
-fi
-export PYTHONPATH="$PWD/$site" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
+source training/device_site.sh
 exec "${PYTHON:-python3}" -m interactdiff.training.on_device "$@"
