@@ -12,7 +12,8 @@ from interactdiff.app.form import method_fields, random_seed, settings_fields
 from interactdiff.app.limits import Limits
 from interactdiff.app.views import VIEWS
 from interactdiff.methods import methods
-from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS
+from interactdiff.stickworld.appearance import COLOURS
+from interactdiff.stickworld.world import ACTIONS, OBJECTS
 
 NAMES = ("person", *(f"person in {colour}" for colour in COLOURS), *OBJECTS)  # of the embedded world
 TITLE = "# interactdiff\nDraw who does what to what, and where, and get that picture."

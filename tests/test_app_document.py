@@ -184,7 +184,8 @@ def test_what_is_no_canvas_is_refused(value: Any, message: str) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_are_of_the_embedded_world(name: str) -> None:
-    from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS
+    from interactdiff.stickworld.appearance import COLOURS
+    from interactdiff.stickworld.world import ACTIONS, OBJECTS
 
     known = {"person", "in", *COLOURS, *OBJECTS}
     for one in EXAMPLES[name].interactions:

@@ -20,7 +20,8 @@ from interactdiff.generate import Drawer
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.picture import enlarged, read_record, save_picture
 from interactdiff.scene import Interaction, Scene
-from interactdiff.stickworld.world import ACTIONS, COLOURS, OBJECTS
+from interactdiff.stickworld.appearance import COLOURS
+from interactdiff.stickworld.world import ACTIONS, OBJECTS
 
 RIDING = "person|riding|bike|0.30,0.20,0.62,0.80|0.28,0.55,0.70,0.92"
 SENTENCE_START = "interactdiff: "
