@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TEXT_WIDTH, tiny_unet
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -126,6 +127,14 @@ def test_weights_of_flux_make_the_output_of_its_attention(flux_pipe: Any) -> Non
     hook.remove()
     after.remove()
     torch.testing.assert_close(weights.to_words[64].sum(1), seen[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_unet_whose_attention_is_all_to_words_is_not_refined(pipe: StableDiffusionPipeline) -> None:
+    """Each of the three blocks of the finest grid attends to words twice then, at every noise level."""
+    pipe.unet = tiny_unet(TEXT_WIDTH, only_cross_attention=True)
+    to_words, to_image = attention(pipe, "a dog", PIXELS, seed=0).finest
+    assert torch.equal(to_image, torch.eye(256))
+    torch.testing.assert_close(to_words.sum(1), torch.full((256,), 6.0 * len(words.NOISE_LEVELS)))
 
 
 def test_a_map_made_by_hand_on_the_mask_has_iou_one(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:

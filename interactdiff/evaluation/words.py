@@ -50,9 +50,13 @@ class WordAttention:
 
     @property
     def finest(self) -> tuple[Tensor, Tensor]:
-        """Both of the finest grid that attends to words, each row of the second with sum 1."""
+        """Both of the finest grid that attends to words, each row of the second with sum 1.
+
+        Where nothing there attends to the image, every token attends to itself alone.
+        """
         tokens = max(self.to_words)
-        return self.to_words[tokens], F.normalize(self.to_image[tokens], p=1.0, dim=1)
+        to_image = self.to_image.get(tokens, torch.eye(tokens))
+        return self.to_words[tokens], F.normalize(to_image, p=1.0, dim=1)
 
 
 def word_iou(pipeline: Any, scenes: Sequence[WorldScene], size: int, seed: int) -> dict[str, float]:
@@ -165,7 +169,9 @@ def recorded(denoiser: Any) -> Iterator[WordAttention]:
         joint = cast(Any, [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks])
         sites = [(block.attn, _record_joint) for block in joint]
     elif blocks and "encoder_hid_dim" in denoiser.config:  # of a `UNet2DConditionModel`
-        sites = [(block.attn1, _record_own) for block in blocks]
+        sites = [
+            (block.attn1, _record_cross if block.only_cross_attention else _record_own) for block in blocks
+        ]
         sites += [(block.attn2, _record_cross) for block in blocks if block.attn2 is not None]
     else:
         raise ModelError(f"expected a U-Net or a Flux transformer, got a {type(denoiser).__name__}")
