@@ -168,6 +168,16 @@ def test_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:
         make_recipe(config | {"data": asked})
 
 
+def test_heads_of_t5_start_by_looking_near(folder: Path) -> None:
+    recipe = make_recipe(recipe_config(folder, "stickworld_t5") | {"output_dir": str(folder / "near")})
+    attention = recipe.model["text_encoder"].encoder.block[0].layer[0].SelfAttention
+    bias = attention.compute_bias(9, 9)[0]  # [heads, queries, keys]
+    assert not bias[0].any()
+    assert bias[1, 4].argmax() == 4
+    assert bias[1, 4].tolist() == bias[1, 4].flip(0).tolist()
+    assert (bias[1, 4].diff()[:4] > 0).all()
+
+
 def test_every_word_of_the_world_is_one_token_of_t5() -> None:
     tokenizer = make_t5_tokenizer(77)
     for word in world_words():

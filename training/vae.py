@@ -47,7 +47,7 @@ class VaeRecipe(Recipe):
         drawn = self.model.decode(latents + self.config["latent_noise"] * noise).sample.float()
         mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
         spread = mean.square().mean() + (variance - 1).square().mean()
-        return reconstruction_loss(drawn, images, self.config["edge_weight"]) + 0.02 * spread
+        return reconstruction_loss(drawn, images, self.config["edge_weight"]) + 0.1 * spread
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
