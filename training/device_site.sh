@@ -7,4 +7,4 @@ cp -R app pipelines training "$site/interactdiff/"
 if [ -n "${WHEELS:-}" ]; then
 	python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" "$WHEELS"/*.whl
 fi
-export PYTHONPATH="$PWD/$site" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
+export PYTHONPATH="$PWD/$site" PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE

@@ -184,13 +184,19 @@ def settings_of(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool
         if toy:
             values["data"] |= {"pictures": 8, "steps": 2, "batch_size": 8}
     if toy:
-        values |= {"batch_size": 4} | ({"renders": 24} if "renders" in values else {})
+        small = {"batch_size": 4, "renders": 24, "held_out": 8}
+        values |= {name: value for name, value in small.items() if name in recipe}
         if "sizes" in values:
             values["sizes"] = {128: {"renders": 24, "batch_size": 4, "share": 1.0}}
         for part, sizes in _TOY.items():
             if part in recipe:
                 values[part] = recipe[part] | sizes
-    return [f"{name}={json.dumps(value)}".replace("{runs}", str(runs)) for name, value in values.items()]
+    return [f"{name}={_as_yaml(value)}".replace("{runs}", str(runs)) for name, value in values.items()]
+
+
+def _as_yaml(value: Any) -> str:
+    """A value on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
 def train(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool) -> None:

@@ -1,0 +1,63 @@
+"""Training on one device in some minutes: what recipes are given, and how models travel."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from interactdiff.training import on_device
+from interactdiff.training.on_device import BASES, CONFIGS, FILES, PLAN, pack, settings_of, unpack, with_parts
+from interactdiff.training.run import load_config
+
+STAGES = [stage for lanes in PLAN for lane in lanes for stage in lane if stage.config]
+
+
+@pytest.mark.parametrize("toy", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_settings_are_keys_of_the_recipe(
+    tmp_path: Path, stage: on_device.Stage, again: bool, toy: bool
+) -> None:
+    settings = settings_of(stage, tmp_path, 1.5, again, toy)
+    config = load_config(CONFIGS / f"{stage.config}.yaml", settings)
+    assert config["stop_after"] == 1.5
+    assert config["lr_scheduler"] == "cosine_by_time"
+    assert str(config["output_dir"]) == str(tmp_path / f"run-{stage.name}")
+    assert "{" not in "".join(str(value) for value in config.values() if isinstance(value, str))
+    if "init_from" in config:
+        assert bool(config["init_from"]) == (again and stage.name not in ("text", "t5", "detector"))
+    if "sizes" in config:
+        assert sum(one["share"] for one in config["sizes"].values()) == pytest.approx(1)
+
+
+def test_every_model_has_a_share_and_lanes_end_in_time() -> None:
+    for lanes in PLAN:
+        for lane in lanes:
+            assert sum(stage.share for stage in lane) < 0.95
+    assert sum(max(sum(stage.share for stage in lane) for lane in lanes) for lanes in PLAN) < 0.9
+    made = {stage.made for stage in STAGES}
+    packed = {folder for folders in FILES.values() for folder in folders}
+    assert all(any(folder == one or folder.startswith(f"{one}/") for folder in packed) for one in made)
+
+
+def fill(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.ones(4)}, folder / "model.safetensors")
+
+
+def test_models_travel_in_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, out, back = tmp_path / "runs", tmp_path / "out", tmp_path / "back"
+    for folder in ("parts/vae", "parts/text_encoder", "stickworld/unet", "stickworld-interaction", "cache"):
+        fill(runs / folder)
+    written = pack(runs, out)
+    assert [path.name for path in written] == ["parts.tar", "unet.tar", "adapters.tar"]
+    unpack(out, back)
+    with_parts(back, "stickworld")
+    there = {str(path.parent.relative_to(back)) for path in back.rglob("*.safetensors")}
+    assert {"parts/vae", "stickworld/unet", "stickworld-interaction"} <= there
+    assert not (back / "cache").exists()
+    assert all((back / "stickworld" / part).is_symlink() for part in BASES["stickworld"])
+    monkeypatch.setattr(on_device, "LARGEST", 100)
+    with pytest.raises(RuntimeError, match=r"at most 100 bytes, got larger ones: parts\.tar"):
+        pack(runs, out)
