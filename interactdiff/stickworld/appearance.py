@@ -101,13 +101,14 @@ OBJECT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 
 def _second_colour(colour: str, rng: random.Random) -> str:
-    """One that stands out from the first."""
+    """One that stands out from the first; yellow on blue is there, so that blue on yellow would be the same."""
 
     def contrast(second: str) -> float:
         pairs = zip(COLOURS[colour], SECOND_COLOURS[second], strict=True)
         return sum((a - b) ** 2 for a, b in pairs) ** 0.5
 
-    return rng.choice([second for second in SECOND_COLOURS if contrast(second) > _LEAST_CONTRAST])
+    known = [second for second in SECOND_COLOURS if contrast(second) > _LEAST_CONTRAST]
+    return rng.choice([second for second in known if (colour, second) != ("yellow", "blue")])
 
 
 def _clothing(patterns: tuple[str, ...], rng: random.Random) -> tuple[str, str, str | None]:

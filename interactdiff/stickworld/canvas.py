@@ -109,7 +109,7 @@ class Canvas:
         steps = range(-9, 10)
         if pattern == "stripes":
             for n in steps:
-                quad(-3, (n - 0.25) * 0.44, 3, (n + 0.25) * 0.44)
+                quad(-3, (n - 0.2) * 0.46, 3, (n + 0.2) * 0.46)
         elif pattern == "checks":
             for n in steps:
                 for m in steps:

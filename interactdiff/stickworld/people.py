@@ -23,11 +23,11 @@ PLAIN_TROUSERS: Colour = (70, 74, 100)
 # In shares of a person's height: width of limbs, radius of the head, width of the torso.
 PLAIN_BUILD, BUILD = (0.085, 0.115, 0.20), (0.088, 0.135, 0.26)
 # How far hair and headwear reach from the middle of the head, in its radii: up, to the front, to the back.
-_HAIR_REACH = {"short": (1.15, 1.1, 1.15), "long": (1.15, 1.1, 1.5), "curly": (1.4, 1.3, 1.4)}
-_HAIR_REACH["spiky"] = (1.62, 1.3, 1.62)
-_HEADWEAR_REACH = {"none": (0.0, 0.0, 0.0), "cap": (1.3, 1.85, 1.15), "crown": (1.6, 1.0, 1.0)}
-_HEADWEAR_REACH["top hat"] = (1.95, 1.45, 1.45)
-_BRIM = 0.42  # radii of the head that headwear begins above its middle
+_HAIR_REACH = {"short": (1.15, 1.1, 1.15), "long": (1.15, 1.1, 1.5), "curly": (1.42, 1.42, 1.42)}
+_HAIR_REACH["spiky"] = (1.82, 1.8, 1.82)
+_HEADWEAR_REACH = {"none": (0.0, 0.0, 0.0), "cap": (1.52, 1.85, 1.15), "crown": (1.68, 1.0, 1.0)}
+_HEADWEAR_REACH["top hat"] = (2.0, 1.45, 1.45)
+_BRIM = 0.5  # radii of the head that headwear begins above its middle
 Mark = tuple[float, float, float]  # a position in 0..1 and how far the drawing reaches below and above it
 
 
@@ -70,28 +70,22 @@ class _Head:
             self._headwear(look.headwear or "", COLOURS[look.headwear_colour])
 
     def _hair(self, shape: str, colour: Colour, covered: bool) -> None:
-        """`covered`: only what a hat leaves to be seen sticks out."""
+        """`covered`: only what headwear leaves to be seen sticks out."""
         arc = [self.on_arc(degrees, 1.1) for degrees in range(28, 206, 8)]
         cap = (*arc, self.at(-0.35, 0.25), self.at(-0.25, -0.3), self.at(0.5, -0.35))
-        degrees = [*range(30, 60, 12), *range(120, 210, 18)] if covered else list(range(34, 206, 18))
         if shape == "spiky":
-            spikes = []
-            for start in [-2, 176] if covered else range(30, 190, 32):
-                spikes += [self.on_arc(start + 2, 0.9), self.on_arc(start + 16, 1.6)]
-                spikes.append(self.on_arc(start + 30, 0.9))
-                if covered:
-                    self.canvas.polygon(tuple(spikes), colour)
-                    spikes = []
-            if not covered:
-                self.canvas.polygon((*spikes, self.at(-0.3, 0.1)), colour)
+            for start in (-12, 144, 182) if covered else (28, 68, 108, 148):
+                spike = (self.on_arc(start, 0.8), self.on_arc(start + 20, 1.8), self.on_arc(start + 40, 0.8))
+                self.canvas.polygon(spike, colour)
         self.canvas.polygon(cap, colour)
         if shape == "curly":
-            for n in degrees:
-                x, y = self.on_arc(n, 0.98)
-                r = 0.4 * self.radius
+            places = (14, 32, 146, 164, 182, 200, 218) if covered else tuple(range(34, 214, 18))
+            for degrees in places:
+                x, y = self.on_arc(degrees, 1.0)
+                r = 0.42 * self.radius
                 self.canvas.disc((x - r, y - r, x + r, y + r), colour)
-            for n in degrees:  # over the outlines within
-                self.canvas.dot(*self.on_arc(n, 0.8), 0.34 * self.radius, colour)
+            for degrees in places:  # over the outlines within
+                self.canvas.dot(*self.on_arc(degrees, 0.82), 0.34 * self.radius, colour)
 
     def _headwear(self, kind: str, colour: Colour) -> None:
         if kind == "cap":
