@@ -119,20 +119,23 @@ class Binding(ABC):
     adapter: Adapter
     edits: Sequence[Edit] = ()
 
-    def encode(self, items: Sequence[Sequence[Any]], **options: Any) -> None:
-        """Take a scene: its own items, one sequence for each prompt or a single one for all.
-
-        Once a scene: features, tokens, keys and values are made here or at the first call. Nothing changes if
-        it raises.
+    def encode(self, items: Sequence[Sequence[Any]], **options: Any) -> Any:
+        """What a scene is to this adapter: features, tokens, keys, values. Once a scene; changes nothing.
 
         Args:
-            items: of the classes in `Adapter.items`.
+            items: of the classes in `Adapter.items`, one sequence for each prompt or a single one for all.
             **options: its own, by keyword, as its signature names them.
+
+        Returns:
+            What `use` takes.
 
         Raises:
             SceneError: the items cannot be drawn.
         """
-        raise NotImplementedError
+        return items
+
+    def use(self, encoded: Any) -> None:
+        """Act by a scene from the next call on, one that `encode` returned."""
 
     def prepare(self, call: Call) -> Collection[Edit]:
         """Before each denoiser call, outside compiled code: lay out what the edits read.

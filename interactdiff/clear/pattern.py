@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interactdiff.errors import ClearError
+
 SHAPES = ("circle", "square")
 TRAINED_LENGTH = 64**2 + 512  # keys of a 1024 px picture of FLUX.1-dev, for which its scale is right
-
-
-class ClearError(ValueError):
-    """Attention that cannot be computed as asked; the message is one sentence."""
 
 
 @dataclass(frozen=True)
