@@ -17,7 +17,7 @@ from PIL import Image
 
 from interactdiff.app.limits import Limits
 from interactdiff.checkpoint import AdapterError
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
 from interactdiff.methods import Work, checked_methods, draw, methods, work
 from interactdiff.models import ModelError
@@ -134,20 +134,20 @@ class Artist:
     def __init__(self, limits: Limits, device: str = "auto", dtype: str = "auto"):
         self.limits, self._device, self._dtype = limits, device, dtype
         self._folder = tempfile.TemporaryDirectory(prefix="interactdiff-")
-        self._loaded: tuple[tuple[str, str | None], Drawer] | None = None
+        self._loaded: tuple[tuple[str, str | None], ScenePipeline] | None = None
         # One thread for good: torch keeps memory for every thread that it ever ran in.
         self._worker = ThreadPoolExecutor(1, "artist")
         self._pictures: OrderedDict[Path, None] = OrderedDict()
         self._closing = threading.Event()
 
-    def _drawer(self, model: str, adapter: str | None) -> Drawer:
+    def _drawer(self, model: str, adapter: str | None) -> ScenePipeline:
         """The models of these names; one pair is loaded at a time."""
         self.limits.check_name("model", model)
         if adapter is not None:
             self.limits.check_name("adapter", adapter)
         if self._loaded is None or self._loaded[0] != (model, adapter):
             self._loaded = None  # first, so that two models are never in memory
-            drawer = Drawer.load(model, adapter, self._device, self._dtype)
+            drawer = ScenePipeline.from_pretrained(model, adapter, self._device, self._dtype)
             drawer.pipeline.set_progress_bar_config(disable=True)
             self._loaded = (model, adapter), drawer
         return self._loaded[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from interactdiff.methods import Work
-from interactdiff.models import ADAPTERS, MODELS, ModelError, lasting
+from interactdiff.models import ADAPTERS, MODELS, ModelError, absolute_name
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import SceneError, shown
 
@@ -76,7 +76,7 @@ class Limits:
             ModelError: in one sentence, which does not tell whether there is such a file.
         """
         try:
-            if lasting(name) in (*MODELS, *ADAPTERS.values(), *map(lasting, self.names)):
+            if absolute_name(name) in (*MODELS, *ADAPTERS.values(), *map(absolute_name, self.names)):
                 return
             path = Path(name).resolve()
             if path.exists():

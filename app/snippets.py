@@ -18,9 +18,9 @@ def as_python(record: Record) -> str:
     where = [repr(record.model), repr(record.adapter), f"device={record.device!r}", f"dtype={record.dtype!r}"]
     lines = [
         f"from interactdiff import {', '.join([*names, 'Scene'])}",
-        "from interactdiff.generate import Drawer",
+        "from interactdiff.generation import ScenePipeline",
     ]
-    drawing, kept = "drawer.draw(scene)", "drawer.record(scene)"
+    drawing, kept = "drawer.generate(scene)", "drawer.record(scene)"
     if record.methods:
         lines.append("from interactdiff.methods import draw")
         drawing, kept = "draw(drawer, scene, methods)", "drawer.record(scene, methods)"
@@ -28,7 +28,7 @@ def as_python(record: Record) -> str:
     if record.methods:
         lines.append(f"methods = {record.methods!r}")
     lines += [
-        f"drawer = Drawer.load({', '.join(where)})",
+        f"drawer = ScenePipeline.from_pretrained({', '.join(where)})",
         f'save_picture({drawing}, "picture.png", {kept})',
     ]
     return "\n".join(lines) + "\n"

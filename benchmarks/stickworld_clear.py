@@ -23,8 +23,8 @@ from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.evaluation.hoi import text_scores, with_interval
 from interactdiff.evaluation.images import feature_distance
 from interactdiff.evaluation.world import Drawing, Order, draw, held_out_scenes, packaged_detector
-from interactdiff.generate import Drawer
-from interactdiff.models import GUIDANCE_SCALES
+from interactdiff.generation import ScenePipeline
+from interactdiff.models import model_info
 from interactdiff.stickworld import model_path
 from interactdiff.stickworld.detector import SIZE
 from interactdiff.training.world_data import grid
@@ -33,7 +33,7 @@ MODEL = "stickworld-dit"
 BATCH = 20
 
 
-def pictures(drawer: Drawer, orders: list[Order], seed: int, how: Drawing, title: str) -> Tensor:
+def pictures(drawer: ScenePipeline, orders: list[Order], seed: int, how: Drawing, title: str) -> Tensor:
     """[N, 3, H, W] in [0, 1]."""
     firsts = tqdm(range(0, len(orders), BATCH), desc=title, unit="batch", leave=False)
     return torch.cat([draw(orders[first : first + BATCH], drawer, seed, how) for first in firsts])
@@ -50,11 +50,11 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="also write the first pictures of each row, a row each")
     args = parser.parse_args()
     quiet_libraries()
-    drawer, detector = Drawer.load(MODEL, device="cpu"), packaged_detector()
+    drawer, detector = ScenePipeline.from_pretrained(MODEL, device="cpu"), packaged_detector()
     drawer.pipeline.set_progress_bar_config(disable=True)
     scenes = held_out_scenes(args.scenes, args.seed)
     orders = [Order(n, scene.caption) for n, scene in enumerate(scenes)]
-    how = Drawing(args.steps, GUIDANCE_SCALES[MODEL], args.size)
+    how = Drawing(args.steps, model_info(MODEL).guidance_scale, args.size)
     layers = [ClearAdapter.from_pretrained(f) for f in args.layers or [model_path(f"{MODEL}-clear")]]
     rows: dict[str, Any] = {"teacher": None, "window, untrained": ClearAdapter(layers[0].config).eval()}
     rows |= {f"distilled, {one.config}": one for one in layers}

@@ -27,7 +27,7 @@ from interactdiff.bench.interaction import BASES, operations
 from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.evaluation.hoi import at_box, iou, picture_scores, with_interval
 from interactdiff.evaluation.world import held_out_scenes, packaged_detector
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.interaction import control
 from interactdiff.interaction.fuser import GatedSelfAttention, KeysValues
 from interactdiff.scene import Box, Entity
@@ -48,7 +48,7 @@ class World:
     """
 
     def __init__(self, scenes: int, seed: int, steps: int):
-        self.drawer, self.detector = Drawer.load(device="cpu"), packaged_detector()
+        self.drawer, self.detector = ScenePipeline.from_pretrained(device="cpu"), packaged_detector()
         self.drawer.pipeline.set_progress_bar_config(disable=True)
         self.scenes, self.seed, self.steps = held_out_scenes(scenes, seed), seed, steps
 

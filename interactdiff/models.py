@@ -1,25 +1,62 @@
 """Which models there are: packaged ones by name, folders, and ids on the Hugging Face Hub."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-MODEL = "stickworld"
-MODELS = ("stickworld", "stickworld-dit")  # the packaged ones
-# the packaged adapter of a packaged model, if it has one
-ADAPTERS = {"stickworld": "stickworld-interaction", "stickworld-dit": "stickworld-dit-interaction"}
-CLEAR_LAYERS = {"stickworld-dit": "stickworld-dit-clear"}  # a packaged model's layers for windows
-# What suits a packaged model; any other has its pipeline's default.
-GUIDANCE_SCALES = {"stickworld": 2.0, "stickworld-dit": 3.0}
-SIZES = {"stickworld-dit": 96}  # pixels, where the pipeline itself would draw another size
+from interactdiff.errors import ModelError
+
+MODEL = "stickworld"  # where none is named
 
 
-class ModelError(ValueError):
-    """A model or a device that cannot be used; the message is one sentence with expected and got."""
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model by its name; of one that is not packaged, nothing.
+
+    Attributes:
+        name: packaged name, folder or Hub id.
+        adapters: its packaged adapters, by the name of their method.
+        guidance_scale: that suits it; None is its pipeline's default.
+        size: of its pictures in pixels, where its pipeline would draw another size; None is the pipeline's.
+        settings: of methods and samplers, by their names: values that suit it better than the defaults.
+    """
+
+    name: str
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    guidance_scale: float | None = None
+    size: int | None = None
+    settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-def default_adapter(model: str) -> str | None:
-    """The packaged adapter of a packaged model; None if it has none, and for any other model."""
-    return ADAPTERS.get(model)
+PACKAGED = {
+    one.name: one
+    for one in (
+        ModelInfo("stickworld", {"interaction": "stickworld-interaction"}, guidance_scale=2.0),
+        ModelInfo(
+            "stickworld-dit",
+            {"interaction": "stickworld-dit-interaction", "clear": "stickworld-dit-clear"},
+            guidance_scale=3.0,
+            size=96,
+            settings={"high_resolution": {"strength": 0.25, "shift": 1.0}},
+        ),
+    )
+}
+
+
+def model_info(name: str) -> ModelInfo:
+    """What is known of a model: an empty record for one that is not packaged."""
+    return PACKAGED.get(name, ModelInfo(name))
+
+
+def packaged_adapters() -> tuple[str, ...]:
+    """The names of all packaged adapters, of all methods."""
+    return tuple(name for info in PACKAGED.values() for name in info.adapters.values())
+
+
+def default_adapter(model: str, method: str = "interaction") -> str | None:
+    """A packaged model's packaged adapter of a method; None if it has none, and for any other model."""
+    return model_info(model).adapters.get(method)
 
 
 def resolve(kind: str, name: str) -> str:
@@ -35,7 +72,7 @@ def resolve(kind: str, name: str) -> str:
     Raises:
         ModelError: it is none of them.
     """
-    packaged = MODELS if kind == "model" else tuple(ADAPTERS.values())
+    packaged = tuple(PACKAGED) if kind == "model" else packaged_adapters()
     if name in packaged:
         from interactdiff.stickworld import model_path
 
@@ -53,9 +90,9 @@ def resolve(kind: str, name: str) -> str:
     return name
 
 
-def lasting(name: str) -> str:
+def absolute_name(name: str) -> str:
     """A name that means the same from another working directory: paths become absolute."""
-    known = name in MODELS or name in ADAPTERS.values()
+    known = name in PACKAGED or name in packaged_adapters()
     return str(Path(name).resolve()) if not known and Path(name).exists() else name
 
 

@@ -20,7 +20,7 @@ from interactdiff.app.form import OWN, filled, laid_out, order_of, place_of
 from interactdiff.app.limits import MAX_UPLOAD_PIXELS, Limits, opened_picture
 from interactdiff.app.snippets import as_command, as_python
 from interactdiff.app.views import found_in, found_over, looked_over, tokens
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
 from interactdiff.methods import Work, methods
 from interactdiff.models import ModelError
@@ -64,17 +64,17 @@ def test_an_order_is_drawn_step_by_step(artist: Artist) -> None:
         (7, 1.0, True), (7, 0.0, False), (8, 1.0, True), (8, 0.0, False)
     ]  # fmt: skip
     assert [one.maps is not None for one in done] == [True, False, True, False]
-    alone = Drawer.load(device="cpu")
+    alone = ScenePipeline.from_pretrained(device="cpu")
     for one in done:
         assert read_record(one.path) == one.record
-        assert Image.open(one.path).tobytes() == alone.draw(one.record.scene).tobytes()
+        assert Image.open(one.path).tobytes() == alone.generate(one.record.scene).tobytes()
 
 
 def test_without_control_is_what_the_base_draws(artist: Artist) -> None:
     _, without = drawn(artist, Order(DEMO, compare=True))[-1].done
     assert (
         Image.open(without.path).tobytes()
-        == Drawer.load(device="cpu").draw(replace(DEMO, interactions=())).tobytes()
+        == ScenePipeline.from_pretrained(device="cpu").generate(replace(DEMO, interactions=())).tobytes()
     )
 
 
@@ -118,13 +118,13 @@ def test_two_pages_do_not_mix(artist: Artist) -> None:
 
 def test_a_model_is_loaded_once_and_one_at_a_time(artist: Artist, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    load = Drawer.load
+    load = ScenePipeline.from_pretrained
 
-    def counted(model: str, *args: Any) -> Drawer:
+    def counted(model: str, *args: Any) -> ScenePipeline:
         loaded.append(model)
         return load(model, *args)
 
-    monkeypatch.setattr(Drawer, "load", counted)
+    monkeypatch.setattr(ScenePipeline, "from_pretrained", counted)
     artist.describe("stickworld", None)
     loaded.clear()
     drawn(artist, Order(DEMO))
@@ -144,11 +144,11 @@ def test_a_method_draws_through_the_artist(artist: Artist) -> None:
     assert [t.words for t in told if t.words.startswith("step")] == [f"step {n} of 4" for n in (1, 2, 3, 4)]
     assert one.record.methods["high_resolution"]["shift"] == 1.0  # what suits the model
     assert one.maps is not None
-    drawer = Drawer.load("stickworld-dit", device="cpu")
+    drawer = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
     again = methods()["high_resolution"]
     values = one.record.methods["high_resolution"]
     assert (
-        again.draw(drawer, values, drawer.draw, order.scene, None).tobytes() == Image.open(one.path).tobytes()
+        again.draw(drawer, values, drawer.generate, order.scene, None).tobytes() == Image.open(one.path).tobytes()
     )
 
 
@@ -163,7 +163,7 @@ def test_a_method_draws_through_the_artist(artist: Artist) -> None:
         (Order(DEMO, images=4), "images: expected 1 to 3 on this server, got 4"),
         (Order(DEMO, model="stickworld-dit", methods=FOUR_TIMES), SIZE),
         (Order(DEMO, methods=TWICE), "high_resolution: expected a Flux or Stable Diffusion 3 pipeline"),
-        (Order(DEMO, methods={"magic": {}}), "method: expected one of high_resolution, got 'magic'"),
+        (Order(DEMO, methods={"magic": {}}), "method: expected one of clear, high_resolution, got 'magic'"),
         (Order(replace(DEMO, prompt="a" * 2001)), "prompt: expected at most 2000 letters, got 2001"),
         (Order(DEMO, methods={"high_resolution": 2}), "high_resolution: expected "),
         (Order(DEMO, model="x" * 5000), "expected a model that this server has, got 'xxx"),
@@ -271,8 +271,8 @@ def test_models_and_things_have_places_too() -> None:
 
 
 def test_the_detector_finds_what_was_drawn() -> None:
-    drawer = Drawer.load("stickworld-dit", device="cpu")
-    image = drawer.draw(replace(EXAMPLES["balancing"], steps=12))
+    drawer = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
+    image = drawer.generate(replace(EXAMPLES["balancing"], steps=12))
     assert found_in(image).triplets[0].action == "balancing"
     over, told = found_over(image)
     assert over.size == (480, 480)

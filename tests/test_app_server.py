@@ -22,7 +22,7 @@ import interactdiff.app
 from interactdiff.app.examples import EXAMPLES
 from interactdiff.app.serve import LOCAL, PUBLIC, limits_for
 from interactdiff.cli import main
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.picture import read_record
 
 SCENE = replace(EXAMPLES["riding"], steps=2)
@@ -83,7 +83,7 @@ def test_the_api_draws_what_the_command_line_draws(client: Client) -> None:
     path = draw(client, SCENE.to_dict())
     record = read_record(path)
     assert (record.scene, record.model) == (SCENE, "stickworld")
-    assert Image.open(path).tobytes() == Drawer.load(device="cpu").draw(SCENE).tobytes()
+    assert Image.open(path).tobytes() == ScenePipeline.from_pretrained(device="cpu").generate(SCENE).tobytes()
 
 
 def test_the_api_tells_what_there_is(client: Client) -> None:

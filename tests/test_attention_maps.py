@@ -11,7 +11,7 @@ from tiny_dit import trained_joint_adapter
 
 import interactdiff.interaction.maps as maps_module
 from interactdiff import Entity, attach
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.fuser import KeysValues, SelfAttention
 from interactdiff.interaction.maps import QUERIES_AT_ONCE, fuser_attention, joint_attention
 from interactdiff.scene import Scene
@@ -112,11 +112,11 @@ def test_recording_a_transformer_changes_nothing(dit_pipe: Any) -> None:
 def test_the_packaged_models_look_at_a_thing_where_it_is(model: str) -> None:
     from interactdiff.commands.demo import DEMO
 
-    drawer = Drawer.load(model, device="cpu")
+    drawer = ScenePipeline.from_pretrained(model, device="cpu")
     drawer.pipeline.set_progress_bar_config(disable=True)
     assert drawer.handle is not None
     with drawer.handle.record_attention() as recorder:
-        drawer.draw(Scene(DEMO.prompt, DEMO.interactions, seed=7, steps=6))
+        drawer.generate(Scene(DEMO.prompt, DEMO.interactions, seed=7, steps=6))
     maps = recorder.maps()
     assert maps is not None
     rows, columns = maps.weights.shape[-2:]

@@ -35,7 +35,7 @@ from interactdiff.evaluation.world import (
     swap,
     swap_scores,
 )
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.models import ModelError
 from interactdiff.scene import Box, SceneError
@@ -235,8 +235,8 @@ def test_swap_followed_is_one_and_boxes_only_is_chance() -> None:
 
 
 @pytest.fixture
-def drawer(pipe: StableDiffusionPipeline, adapter: InteractionAdapter) -> Drawer:
-    return Drawer(pipe, attach(pipe, adapter), "tiny", "tiny-adapter")
+def drawer(pipe: StableDiffusionPipeline, adapter: InteractionAdapter) -> ScenePipeline:
+    return ScenePipeline(pipe, attach(pipe, adapter), "tiny", {"interaction": "tiny-adapter"})
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def detector() -> Detector:
     return Detector((8, 8, 8, 8)).eval()
 
 
-def test_evaluate_world_gives_the_whole_table(drawer: Drawer, detector: Detector) -> None:
+def test_evaluate_world_gives_the_whole_table(drawer: ScenePipeline, detector: Detector) -> None:
     table = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter"]
     scores = ["hoi_map", "box_acc", "action_acc", "colour_acc"]
@@ -265,7 +265,7 @@ def test_evaluate_world_gives_the_whole_table(drawer: Drawer, detector: Detector
     assert f"chance {100 * table['action_swap']['chance']:.1f}" in text
 
 
-def test_fast_control_has_a_row_of_its_own(drawer: Drawer, detector: Detector) -> None:
+def test_fast_control_has_a_row_of_its_own(drawer: ScenePipeline, detector: Detector) -> None:
     table = evaluate_world(
         "", "", 1, 5, 3, 3, "cpu", progress=False, fast=True, drawer=drawer, detector=detector
     )
@@ -273,7 +273,7 @@ def test_fast_control_has_a_row_of_its_own(drawer: Drawer, detector: Detector) -
     assert "adapter, fast" in format_table(table)
 
 
-def test_windows_have_a_row_of_their_own(drawer: Drawer, detector: Detector) -> None:
+def test_windows_have_a_row_of_their_own(drawer: ScenePipeline, detector: Detector) -> None:
     windows = ClearAdapter(ClearConfig(2)).eval()
     table = evaluate_world(
         "", "", 1, 5, 3, 3, "cpu", progress=False, drawer=drawer, detector=detector, clear=windows
@@ -284,12 +284,12 @@ def test_windows_have_a_row_of_their_own(drawer: Drawer, detector: Detector) -> 
 
 
 def test_without_an_adapter_there_are_the_rows_that_need_none(
-    pipe: StableDiffusionPipeline, drawer: Drawer, detector: Detector
+    pipe: StableDiffusionPipeline, drawer: ScenePipeline, detector: Detector
 ) -> None:
     full = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
     assert drawer.handle is not None
     drawer.handle.detach()
-    bare = Drawer(pipe, None, "tiny", None)
+    bare = ScenePipeline(pipe, None, "tiny")
     table = evaluate_world("", None, 2, 5, 2, 3, "cpu", progress=False, drawer=bare, detector=detector)
     assert table["action_swap"] is table["intervals"]["action_swap"] is table["adapter"] is None
     assert list(table) == list(full)
@@ -307,7 +307,7 @@ def test_without_an_adapter_there_are_the_rows_that_need_none(
 
 
 def test_pictures_are_drawn_at_a_size_and_averaged_down_to_the_detectors(
-    drawer: Drawer, detector: Detector
+    drawer: ScenePipeline, detector: Detector
 ) -> None:
     assert draw([Order(0, "a person")], drawer, 0, Drawing(1, size=24)).shape == (1, 3, 24, 24)
     table = evaluate_world(
@@ -324,7 +324,7 @@ def test_pictures_are_drawn_at_a_size_and_averaged_down_to_the_detectors(
         evaluate_world("", "", 1, 5, 1, 3, "cpu", size=20, drawer=drawer, detector=detector)
 
 
-def test_a_unet_is_called_as_it_always_was(drawer: Drawer, pipe: StableDiffusionPipeline) -> None:
+def test_a_unet_is_called_as_it_always_was(drawer: ScenePipeline, pipe: StableDiffusionPipeline) -> None:
     order = Order(3, "a person")
     got = draw([order], drawer, 2, Drawing(2, 3.0))
     noise = torch.Generator().manual_seed(HELD_OUT + 2_000_003)
@@ -360,7 +360,7 @@ def test_evaluate_on_the_command_line_prints_the_table_and_writes_it(
     assert format_table(table) in capsys.readouterr().out
 
 
-def test_pictures_do_not_depend_on_the_batch(drawer: Drawer) -> None:
+def test_pictures_do_not_depend_on_the_batch(drawer: ScenePipeline) -> None:
     worlds = held_out_scenes(3, seed=0)
     orders = [Order(i, w.caption, w.interactions()) for i, w in enumerate(worlds)]
     together = draw(orders, drawer, seed=0, how=Drawing(2))
@@ -370,19 +370,19 @@ def test_pictures_do_not_depend_on_the_batch(drawer: Drawer) -> None:
 
 
 def test_the_base_row_is_the_base_and_the_others_are_not(
-    drawer: Drawer, pipe: StableDiffusionPipeline
+    drawer: ScenePipeline, pipe: StableDiffusionPipeline
 ) -> None:
     world = held_out_scenes(1, seed=0)[0]
     controlled = draw([Order(0, world.caption, world.interactions())], drawer, seed=0, how=Drawing(2))
     uncontrolled = draw([Order(0, world.caption)], drawer, seed=0, how=Drawing(2))
     assert drawer.handle is not None
     drawer.handle.detach()
-    without = draw([Order(0, world.caption)], Drawer(pipe, None, "tiny", None), seed=0, how=Drawing(2))
+    without = draw([Order(0, world.caption)], ScenePipeline(pipe, None, "tiny"), seed=0, how=Drawing(2))
     assert torch.equal(uncontrolled, without)
     assert not torch.allclose(uncontrolled, controlled, atol=1e-3)
 
 
-def test_a_picture_ordered_twice_is_drawn_once(drawer: Drawer, detector: Detector) -> None:
+def test_a_picture_ordered_twice_is_drawn_once(drawer: ScenePipeline, detector: Detector) -> None:
     drawn = []
     hook = drawer.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: drawn.append(len(args[0])))
     orders = [Order(0, "a person"), Order(1, "a person"), Order(0, "a person")]
@@ -392,7 +392,7 @@ def test_a_picture_ordered_twice_is_drawn_once(drawer: Drawer, detector: Detecto
     assert set(found) == set(orders)
 
 
-def test_seed_out_of_range_is_refused(drawer: Drawer, detector: Detector) -> None:
+def test_seed_out_of_range_is_refused(drawer: ScenePipeline, detector: Detector) -> None:
     with pytest.raises(SceneError, match=r"expected a seed .* got -1"):
         evaluate_world("", "", 1, -1, 1, 1, "cpu", drawer=drawer, detector=detector)
 

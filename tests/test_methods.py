@@ -14,7 +14,7 @@ from interactdiff.app.artist import Artist
 from interactdiff.app.form import order_of
 from interactdiff.app.limits import Limits
 from interactdiff.app.studio import Studio
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.methods import Setting, checked_methods, draw, methods, work
 from interactdiff.scene import Scene
 
@@ -66,7 +66,7 @@ def test_a_new_method_is_drawn_with_and_has_a_panel(magic: None) -> None:
     )
     assert order.methods == {"magic": {"power": 2, "share": 0.5}}
     artist.close()
-    drawer = Drawer.load("stickworld", device="cpu")
+    drawer = ScenePipeline.from_pretrained("stickworld", device="cpu")
     scene = Scene("a dog", steps=2)
     plain, turned = (draw(drawer, scene, asked) for asked in ({}, order.methods))
     assert turned.tobytes() == bytes(255 - byte for byte in plain.tobytes())
@@ -86,12 +86,12 @@ def test_a_new_method_is_drawn_with_and_has_a_panel(magic: None) -> None:
 )  # fmt: skip
 def test_what_cannot_be_set_is_one_sentence(flux_pipe: Any, asked: Any, message: str) -> None:
     with pytest.raises(SceneError) as refused:
-        checked_methods(Drawer(flux_pipe, None, "tiny", None), asked)
+        checked_methods(ScenePipeline(flux_pipe, None, "tiny"), asked)
     assert str(refused.value).startswith(message)
 
 
 def test_few_steps_at_little_strength_are_refused_before_anything_is_drawn(flux_pipe: Any) -> None:
-    drawer = Drawer(flux_pipe, None, "tiny", None)
+    drawer = ScenePipeline(flux_pipe, None, "tiny")
     asked = {"high_resolution": {"steps": 2, "strength": 0.05}}
     with pytest.raises(
         SceneError, match=r"high_resolution, steps: expected at least 20 for strength 0\.05, got 2"
@@ -113,7 +113,7 @@ def test_values_suit_the_model_where_none_are_given() -> None:
 def test_high_resolution_draws_on_within_windows_and_without(
     family: str, request: pytest.FixtureRequest
 ) -> None:
-    drawer = Drawer(request.getfixturevalue(family), None, "tiny", None)
+    drawer = ScenePipeline(request.getfixturevalue(family), None, "tiny")
     scene = Scene("a cat", steps=2, width=32, height=32, guidance_scale=2.0)
     steps: list[int] = []
     looks: list[Any] = []

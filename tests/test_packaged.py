@@ -20,8 +20,8 @@ from interactdiff.evaluation.world import (
     held_out_scenes,
     packaged_detector,
 )
-from interactdiff.generate import Drawer
-from interactdiff.models import GUIDANCE_SCALES, default_adapter
+from interactdiff.generation import ScenePipeline
+from interactdiff.models import default_adapter, model_info
 from interactdiff.picture import read_record
 from interactdiff.scene import Scene
 from interactdiff.stickworld import model_path
@@ -54,7 +54,7 @@ def test_all_packaged_weights_are_of_40_mb_together() -> None:
     assert sum(path.stat().st_size for path in weights) <= 40_000_000
 
 
-def found_of_captions(drawer: Drawer) -> list[float]:
+def found_of_captions(drawer: ScenePipeline) -> list[float]:
     """Shares of what a few captions say that is found in the pictures: objects, actions, colours."""
     scenes = held_out_scenes(12, 3)
     orders = [Order(n, scene.caption) for n, scene in enumerate(scenes)]
@@ -65,7 +65,7 @@ def found_of_captions(drawer: Drawer) -> list[float]:
 
 def test_the_transformer_draws_what_captions_say() -> None:
     """`evaluate --world --model stickworld-dit` has the whole score; this would catch weights mixed up."""
-    drawer = Drawer.load("stickworld-dit", device="cpu")
+    drawer = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
     assert type(drawer.pipeline) is FluxPipeline
     drawer.pipeline.set_progress_bar_config(disable=True)
     assert min(found_of_captions(drawer)) > 0.6
@@ -94,21 +94,21 @@ def test_the_demo_draws_offline(
 
 
 def test_guidance_is_what_suits_the_packaged_model() -> None:
-    drawer = Drawer.load(device="cpu")
+    drawer = ScenePipeline.from_pretrained(device="cpu")
     drawer.pipeline.set_progress_bar_config(disable=True)
-    own, asked, stock = (drawer.draw(Scene("a dog", steps=2, guidance_scale=g)) for g in (None, 2.0, 7.5))
+    own, asked, stock = (drawer.generate(Scene("a dog", steps=2, guidance_scale=g)) for g in (None, 2.0, 7.5))
     assert own.tobytes() == asked.tobytes() != stock.tobytes()
     elsewhere = replace(drawer, model="/a/folder")
-    assert elsewhere.draw(Scene("a dog", steps=2)).tobytes() == stock.tobytes()
+    assert elsewhere.generate(Scene("a dog", steps=2)).tobytes() == stock.tobytes()
 
 
 @pytest.mark.parametrize(("model", "boxes", "base"), [("stickworld", 0.6, 0.3), ("stickworld-dit", 0.9, 0.6)])
 def test_control_beats_the_caption(model: str, boxes: float, base: float) -> None:
     adapter = default_adapter(model)
-    drawer = Drawer.load(model, device="cpu")
+    drawer = ScenePipeline.from_pretrained(model, device="cpu")
     table = evaluate_world(
         model, adapter, scenes=6, seed=3, steps=8, batch_size=12, device="cpu", progress=False, drawer=drawer,
-        guidance_scale=GUIDANCE_SCALES[model],
+        guidance_scale=model_info(model).guidance_scale,
     )  # fmt: skip
     rows = table["rows"]
     assert rows["real"]["box_acc"] > 0.9

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from interactdiff import attach
-from interactdiff.generate import call_arguments, load_pipeline
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.phrases import pipeline_phrases
 from interactdiff.interaction.tokens import scene_phrases
 from interactdiff.picture import overlay
+from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.scene import Interaction
 from interactdiff.stickworld.world import HELD_OUT, WorldScene, sample_scene
 from interactdiff.training.base import cached_latents, sampler, text_states, velocity_loss

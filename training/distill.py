@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from interactdiff.attach import attach
 from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
 from interactdiff.files import write_aside
-from interactdiff.generate import call_arguments
+from interactdiff.pipeline_calls import call_arguments
 from interactdiff.sites import attention_sites
 from interactdiff.stickworld.world import HELD_OUT, sample_scene
 from interactdiff.training.dit import FlowBatch, encoded

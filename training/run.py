@@ -1,23 +1,26 @@
 """Starts a recipe from its YAML file."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from interactdiff import registry
 from interactdiff.training.recipe import Recipe, RecipeError
 
-RECIPES = {
+OWN_RECIPES = {  # of the embedded world; methods have theirs in the registry
     "text": "interactdiff.training.text:TextRecipe",
     "t5": "interactdiff.training.text:T5Recipe",
     "vae": "interactdiff.training.vae:VaeRecipe",
     "base": "interactdiff.training.base:BaseRecipe",
     "dit": "interactdiff.training.dit:DitRecipe",
-    "distill": "interactdiff.training.distill:DistillRecipe",
-    "adapter": "interactdiff.training.adapter:AdapterRecipe",
     "detector": "interactdiff.training.detector:DetectorRecipe",
 }
+
+
+def recipes() -> dict[str, str]:
+    """All recipes by the name that a YAML file gives, and the "module:class" of each."""
+    return {**OWN_RECIPES, **registry.recipes()}
 
 
 class Config(dict[str, Any]):
@@ -39,9 +42,9 @@ def load_config(path: str | Path, overrides: list[str]) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise RecipeError(f"expected {path} to be YAML in UTF-8, got other bytes") from None
     config = _parsed(str(path), text)
-    if not isinstance(config, dict) or config.get("recipe") not in RECIPES:
+    if not isinstance(config, dict) or config.get("recipe") not in recipes():
         got = config.get("recipe") if isinstance(config, dict) else type(config).__name__
-        raise RecipeError(f"expected {path} to name a recipe ({', '.join(RECIPES)}), got {got!r}")
+        raise RecipeError(f"expected {path} to name a recipe ({', '.join(recipes())}), got {got!r}")
     for pair in overrides:
         key, _, value = pair.partition("=")
         if key not in config:
@@ -61,8 +64,7 @@ def _parsed(what: str, text: str) -> Any:
 
 def make_recipe(config: dict[str, Any]) -> Recipe:
     """The recipe that a configuration names, built and ready to train."""
-    module, _, name = RECIPES[config["recipe"]].partition(":")
-    return getattr(import_module(module), name)(Config(config))
+    return registry.load_attribute(recipes()[config["recipe"]])(Config(config))
 
 
 def run(config_path: str | Path, overrides: list[str], resume: str | None) -> None:

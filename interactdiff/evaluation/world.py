@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from interactdiff.checkpoint import AdapterError
 from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, text_scores, with_interval
-from interactdiff.generate import Drawer, call_arguments
-from interactdiff.models import CLEAR_LAYERS, GUIDANCE_SCALES, MODEL, ModelError
+from interactdiff.generation import ScenePipeline
+from interactdiff.models import MODEL, ModelError, default_adapter, model_info
+from interactdiff.pipeline_calls import call_arguments
 from interactdiff.scene import Interaction, SceneError
 from interactdiff.scene_checks import checked_side
 from interactdiff.stickworld import model_path
@@ -101,7 +102,7 @@ def evaluate_world(
     guidance_scale: float | None = None,
     size: int | None = None,
     fast: bool = False,
-    drawer: Drawer | None = None,
+    drawer: ScenePipeline | None = None,
     detector: Detector | None = None,
     clear: ClearAdapter | None = None,
 ) -> dict[str, Any]:
@@ -147,17 +148,20 @@ def evaluate_world(
         raise SceneError(f"expected a seed in [0, 2**32), got {seed}")
     checked_side("size", size)
     detector = detector if detector is not None else packaged_detector()
-    drawer = drawer if drawer is not None else Drawer.load(model, adapter, device)
+    drawer = drawer if drawer is not None else ScenePipeline.from_pretrained(model, adapter, device)
     drawer.check_side("size", size)
     if fast and drawer.handle is None:
         raise AdapterError(f"expected an adapter for the row of fast control, got none for {drawer.model}")
     if guidance_scale is None:
-        guidance_scale = GUIDANCE_SCALES.get(drawer.model, GUIDANCE_SCALES[MODEL])
+        guidance_scale = model_info(drawer.model).guidance_scale or model_info(MODEL).guidance_scale
     how = Drawing(steps, guidance_scale, size or drawer.size)
     detector = detector.to(drawer.denoiser.device)
     worlds = held_out_scenes(scenes, seed)
-    if clear is None and drawer.handle is not None and drawer.model in CLEAR_LAYERS:
-        clear = ClearAdapter.from_pretrained(model_path(CLEAR_LAYERS[drawer.model]))
+    layers = default_adapter(drawer.model, "clear")
+    if clear is None and drawer.handle is not None and layers is not None:
+        clear = ClearAdapter.from_pretrained(model_path(layers))
+    if clear is not None:
+        drawer.check_side("size", size, clear)
     orders = row_orders(worlds, drawer.handle is not None, fast, clear is not None)
     swaps = [swap(i, world, seed) for i, world in enumerate(worlds)] if drawer.handle is not None else []
     wanted = [order for row in orders.values() for order in row]
@@ -267,7 +271,7 @@ def swap_scores(
 
 def look_at(
     orders: Sequence[Order],
-    drawer: Drawer,
+    drawer: ScenePipeline,
     detector: Detector,
     seed: int,
     how: Drawing,
@@ -294,7 +298,7 @@ def look_at(
     return seen
 
 
-def draw(orders: Sequence[Order], drawer: Drawer, seed: int, how: Drawing) -> Tensor:
+def draw(orders: Sequence[Order], drawer: ScenePipeline, seed: int, how: Drawing) -> Tensor:
     """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1].
 
     All of them are drawn in one way.
