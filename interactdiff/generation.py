@@ -13,9 +13,9 @@ from PIL import Image
 
 from interactdiff.adapter import Adapter
 from interactdiff.adapter_loading import AdapterChoice, chosen_adapters, load_adapters
-from interactdiff.attach import Handle, attach
-from interactdiff.errors import SceneError
-from interactdiff.models import MODEL, absolute_name, model_info, resolve
+from interactdiff.handle import Handle, attach
+from interactdiff.errors import InteractdiffError, SceneError
+from interactdiff.models import MODEL, absolute_name, default_adapter, model_info, resolve
 from interactdiff.picture import Record, save_picture
 from interactdiff.pipeline_calls import call_arguments, denoiser_config, text_limits
 from interactdiff.pipeline_loading import checked_dtype, load_pipeline, usable_device
@@ -164,6 +164,12 @@ class ScenePipeline:
         names = {n: absolute_name(at) if isinstance(at, str) else None for n, at in chosen.items()}
         return cls(pipeline, handle, absolute_name(model), names)
 
+    def detached(self) -> "ScenePipeline":
+        """Take all adapters off; the pipeline is what it was before they were attached."""
+        if self.handle is not None:
+            self.handle.detach()
+        return ScenePipeline(self.pipeline, None, self.model)
+
     @property
     def denoiser(self) -> Any:
         """The pipeline's U-Net or transformer."""
@@ -181,6 +187,24 @@ class ScenePipeline:
             return own
         latents = denoiser_config(self.pipeline).get("sample_size") or self.pipeline.default_sample_size
         return latents * self.pipeline.vae_scale_factor
+
+    def unsupported(self, name: str) -> str | None:
+        """Why a method or a sampler cannot be used here, in words; None if it can.
+
+        Args:
+            name: one of `registry.configurables`.
+        """
+        if name in samplers():
+            return samplers()[name].load().unsupported(self.pipeline)
+        if name in self.adapters or default_adapter(self.model, name) is not None:
+            return None
+        if methods()[name].needs_weights:
+            return f"expected weights for {name}, got none for {self.model}"
+        try:
+            methods()[name].load_adapter_class().for_denoiser(self.denoiser).check(self.denoiser)
+        except InteractdiffError as error:
+            return str(error)
+        return None
 
     def checked_settings(self, used: MethodSettings) -> dict[str, dict[str, Any]]:
         """All settings of the methods and the sampler that are used.
@@ -220,7 +244,7 @@ class ScenePipeline:
             if methods()[name].settings:
                 values = methods()[name].checked(self.model, (used or {}).get(name, {}))
                 self.handle[name].configure(**values)
-        self.handle.set_scene(scene.items, scene.strength, scene.schedule, fast=scene.fast)
+        self.handle.set_scene(scene)
 
     def generate(
         self, scene: Scene, on_step: OnStep | None = None, *, methods: MethodSettings | None = None

@@ -210,6 +210,7 @@ class MethodSpec(Configurable):
         adapter: "module:attribute" of an `interactdiff.adapter.Adapter`; None for a method that is a sampler
             alone.
         items: what the adapter takes of a scene.
+        settings: as of any `Configurable`; the binding takes them by `configure(**settings)`.
         needs_weights: whether the adapter has to be loaded; else `for_denoiser` makes one that works.
         always_attached: whether a packaged model's packaged adapter is attached without being asked for. It
             has to be idle, bit for bit, until a scene has an item for it.

@@ -74,9 +74,9 @@ def client(server: str, tmp_path: Path) -> Client:
 
 
 def draw(
-    client: Client, scene: dict[str, Any], model: str = "", adapter: str = "", methods: Any = None
+    client: Client, scene: dict[str, Any], model: str = "", adapters: Any = None, methods: Any = None
 ) -> str:
-    return client.predict(scene, model, adapter, methods, api_name="/draw")
+    return client.predict(scene, model, adapters, methods, api_name="/generate")
 
 
 def test_the_api_draws_what_the_command_line_draws(client: Client) -> None:
@@ -88,9 +88,9 @@ def test_the_api_draws_what_the_command_line_draws(client: Client) -> None:
 
 def test_the_api_tells_what_there_is(client: Client) -> None:
     told = client.predict(api_name="/models")
-    assert told["models"]["stickworld-dit"] == "stickworld-dit-interaction"
+    assert told["models"]["stickworld-dit"]["interaction"] == "stickworld-dit-interaction"
     assert told["methods"]["high_resolution"]["scale"] == 2
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/draw", "/models"}
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/models"}
 
 
 def test_the_example_of_the_docs_runs(
@@ -126,7 +126,7 @@ def test_the_api_refuses_in_one_sentence_and_goes_on(
     client: Client, scene: Any, model: str, methods: Any, message: str
 ) -> None:
     with pytest.raises(AppError, match=message):
-        draw(client, scene, model, "", methods)
+        draw(client, scene, model, None, methods)
     assert Image.open(draw(client, SCENE.to_dict())).size == (96, 96)
 
 
@@ -169,7 +169,7 @@ def test_forty_requests_of_eight_clients_are_answered_or_refused(
         mine = connected(server, tmp_path / str(client))
         answers = []
         jobs = [
-            mine.submit(replace(SCENE, seed=10 * client + n).to_dict(), "", "", None, api_name="/draw")
+            mine.submit(replace(SCENE, seed=10 * client + n).to_dict(), "", None, None, api_name="/generate")
             for n in range(5)
         ]
         for n, job in enumerate(jobs):
