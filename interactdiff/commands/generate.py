@@ -35,13 +35,6 @@ def add_to(commands: Commands) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--scene", metavar="FILE", help="take the scene from a JSON file")
     source.add_argument("--from", dest="picture", metavar="PNG", help="generate a picture again, bit for bit")
-    for key, spec in item_specs().items():
-        try:
-            parser.add_argument(
-                f"--{spec.name}", dest=key, action="append", metavar=spec.form, help=spec.description
-            )
-        except argparse.ArgumentError as error:
-            raise MethodError(f"expected items with flags of their own, got --{spec.name}: {error}") from None
     defaults = {field.name: field.default for field in fields(Scene)}
     for name, kind, what in (
         ("seed", whole, "of the starting noise"),
@@ -84,6 +77,15 @@ def add_to(commands: Commands) -> None:
         choices=("auto", "float32", "float16", "bfloat16"),
         help="precision (default: auto, float16 on cuda, else float32)",
     )
+
+    items = parser.add_argument_group("items of the scene")
+    for key, spec in item_specs().items():
+        try:
+            items.add_argument(
+                f"--{spec.name}", dest=key, action="append", metavar=spec.form, help=spec.description
+            )
+        except argparse.ArgumentError as error:
+            raise MethodError(f"expected items with flags of their own, got --{spec.name}: {error}") from None
 
 
 def _run(args: argparse.Namespace) -> None:
