@@ -161,7 +161,7 @@ def skip(world: World) -> None:
     assert handle is not None
     shares: dict[str, list[float]] = {}
     update = GatedSelfAttention.update
-    paths = {id(fuser): path for path, fuser in handle.adapter.fusers.items()}
+    paths = {id(fuser): path for path, fuser in handle["interaction"].adapter.fusers.items()}
 
     def measured(fuser: GatedSelfAttention, x: Tensor, attended: Tensor, *rest: Any) -> Tensor:
         updated = update(fuser, x, attended, *rest)
@@ -175,7 +175,7 @@ def skip(world: World) -> None:
     for path in order:
         print(f"  {path}: adds {np.mean(shares[path]):.3f} of its tokens")
     for count in (1, 2, 3):
-        left_out = {id(handle.adapter.fusers[path]) for path in order[:count]}
+        left_out = {id(handle["interaction"].adapter.fusers[path]) for path in order[:count]}
 
         def without(
             fuser: GatedSelfAttention, x: Tensor, attended: Tensor, *rest: Any, out: set[int] = left_out
@@ -227,7 +227,7 @@ def entities(world: World) -> None:
     world.scenes = scenes
     print(f"{len(scenes)} scenes with one interaction and room for a ball")
     world.show("no ball asked", world.look(world.asked))
-    position_net = type(world.drawer.handle.adapter.position_net)  # type: ignore[union-attr]
+    position_net = type(world.drawer.handle["interaction"].adapter.position_net)  # type: ignore[union-attr]
     forward = position_net.forward
     for title, without in (("subject", 2), ("object", 0), ("subject and object (kept)", None)):
 

@@ -29,7 +29,7 @@ from interactdiff.sites import Denoiser, Site
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from interactdiff.calls import Call
+    from interactdiff.calls import Call, CallReader, Rows
 
 PhraseEncoder = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
@@ -94,12 +94,16 @@ class Host:
     Attributes:
         denoiser: the U-Net or transformer.
         sites: all of its sites, in the order of its modules.
+        calls: reads the denoiser's calls. A pass of an adapter's own, as one over a reference picture, goes
+            within `calls.passing("reference")`: no `Guidance` acts there, and of the other edits those that
+            are meant for such rows.
         pipeline: the pipeline that was given to `attach`; None for a bare denoiser.
         phrase_encoder: makes features of phrases, in place of the pipeline's text encoders; None for those.
     """
 
     denoiser: Denoiser
     sites: tuple[Site, ...] = field(repr=False)
+    calls: CallReader = field(repr=False)
     pipeline: Any = None
     phrase_encoder: PhraseEncoder | None = None
 
@@ -108,16 +112,21 @@ class Host:
         return [site for site in self.sites if site.role in roles]
 
 
-class Binding(ABC):
+class Binding:
     """One attachment of an adapter: what belongs to a scene or a run, and no weights.
 
     Attributes:
         adapter: the adapter.
+        host: where it is attached.
         edits: all that it may do, declared once; the controller reads them when it is attached.
+        scene: what `encode` made of the scene; None where there is none.
     """
 
-    adapter: Adapter
     edits: Sequence[Edit] = ()
+    scene: Any = None
+
+    def __init__(self, adapter: Adapter, host: Host):
+        self.adapter, self.host = adapter, host
 
     def encode(self, items: Sequence[Sequence[Any]], **options: Any) -> Any:
         """What a scene is to this adapter: features, tokens, keys, values. Once a scene; changes nothing.
@@ -135,22 +144,34 @@ class Binding(ABC):
         return items
 
     def use(self, encoded: Any) -> None:
-        """Act by a scene from the next call on, one that `encode` returned."""
+        """Act by a scene from the next call on, one that `encode` returned; None is no scene."""
+        self.scene = encoded
 
     def prepare(self, call: Call) -> Collection[Edit]:
         """Before each denoiser call, outside compiled code: lay out what the edits read.
 
         Returns:
-            Those of `edits` that act in this call; none of the others costs anything.
+            Those of `edits` that act in this call, the same object where they are the same ones; none of the
+            others costs anything.
 
         Raises:
             SceneError: scenes do not fit the call.
             AdapterError: the call lacks what an edit needs.
         """
-        return self.edits
+        return () if self.scene is None else self.edits
 
     def clear(self) -> None:
         """Forget the scene: nothing is controlled until the next one."""
+        self.scene = None
+
+    def follow(self, device: torch.device) -> None:
+        """Move the adapter to where the denoiser runs; in eval mode, give it the denoiser's dtype too."""
+        parameter = next(self.adapter.parameters(), None)
+        if parameter is not None:
+            dtype = parameter.dtype if self.adapter.training else self.host.denoiser.dtype
+            if (parameter.device, parameter.dtype) != (device, dtype):
+                self.adapter.to(device, dtype)
+                self.to(device, dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move what was made of a scene; the adapter itself has been moved."""
@@ -252,19 +273,29 @@ class Observer:
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """Stands in for one of the denoiser's parameters while a call runs.
+    """Stands in for one of the denoiser's parameters, or for another attribute, while a call runs.
 
     Attributes:
         module: the module that has it.
         name: its name there, such as "weight".
-        tensor: what takes its place.
-        site: where, for those that act at some sites only; None for all.
+        value: what takes its place; or, of the denoiser's own, what does.
     """
 
     module: nn.Module
     name: str
-    tensor: nn.Parameter
-    site: Site | None = None
+    value: nn.Parameter | Callable[[Any], Any]
+
+
+class EditedCall(NamedTuple):
+    """What a `Guidance` makes of a call.
+
+    Attributes:
+        arguments: the denoiser's, by name; those that are missing stay.
+        rows: what each of the equal parts of the batch is for from here on; None where that stays.
+    """
+
+    arguments: Mapping[str, Any]
+    rows: tuple[Rows, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,11 +305,11 @@ class Guidance:
     A pipeline that computes u + w (c - u) draws exactly what is returned, if it is the same for u and c.
 
     Attributes:
-        inputs: of the call and the denoiser's arguments by name, arguments to be changed; or None.
-        prediction: of the call and the prediction, another prediction; or None, which leaves it.
+        inputs: of the call, another one; or None, which leaves it. Called before any adapter prepares.
+        prediction: of the call and the prediction [B, ...], another one; or None, which leaves it.
     """
 
-    inputs: Callable[[Call, Mapping[str, Any]], Mapping[str, Any] | None] = lambda call, arguments: None
+    inputs: Callable[[Call], EditedCall | None] = lambda call: None
     prediction: Callable[[Call, Tensor], Tensor | None] = lambda call, prediction: None
 
 

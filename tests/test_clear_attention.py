@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 import interactdiff.clear.attention as attention
 import interactdiff.clear.flex as flex
-import interactdiff.clear.partial as parts
+import interactdiff.merge as parts
 import interactdiff.clear.tiles as tiles
 from interactdiff.bench.memory import peak_memory
 from interactdiff.clear import (

@@ -12,7 +12,7 @@ from containers import publish
 from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
 from torch import Tensor
 
-from interactdiff.attach import attach
+from interactdiff.handle import attach
 from interactdiff.checkpoint import AdapterError
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.pipelines import (

@@ -10,7 +10,7 @@ import torch
 from tiny import FEEDING, RIDING, close, trained_adapter
 from torch import Tensor
 
-from interactdiff.attach import attach
+from interactdiff.handle import attach
 from interactdiff.checkpoint import AdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

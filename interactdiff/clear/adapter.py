@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from interactdiff.checkpoint import AdapterError, save_adapter_files
-from interactdiff.clear.pattern import ClearError, Pattern
+from interactdiff.adapter import Adapter, Binding, Host
+from interactdiff.checkpoint import save_adapter_files
+from interactdiff.clear.pattern import Pattern
+from interactdiff.errors import AdapterError, ClearError
 from interactdiff.module_paths import checked_path, submodule_at
-from interactdiff.sites import AttentionSite, Denoiser, attention_sites
+from interactdiff.sites import Denoiser, Site, attention_sites
 from interactdiff.sources import Source, file_or_source, is_saved_adapter, read_weights, saved_adapter
 
 METHOD, VERSION = "clear", 1
@@ -57,7 +59,7 @@ class ClearConfig:
         return f"window {self.window} and down factor {self.down_factor}"
 
 
-class ClearAdapter(nn.Module):
+class ClearAdapter(Adapter):
     """The projections that attention was given for windows, and the weights of pooling.
 
     `state_dict` has the published names, which are the base's own
@@ -69,6 +71,9 @@ class ClearAdapter(nn.Module):
         tensors: under those names.
     """
 
+    name = METHOD
+    order = 0
+
     def __init__(self, config: ClearConfig, tensors: Mapping[str, Tensor] | None = None):
         super().__init__()
         self.config = config
@@ -77,13 +82,15 @@ class ClearAdapter(nn.Module):
             submodule_at(self, path).register_parameter(leaf, nn.Parameter(tensor))
 
     @classmethod
-    def for_denoiser(cls, denoiser: Denoiser, config: ClearConfig) -> "ClearAdapter":
+    def for_denoiser(cls, denoiser: Denoiser, config: ClearConfig | None = None) -> "ClearAdapter":
         """Where distillation starts: copies of the base's projections in float32, pooling by the mean.
 
         Args:
             denoiser: the base.
-            config: the window.
+            config: the window; None is that of `ClearConfig()` with the base's own layers, and no copies.
         """
+        if config is None:
+            return cls(ClearConfig())
         copies = {
             name: torch.full_like(tensor, 1 / config.down_factor**2)
             if name.endswith(SPATIAL_WEIGHT)
@@ -150,7 +157,7 @@ class ClearAdapter(nn.Module):
         if not got:
             return
         for site in attention_sites(denoiser):
-            if any(getattr(module, "merged", False) for module in site.attention.modules()):
+            if any(getattr(module, "merged", False) for module in site.module.modules()):
                 raise AdapterError(
                     f"expected LoRAs beside the projections that trained layers replace, got a fused one at "
                     f"{site.path}: unfuse it first"
@@ -168,6 +175,12 @@ class ClearAdapter(nn.Module):
                 f"expected the layers of {self.config} for {type(denoiser).__name__} with {name} {wanted}, "
                 f"got {found}{more}"
             )
+
+    def bind(self, host: Host) -> Binding:
+        """What one attachment needs."""
+        from interactdiff.clear.binding import ClearBinding
+
+        return ClearBinding(self, host)
 
     def of_site(self, path: str) -> dict[str, nn.Parameter]:
         """What a site is given, by the names below its path; nothing where the base's own layers stay."""
@@ -192,7 +205,7 @@ def expected_tensors(denoiser: Denoiser, config: ClearConfig) -> dict[str, Tenso
     return tensors
 
 
-def site_parameters(site: AttentionSite) -> dict[str, nn.Parameter]:
+def site_parameters(site: Site) -> dict[str, nn.Parameter]:
     """The base's own projections at a site, by their names below its path; a LoRA's stay on top of them."""
     return {
         f"{name}.{leaf}": parameter
@@ -201,11 +214,11 @@ def site_parameters(site: AttentionSite) -> dict[str, nn.Parameter]:
     }
 
 
-def site_layers(site: AttentionSite) -> Iterable[tuple[str, nn.Module]]:
+def site_layers(site: Site) -> Iterable[tuple[str, nn.Module]]:
     """The projections at a site, by name; those that a LoRA has wrapped themselves."""
     for name in PROJECTIONS:
         try:
-            layer = site.attention.get_submodule(name)
+            layer = site.module.get_submodule(name)
         except AttributeError:  # Flux's single blocks have no output projection
             continue
         yield name, cast(nn.Module, getattr(layer, "base_layer", layer))

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interactdiff.adapter import KeyBlock
 from interactdiff.clear.pattern import Pattern
+from interactdiff.merge import NO_KEY, for_queries
 
 TILE = {"cpu": (4, 8), "cuda": (16, 8)}
 """Rows and columns of image tokens in a block: small blocks fit a window best, CUDA's kernel wants 128."""
@@ -43,7 +45,13 @@ class Layout(NamedTuple):
 
 
 def flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, pooled: tuple[Tensor, Tensor] | None, pattern: Pattern, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled: tuple[Tensor, Tensor] | None,
+    pattern: Pattern,
+    scale: float,
+    extra: Sequence[KeyBlock] = (),
 ) -> Tensor:
     """`local_attention` by a kernel that torch.compile makes at the first use; time and memory grow as H * W.
 
@@ -54,14 +62,34 @@ def flex_attention(
         pooled: pooled keys and values, each [B, heads, P, D].
         pattern: who sees whom.
         scale: of the scores.
+        extra: further keys of the image's tokens. They come after the pooled ones and into the same softmax,
+            since on a CPU the kernel returns no log-sum-exps to merge by.
     """
-    layout = layout_of(pattern, q.device)
-    if pooled is not None:
-        k, v = torch.cat((k, pooled[0]), 2), torch.cat((v, pooled[1]), 2)
+    blocks = [for_queries(block, q) for block in extra]
+    layout = layout_of(pattern, q.device, sum(keys.shape[2] for keys, _, _ in blocks))
+    k, v = (
+        torch.cat([own, *([] if pooled is None else [pooled[n]]), *(block[n] for block in blocks)], 2)
+        for n, own in enumerate((k, v))
+    )
+    options = {"score_mod": _weighted(layout, k, blocks)} if blocks else {}
     of_queries = layout.keys[: layout.queries]
     arranged = (q.index_select(2, of_queries), k.index_select(2, layout.keys), v.index_select(2, layout.keys))
-    kernel = _kept(q.shape, len(layout.keys), q.dtype, q.device, scale, torch.is_grad_enabled())
-    return kernel(*arranged, block_mask=layout.block_mask, scale=scale).index_select(2, layout.places)
+    kernel = _kept(q.shape, len(layout.keys), q.dtype, q.device, scale, torch.is_grad_enabled(), bool(blocks))
+    out = kernel(*arranged, block_mask=layout.block_mask, scale=scale, **options)
+    return out.index_select(2, layout.places)
+
+
+def _weighted(layout: Layout, k: Tensor, blocks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Any:
+    """Adds to each score what its key's block weighs."""
+    rows, count = len(k), sum(keys.shape[2] for keys, _, _ in blocks)
+    weights = [weight[:, 0, 0].expand(rows, keys.shape[2]) for keys, _, weight in blocks]
+    bias = torch.cat([weights[0].new_zeros(rows, k.shape[2] - count), *weights], 1).clamp(min=NO_KEY)
+    bias = bias.index_select(1, layout.keys).contiguous()
+
+    def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[row, key]
+
+    return score_mod
 
 
 def compiled_flex() -> Callable[..., Tensor]:
@@ -118,8 +146,8 @@ def _flex() -> Any:
 
 
 @lru_cache(maxsize=LAYOUTS)
-def layout_of(pattern: Pattern, device: torch.device) -> Layout:
-    """The layout of a pattern, kept for the next call."""
+def layout_of(pattern: Pattern, device: torch.device, extra: int = 0) -> Layout:
+    """The layout of a pattern with a number of further keys, kept for the next call."""
     text = torch.arange(pattern.length)[pattern.text]
     sheet = torch.arange(pattern.length)[pattern.image].view(pattern.grid)
     step = pattern.dilation
@@ -133,10 +161,11 @@ def layout_of(pattern: Pattern, device: torch.device) -> Layout:
         rows.append(top)
         columns.append(left)
         of_class.append(torch.full_like(top, number))
-    pooled = torch.arange(pattern.length, pattern.length + pattern.pooled_length)
+    shared = pattern.pooled_length + extra
+    pooled = torch.arange(pattern.length, pattern.length + shared)
     queries = sum(len(part) for part in parts)
     tokens = torch.cat([*parts, _padded(pooled, size)])
-    places = torch.empty(pattern.length + pattern.pooled_length, dtype=torch.int64)
+    places = torch.empty(pattern.length + shared, dtype=torch.int64)
     places[tokens[tokens >= 0]] = torch.arange(len(tokens))[tokens >= 0]
     blocks = _Blocks(tile, len(parts[0]) // size, torch.cat(rows), torch.cat(columns), torch.cat(of_class))
     mask = _block_mask(pattern, tokens, queries, blocks, device)

@@ -5,14 +5,14 @@ bias inside the rectangle, the same for every tile away from the edges. What eve
 pooled keys) is a part of its own, merged by log-sum-exp.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from interactdiff.clear.partial import attend, attend_backward, merge
+from interactdiff.adapter import KeyBlock
 from interactdiff.clear.pattern import Pattern
 from interactdiff.clear.tiling import (
     Tiling,
@@ -25,13 +25,20 @@ from interactdiff.clear.tiling import (
     split,
     tile_shape,
 )
+from interactdiff.merge import attend, attend_backward, merge_extra, merge_into
 
 STRIP_BYTES = 16e6  # of key and value strips at a time; beyond, fewer heads, then fewer columns
 GRADIENT_BYTES = 256e6  # of the tiles' own key and value gradients at a time, before they are added up
 
 
 def tiles_attention(
-    q: Tensor, k: Tensor, v: Tensor, pooled: tuple[Tensor, Tensor] | None, pattern: Pattern, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled: tuple[Tensor, Tensor] | None,
+    pattern: Pattern,
+    scale: float,
+    extra: Sequence[KeyBlock] = (),
 ) -> Tensor:
     """`local_attention` by tiles; time and memory grow with H * W.
 
@@ -44,11 +51,19 @@ def tiles_attention(
         pooled: pooled keys and values, each [B, heads, P, D].
         pattern: who sees whom.
         scale: of the scores.
+        extra: further keys of the image's tokens.
     """
     pooled_k, pooled_v = pooled or (k[:, :, :0], v[:, :, :0])
     p = pattern
     flags = [p.text_length, p.window, p.shape == "square", p.dilation, p.text_first]
-    return _forward(q, k, v, pooled_k, pooled_v, [*p.grid], [int(flag) for flag in flags], scale)[0]
+    out, lse = _forward(q, k, v, pooled_k, pooled_v, [*p.grid], [int(flag) for flag in flags], scale)
+    if not extra:
+        return out
+    parts = [
+        out[:, :, p.text],
+        merge_extra(out[:, :, p.image], lse[:, :, p.image], q[:, :, p.image], extra, scale),
+    ]
+    return torch.cat(parts[:: 1 if p.text_first else -1], 2)
 
 
 def can_run_tiles(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -216,7 +231,7 @@ def _window(sheets: list[Tensor], tiling: Tiling, scale: float) -> None:
             parts = [(placed(part, *at), placed(part_lse, *at))]
             if shared:
                 parts.insert(0, (place(shared[0], *at), place(shared[1], *at)))
-            merge(parts, place(out, *at), place(lse, *at))
+            merge_into(parts, place(out, *at), place(lse, *at))
 
 
 def _window_backward(sheets: list[Tensor], tiling: Tiling, scale: float) -> None:
