@@ -196,6 +196,9 @@ def filled(record: Record, size: int | None) -> dict[str, Any]:
     Args:
         record: of the picture.
         size: the model's own, for a scene that names none; None leaves such fields as they are.
+
+    Raises:
+        SceneError: the record has settings that there are not.
     """
     scene = record.scene
     on, decay, _ = checked_schedule(scene.schedule)
@@ -220,7 +223,7 @@ def filled(record: Record, size: int | None) -> dict[str, Any]:
         own = adapter in (None, default_adapter(record.model, name))
         values[f"{name}.adapter"] = OWN if own else adapter
     for name, panel in configurables().items():
-        settings = record.methods.get(name)
+        settings = panel.checked(record.model, record.methods[name]) if name in record.methods else None
         values[f"{name}.used"] = settings is not None
         values |= {f"{name}.{key}": value for key, value in (settings or {}).items()}
         for spec in items_of(panel):

@@ -144,8 +144,10 @@ class Studio(Page):
         model = model or ""
         try:
             status = self.worker.describe(model, adapters_of({"interaction.adapter": adapter}))
-        except InteractdiffError as error:
-            return {self.errors["model"]: gr.update(value=theme.error_html(str(error)), visible=True)}
+        except Exception as error:  # whatever a loader raises, the page goes on
+            known = isinstance(error, InteractdiffError)
+            message = str(error) if known else f"The model failed: {type(error).__name__}: {error}"
+            return {self.errors["model"]: gr.update(value=theme.error_html(message), visible=True)}
         updates: Updates = dict.fromkeys(self.size, status.size)
         updates[self.canvas] = document.changed(aspect=1.0)
         updates |= self._show_panels(status.unsupported) | {self.errors["model"]: gr.update(visible=False)}

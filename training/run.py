@@ -1,5 +1,6 @@
 """Starts a recipe from its YAML file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ OWN_RECIPES = {  # of the embedded world; methods have theirs in the registry
     "dit": "interactdiff.training.dit:DitRecipe",
     "detector": "interactdiff.training.detector:DetectorRecipe",
 }
+
+
+COUNTS = ("steps", "batch_size", "log_every", "checkpoint_every", "checkpoints_total_limit", "sample_every")
+RATES = ("seed", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "ema_decay")
 
 
 def recipes() -> dict[str, str]:
@@ -50,7 +55,20 @@ def load_config(path: str | Path, overrides: list[str]) -> dict[str, Any]:
         if key not in config:
             raise RecipeError(f"expected an override of a key in {path} ({', '.join(config)}), got {key!r}")
         config[key] = _parsed(f"the value of {key}", value)
+    _check_numbers(config)
     return config
+
+
+def _check_numbers(config: dict[str, Any]) -> None:
+    """Refuse what would end in a traceback after the models are built."""
+    for key in COUNTS:
+        value = config.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RecipeError(f"{key}: expected a whole number from 1 up, got {value!r}")
+    for key in RATES:
+        value = config.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise RecipeError(f"{key}: expected a number from 0 up, got {value!r}")
 
 
 def _parsed(what: str, text: str) -> Any:

@@ -88,5 +88,8 @@ def _run(args: argparse.Namespace) -> None:
             inbrowser=args.open,
             **LAUNCH,
         )
+    except OSError as error:
+        at = args.host if args.port is None else f"{args.host}:{args.port}"
+        raise UsageError(f"expected an address that can be served at, got {at}: {error}") from None
     finally:
         studio.worker.close()
