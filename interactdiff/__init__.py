@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from interactdiff.interaction.adapter import InteractionAdapter
     from interactdiff.scene import Entity, Interaction, Scene
     from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
+    from interactdiff.stickworld import model_path
 
 __version__ = metadata.version("interactdiff")
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "interactions_from_lists",
     "interactions_from_text",
     "linearize",
+    "model_path",
 ]
 
 _HOMES = {
@@ -61,6 +63,7 @@ _HOMES = {
     "interactions_from_lists": "interactdiff.scene_forms",
     "interactions_from_text": "interactdiff.scene_forms",
     "linearize": "interactdiff.clear.linearize",
+    "model_path": "interactdiff.stickworld",
 }
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from interactdiff.adapter import Adapter
 from interactdiff.adapter_loading import AdapterChoice, chosen_adapters, load_adapters
-from interactdiff.handle import Handle, attach
 from interactdiff.errors import InteractdiffError, SceneError
+from interactdiff.handle import Handle, attach
 from interactdiff.models import MODEL, absolute_name, default_adapter, model_info, resolve
 from interactdiff.picture import Record, save_picture
 from interactdiff.pipeline_calls import call_arguments, denoiser_config, text_limits

@@ -16,9 +16,9 @@ def call_arguments(
 ) -> dict[str, Any]:
     """Prompts and guidance scale as arguments of a pipeline's call, whatever its kind.
 
-    Flux is guided in two ways. A guidance-distilled model takes the scale as an input (`guidance_embeds` in its
-    configuration) and has no use for a negative prompt. Any other has classifier-free guidance as Stable
-    Diffusion has, which its pipelines call true CFG and do only where there is a negative prompt too.
+    Flux has two kinds of guidance. A guidance-distilled model takes the scale as an input (`guidance_embeds`
+    in its configuration) and has no use for a negative prompt. Any other has classifier-free guidance as
+    Stable Diffusion has, which its pipelines call true CFG and do only where there is a negative prompt too.
 
     Args:
         pipeline: from text, with a U-Net or a transformer.

@@ -1,8 +1,8 @@
 """What a picture is to show: a prompt, items with their places, and how it is sampled.
 
 Everything that comes from a user becomes an item (`interactdiff.scene_items`, or another method's) or a
-`Scene` and is checked as it is made, so that nothing unchecked reaches a tensor. No torch in this module: it is
-quick to import.
+`Scene` and is checked as it is made, so that nothing unchecked reaches a tensor. No torch in this module: it
+is quick to import.
 """
 
 import json

@@ -55,15 +55,15 @@ def drawn(worker: Worker, request: Request) -> list[Progress]:
 
 
 def test_an_order_is_drawn_step_by_step(worker: Worker) -> None:
-    told = drawn(worker, Request(DEMO, images=2, compare=True, record_attention=True))
-    shares = [one.fraction for one in told]
+    reports = drawn(worker, Request(DEMO, images=2, compare=True, record_attention=True))
+    shares = [one.fraction for one in reports]
     assert shares == sorted(shares)
-    assert [one.message for one in told if "of 3" in one.message][:3] == [
+    assert [one.message for one in reports if "of 3" in one.message][:3] == [
         f"Picture 1 of 4, step {n} of 3" for n in (1, 2, 3)
     ]
-    assert any(one.preview is not None for one in told)
-    assert any(one.seconds_left is not None and one.seconds_left > 0 for one in told)
-    done = told[-1].images
+    assert any(one.preview is not None for one in reports)
+    assert any(one.seconds_left is not None and one.seconds_left > 0 for one in reports)
+    done = reports[-1].images
     assert [(one.record.scene.seed, one.record.scene.strength, one.controlled) for one in done] == [
         (7, 1.0, True), (7, 0.0, False), (8, 1.0, True), (8, 0.0, False)
     ]  # fmt: skip
@@ -83,20 +83,20 @@ def test_without_control_is_what_the_base_draws(worker: Worker) -> None:
 
 
 def test_stopping_ends_within_a_step_and_keeps_what_is_done(worker: Worker) -> None:
-    stop, told = threading.Event(), []
+    stop, reports = threading.Event(), []
     for one in worker.generate(Request(replace(DEMO, steps=20), images=3), stop):
-        told.append(one)
+        reports.append(one)
         if one.message.startswith("Picture 2 of 3, step 2 "):
             stop.set()
-    assert told[-1].message == "Stopped after 1 of 3 pictures"
-    assert len(told[-1].images) == 1
-    assert not any("step 4" in one.message and "Picture 2" in one.message for one in told)
+    assert reports[-1].message == "Stopped after 1 of 3 pictures"
+    assert len(reports[-1].images) == 1
+    assert not any("step 4" in one.message and "Picture 2" in one.message for one in reports)
     assert len(drawn(worker, Request(DEMO))[-1].images) == 1  # the next one is served
 
 
 def test_a_page_that_goes_away_frees_the_models(worker: Worker) -> None:
     drawing = worker.generate(Request(replace(DEMO, steps=40), images=3), threading.Event())
-    next(told for told in drawing if "step" in told.message)
+    next(reports for reports in drawing if "step" in reports.message)
     drawing.close()
     assert len(drawn(worker, Request(DEMO))[-1].images) == 1
 
@@ -145,16 +145,16 @@ def test_a_model_is_loaded_once_and_one_at_a_time(worker: Worker, monkeypatch: p
 def test_a_method_draws_through_the_worker(worker: Worker) -> None:
     asked = {"high_resolution": {"scale": 2, "steps": 4, "strength": 0.5}}
     request = Request(replace(DEMO, steps=2), model="stickworld-dit", methods=asked, record_attention=True)
-    told = drawn(worker, request)
-    (one,) = told[-1].images
+    reports = drawn(worker, request)
+    (one,) = reports[-1].images
     assert Image.open(one.path).size == (192, 192)
-    assert [t.message for t in told if t.message.startswith("step")] == [
+    assert [t.message for t in reports if t.message.startswith("step")] == [
         f"step {n} of 4" for n in (1, 2, 3, 4)
     ]
     assert one.record.methods["high_resolution"]["shift"] == 1.0  # what suits the model
     assert one.maps is not None
-    drawer = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
-    again = drawer.generate(request.scene, methods=one.record.methods)
+    pipeline = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
+    again = pipeline.generate(request.scene, methods=one.record.methods)
     assert again.tobytes() == Image.open(one.path).tobytes()
 
 
@@ -279,13 +279,13 @@ def test_models_and_things_have_places_too() -> None:
 
 
 def test_the_detector_finds_what_was_drawn() -> None:
-    drawer = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
-    image = drawer.generate(replace(EXAMPLES["balancing"], steps=12))
+    pipeline = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
+    image = pipeline.generate(replace(EXAMPLES["balancing"], steps=12))
     assert detections_in(image).triplets[0].action == "balancing"
-    over, told = detections_over(image)
+    over, reports = detections_over(image)
     assert over.size == (480, 480)
-    assert told.startswith("purple person 0.")
-    assert "balancing" in told
+    assert reports.startswith("purple person 0.")
+    assert "balancing" in reports
     assert detections_over(Image.new("RGB", (96, 96)))[1] == "nothing above the least score"
 
 

@@ -87,9 +87,9 @@ def test_the_api_draws_what_the_command_line_draws(client: Client) -> None:
 
 
 def test_the_api_tells_what_there_is(client: Client) -> None:
-    told = client.predict(api_name="/models")
-    assert told["models"]["stickworld-dit"]["interaction"] == "stickworld-dit-interaction"
-    assert told["methods"]["high_resolution"]["scale"] == 2
+    answer = client.predict(api_name="/models")
+    assert answer["models"]["stickworld-dit"]["interaction"] == "stickworld-dit-interaction"
+    assert answer["methods"]["high_resolution"]["scale"] == 2
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/models"}
 
 
@@ -231,5 +231,5 @@ def test_the_folder_is_a_space() -> None:
     names = {path.stem for path in folder.glob("*.py")}
     assert not names & sys.stdlib_module_names  # a Space looks for modules in it first
     run = "import runpy; print(type(runpy.run_path('app.py')['demo']).__name__)"
-    told = subprocess.run([sys.executable, "-c", run], cwd=folder, check=True, capture_output=True, text=True)
-    assert told.stdout.split()[-1] == "Blocks"
+    done = subprocess.run([sys.executable, "-c", run], cwd=folder, check=True, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "Blocks"

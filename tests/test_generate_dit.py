@@ -122,7 +122,7 @@ def test_what_the_pipeline_would_cut_or_round_is_refused(drawer: ScenePipeline, 
     for name in ("prompt", "negative_prompt"):
         with pytest.raises(SceneError, match=rf"^{name}: expected at most {TEXT_LENGTH} tokens.* got 11$"):
             drawer.set_scene(replace(Scene("a"), **{name: LONG}))
-    drawer.set_scene(Scene("standing balancing carrying"))  # CLIP spells it in 28 tokens and cuts it, as usual
+    drawer.set_scene(Scene("standing balancing carrying"))  # CLIP spells it in 28 tokens and truncates it
     drawer.set_scene(Scene(LONG.removesuffix(" a")))
     with pytest.raises(SceneError, match="expected at most 24 tokens"):
         ScenePipeline(sd3_pipe, None, "tiny").set_scene(Scene("b" * 30))
@@ -147,7 +147,9 @@ def test_generate_draws_with_the_packaged_transformer(packaged: Path) -> None:
     assert main(["generate", "a red bike", *flags, "--out", "x.png"]) == 0
     record = read_record("x.png")
     adapter = "stickworld-dit-interaction"
-    assert (record.model, record.adapters["interaction"], record.dtype) == ("stickworld-dit", adapter, "float32")
+    assert (record.model, record.adapters, record.dtype) == (
+        "stickworld-dit", {"interaction": adapter}, "float32"
+    )  # fmt: skip
     assert Image.open("x.png").size == (96, 96)
     assert main(["generate", "a red bike", *flags, "--interaction", BOXES, "--out", "boxes.png"]) == 0
     assert Image.open("boxes.png").tobytes() != Image.open("x.png").tobytes()

@@ -72,7 +72,7 @@ def test_the_transformer_draws_what_captions_say() -> None:
     layers = ClearAdapter.from_pretrained(model_path("stickworld-dit-clear"))
     with linearize(drawer.pipeline, weights=layers, min_tokens=0) as handle:
         assert min(found_of_captions(drawer)) > 0.55  # untrained windows: 0.47
-        assert handle.active
+        assert handle["clear"].active
 
 
 def test_the_base_is_a_stock_pipeline_without_a_safety_checker() -> None:
@@ -116,9 +116,15 @@ def test_control_beats_the_caption(model: str, boxes: float, base: float) -> Non
     assert rows["adapter"]["action_acc"] > rows["boxes_only"]["action_acc"]
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package's public names alone."""
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    example = readme.split("```python\n")[1].split("```")[0]
+    blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:3]]
+    imported = {line.split()[1] for block in blocks for line in block.splitlines() if "import" in line}
+    assert imported == {"diffusers", "interactdiff"}
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)
     assert Image.open("out.png").size == (96, 96)
+    exec(compile(blocks[1], "README.md", "exec"), names)
+    assert read_record("out.png").model == "stickworld-dit"

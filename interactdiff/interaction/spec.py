@@ -1,4 +1,4 @@
-"""What the registry knows of interactions: InteractDiffusion (arXiv 2312.05849). No torch: quick to import."""
+"""What the registry knows of interactions: InteractDiffusion (arXiv 2312.05849). No torch."""
 
 from typing import Any
 
@@ -47,7 +47,8 @@ SPEC = MethodSpec(
             "S|A|O|BOX|BOX",
             'who does what to what, and where: "person|riding|bike|0.30,0.20,0.62,0.80|0.28,0.55,0.70,0.92"; '
             "boxes are x0,y0,x1,y1 as shares of width and height, the subject's first; an action of - leaves "
-            "the action open (boxes only); |strength=0.5 and |action_region=union may follow; may be repeated",
+            "the action open (boxes only); |strength=0.5 and |action_region=union may follow; may be "
+            "repeated",
             INTERACTION,
         ),
         ItemSpec(
