@@ -31,8 +31,12 @@ class Handle:
         """The binding of one adapter, such as "interaction" or "clear".
 
         Raises:
-            KeyError: it is not, or no longer, attached by this handle.
+            AdapterError: it is not, or no longer, attached by this handle.
         """
+        if name not in self._bindings:
+            self._check_attached()
+            names = ", ".join(self._bindings)
+            raise AdapterError(f"expected an adapter of this handle ({names}), got {shown(name)}")
         return self._bindings[name]
 
     def __iter__(self) -> Iterator[str]:

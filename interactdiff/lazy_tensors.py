@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from interactdiff.checkpoint import AdapterError
+from interactdiff.errors import AdapterError
 
 
 @dataclass(frozen=True)

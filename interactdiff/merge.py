@@ -181,6 +181,7 @@ def _tensors(blocks: Sequence[KeyBlock]) -> list[Tensor]:
 def for_queries(block: KeyBlock, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A block's keys and values for each row of the queries' batch, and its weight in float32."""
     keys, values = (t.to(q.dtype).expand(len(q), -1, -1, -1) for t in (block.keys, block.values))
+    keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (keys, values))  # kernels assume it
     weight = block.log_weight
     if not isinstance(weight, Tensor):
         weight = torch.full((1, 1, 1, 1), weight, dtype=torch.float32, device=q.device)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from interactdiff.checkpoint import AdapterError
+from interactdiff.errors import AdapterError
 from interactdiff.lazy_tensors import LazyTensor
 
 MAX_PICKLE = 16 * 2**20  # bytes; the pickle of Stable Diffusion with its EMA and optimizer takes about one MB

@@ -13,7 +13,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
 from torch import Tensor
 
-from interactdiff.checkpoint import AdapterError, check_tensors
+from interactdiff.checkpoint import check_tensors
+from interactdiff.errors import AdapterError
 
 ADAPTER_KEY = re.compile(r"(position_net|.*\.fuser)\.")
 Weight = TypeVar("Weight")  # a tensor, or where one can be read
