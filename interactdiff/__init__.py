@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from interactdiff.clear.adapter import ClearAdapter
     from interactdiff.clear.high_resolution import HighResolution
-    from interactdiff.clear.linearize import linearize
+    from interactdiff.clear.windows import linearize
     from interactdiff.errors import AdapterError, ClearError, InteractdiffError, ModelError, SceneError
     from interactdiff.generation import GeneratedImage, ScenePipeline, generate
     from interactdiff.handle import Handle, attach
@@ -62,7 +62,7 @@ _HOMES = {
     "generate": "interactdiff.generation",
     "interactions_from_lists": "interactdiff.scene_forms",
     "interactions_from_text": "interactdiff.scene_forms",
-    "linearize": "interactdiff.clear.linearize",
+    "linearize": "interactdiff.clear.windows",
     "model_path": "interactdiff.stickworld",
 }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import lcm
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class GeneratedImage:
         Raises:
             OSError: it cannot be written.
         """
-        save_picture(self.image, path, self.record)
+        save_picture(self.image, Path(path), self.record)
 
 
 def generate(

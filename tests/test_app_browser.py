@@ -221,12 +221,12 @@ def test_stopping_and_drawing_on(studio: StudioPage) -> None:
 
 def test_a_full_queue_is_told_in_words(browser: Any) -> None:
     """Two pages beside one that draws, where one may wait."""
-    with served_studio("--max-queue", "1", "--port", "7899") as (where, _):
+    with served_studio("--max-queue", "1", "--max-steps", "1000", "--port", "7899") as (where, _):
         context = browser.new_context(**LAPTOP)
         pages = [StudioPage(context.new_page(), where) for _ in range(3)]
         for page in pages:
             page.open_panel("settings")
-            page.fill("steps", "150")
+            page.fill("steps", "1000")  # so many that the first still draws when the last asks
             page.page.locator("#generate").click()
             page.page.locator("#status", has_text="step " if page is pages[0] else "a").wait_for()
         pages[2].page.locator("#status", has_text="Too many are waiting").wait_for()

@@ -8,10 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from interactdiff.attach import attach
 from interactdiff.checkpoint import AdapterError
 from interactdiff.clear import ClearAdapter, ClearConfig
-from interactdiff.clear.handle import attached_clear
 from interactdiff.cli import main
 from interactdiff.evaluation.hoi import (
     Share,
@@ -36,6 +34,7 @@ from interactdiff.evaluation.world import (
     swap_scores,
 )
 from interactdiff.generation import ScenePipeline
+from interactdiff.handle import attach, attached_bindings
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.models import ModelError
 from interactdiff.scene import Box, SceneError
@@ -280,7 +279,8 @@ def test_windows_have_a_row_of_their_own(drawer: ScenePipeline, detector: Detect
     )
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_clear"]
     assert "adapter+clear" in format_table(table)
-    assert attached_clear(drawer.denoiser) is None
+    names = [binding.adapter.name for binding in attached_bindings(drawer.denoiser)]
+    assert names == ["interaction"]
 
 
 def test_without_an_adapter_there_are_the_rows_that_need_none(

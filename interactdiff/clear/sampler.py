@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from interactdiff.clear.adapter import ClearAdapter, ClearConfig
 from interactdiff.clear.high_resolution import FAMILIES, HighResolution, Stage
-from interactdiff.clear.linearize import linearize
 from interactdiff.clear.spec import HIGH_RESOLUTION, SCALES
+from interactdiff.clear.windows import linearize
 from interactdiff.errors import ClearError, SceneError
 from interactdiff.models import default_adapter, resolve
 from interactdiff.preview import preview
