@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from diffusers import DiffusionPipeline
 
-from interactdiff.handle import Handle, attach
 from interactdiff.errors import AdapterError
+from interactdiff.handle import Handle, attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.pipelines.hub import CODE_OPTIONS, is_published_folder, load_hub_folder
 from interactdiff.scene import Entity, Interaction, SceneError

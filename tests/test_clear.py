@@ -284,7 +284,9 @@ def test_processors_of_an_ip_adapter_are_refused_in_words_and_survived(flux_pipe
         expected = draw(flux_pipe)
         assert attention.processor is own
         attention.set_processor(FluxIPAdapterAttnProcessor(32, 8))
-        with pytest.raises(AdapterError, match=r"stock attention processor .* got FluxIPAdapterAttnProcessor"):
+        with pytest.raises(
+            AdapterError, match=r"stock attention processor .* got FluxIPAdapterAttnProcessor"
+        ):
             draw(flux_pipe)
         attention.set_processor(type(own)())
         assert torch.equal(draw(flux_pipe), expected)

@@ -349,22 +349,24 @@ def test_conflicts_are_refused_before_anything_is_touched(unet: Any, kind: str, 
 def test_items_that_nobody_takes_name_the_missing_adapter(pipe: Any) -> None:
     with linearize(pipe) as handle:
         with pytest.raises(
-            SceneError, match="expected an attached adapter of interaction for Interaction items, got clear$"
+            SceneError, match=r"expected an attached adapter of interaction for Interaction items, got clear$"
         ):
             handle.set_scene([RIDING])
         with pytest.raises(
             AdapterError, match=r"expected an adapter of this handle \(clear\), got 'interaction'"
         ):
             handle["interaction"]
-    with attach(pipe, trained_adapter(pipe.unet)) as handle:
-        with pytest.raises(AdapterError, match="expected options of fast, schedule, strength, got slow"):
-            handle.set_scene([RIDING], slow=True)
+    with (
+        attach(pipe, trained_adapter(pipe.unet)) as handle,
+        pytest.raises(AdapterError, match="expected options of fast, schedule, strength, got slow"),
+    ):
+        handle.set_scene([RIDING], slow=True)
 
 
 def test_what_is_no_adapter_is_refused(pipe: Any) -> None:
     with pytest.raises(AdapterError, match="expected at least one adapter, got none"):
         attach(pipe)
-    with pytest.raises(AdapterError, match="expected adapters, .* got Linear"):
+    with pytest.raises(AdapterError, match=r"expected adapters, .* got Linear"):
         attach(pipe, nn.Linear(1, 1))  # type: ignore[arg-type]
 
 

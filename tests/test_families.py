@@ -74,10 +74,7 @@ def test_it_acts_inside_its_boxes_in_the_prompts_rows_alone(pipe: Any, name: str
         def keep(_: SiteInputs, output: Tensor) -> None:
             kept.append(output.clone())
 
-        sites = ("joint", "single")
-        return EditsAdapter(
-            lambda host: [Residual(s, keep) for s in host.sites_of(*sites)], f"at {order}", order
-        )
+        return probing(keep, order)
 
     adapter = trained_joint_adapter(pipe.transformer, structured=True)
     with attach(pipe, adapter, keeping(before, 0), keeping(after, 90)) as handle:
@@ -210,15 +207,8 @@ def test_reference_pictures_of_flux2_are_left_alone() -> None:
         shapes.append(output.shape)
         gathered.append((inputs.queries, output))
 
-    probing = EditsAdapter(
-        lambda host: [Residual(s, probe) for s in host.sites_of("joint", "single")], order=0
-    )
-    with (
-        torch.no_grad(),
-        attach(
-            transformer, trained_joint_adapter(transformer), probing, phrase_encoder=lambda _: features
-        ) as handle,
-    ):
+    adapters = trained_joint_adapter(transformer), probing(probe, 0)
+    with torch.no_grad(), attach(transformer, *adapters, phrase_encoder=lambda _: features) as handle:
         base = transformer(**call).sample
         handle.set_scene([RIDING])
         assert not torch.allclose(transformer(**call).sample, base, atol=1e-3)

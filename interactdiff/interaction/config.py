@@ -48,8 +48,8 @@ class InteractionConfig:
         hidden: width inside the tokenizer.
         grid_positions: whether fusers tell visual tokens where they are.
         joint: of a transformer; None of a U-Net.
-        phrases: what a phrase's feature is: "pooled" by CLIP encoders, or the "mean" of the last hidden states
-            of the only encoder over the phrase's tokens.
+        phrases: what a phrase's feature is: "pooled" by CLIP encoders, or the "mean" of the last hidden
+            states of the only encoder over the phrase's tokens.
     """
 
     base: Base

@@ -3,8 +3,8 @@
 Stable Diffusion 1.x and 2.x: the encoder's pooled output, before projection. SDXL: that of its first encoder,
 and the projected one of its second, one after the other (768 + 1280 = 2048). Flux: that of its first encoder,
 since T5 pools nothing; SD3: the projected ones of its first two, as its transformer gets them. Where the only
-encoder is T5 or a language model (Chroma, Flux2, Qwen-Image, Z-Image): the mean of its last hidden states over
-the phrase's tokens, without those that a tokenizer adds.
+encoder is T5 or a language model (Chroma, Flux2, Qwen-Image, Z-Image): the mean of its last hidden states
+over the phrase's tokens, without those that a tokenizer adds.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What one denoiser call needs at the sites where interactions act, and what makes it: the tokens of scenes."""
+"""What one denoiser call needs at the sites where interactions act, and the tokens that it is made of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class SiteState:
             prepared.
         rows: for each controlled batch row which of the prepared keys and values are its own.
         controlled: [R] the batch rows that have a scene; None where all have.
-        attn_mask: for a transformer, [R, 1, L or 1, M] bool: which tokens each image token may attend to; None
-            for all.
+        attn_mask: for a transformer, [R, 1, L or 1, M] bool: which tokens each image token may attend to;
+            None for all.
         reuse: whether to add once more what was added last.
         keep: whether to keep what is added.
     """
