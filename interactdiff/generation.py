@@ -268,7 +268,7 @@ class ScenePipeline:
         for name in settings:
             if name in samplers():
                 return samplers()[name].load().generate(self, settings[name], scene, on_step)
-        return self._call_pipeline(scene, on_step)
+        return self.call_pipeline(scene, on_step)
 
     def cost(self, scene: Scene, used: MethodSettings) -> Cost:
         """What generating a scene costs.
@@ -314,7 +314,13 @@ class ScenePipeline:
         adapters = dict(self.adapters)
         return Record(scene, self.model, adapters, denoiser.device.type, dtype, methods=settings or {})
 
-    def _call_pipeline(self, scene: Scene, on_step: OnStep | None) -> Image.Image:
+    def call_pipeline(self, scene: Scene, on_step: OnStep | None = None) -> Image.Image:
+        """Call the diffusers pipeline with a scene that `set_scene` has taken; samplers may.
+
+        Args:
+            scene: what to generate.
+            on_step: as in `generate`.
+        """
         # Given one of the two, diffusers puts its own size in the place of both.
         width, height = scene.width or self.size, scene.height or self.size
 

@@ -27,6 +27,7 @@ from interactdiff.generation import ScenePipeline
 from interactdiff.picture import overlay, read_record
 from interactdiff.registry import MethodError, Setting, methods, recipes, samplers, used_methods
 from interactdiff.scene_schema import json_schema
+from interactdiff.training.run import load_config, make_recipe
 
 RIDE = Interaction("person in blue", "riding", "red bike", (0.32, 0.06, 0.68, 0.68), (0.23, 0.58, 0.77, 0.95))
 BADGE = "new|0.0,0.0,0.5,0.5|strength=0.5"
@@ -72,6 +73,17 @@ def test_its_items_are_flags_and_its_scores_too(badge: Any, capsys: pytest.Captu
     assert '--badge LABEL|BOX a badge: "new|0.1,0.1,0.3,0.2"' in said
     assert "a method or a sampler (clear, badge, high_resolution, inverted)" in said
     assert "--badge scores of Badges" in said
+
+
+def test_its_recipes_and_benches_are_found(
+    badge: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "badge"]) == 0
+    assert capsys.readouterr().out == "nothing\n"
+    (tmp_path / "badge.yaml").write_text("recipe: badge\nsteps: 3\n")
+    recipe = make_recipe(load_config(tmp_path / "badge.yaml", ["steps=4"]))
+    assert type(recipe).__name__ == "BadgeRecipe"
+    assert recipe.config == {"recipe": "badge", "steps": 4}
 
 
 def test_its_items_stand_in_scene_files(badge: Any, tmp_path: Path) -> None:
@@ -223,6 +235,11 @@ def test_a_sampler_draws_and_says_what_it_costs(badge: Any) -> None:
     used = {"inverted": {}}
     plain, inverted = pipeline.generate(replace(scene, steps=4)), pipeline.generate(scene, methods=used)
     assert inverted.tobytes() == bytes(255 - byte for byte in plain.tobytes())
+    both = {"inverted": {}, "badge": {"gain": 4.0}}
+    marked = replace(scene, extra_items=(badge.parse(BADGE),))
+    pipeline = ScenePipeline.from_pretrained("stickworld", device="cpu", methods=both)
+    twice = pipeline.generate(replace(marked, steps=4), methods={"badge": {"gain": 4.0}})
+    assert pipeline.generate(marked, methods=both).tobytes() == bytes(255 - byte for byte in twice.tobytes())
     assert (pipeline.cost(scene, {}).steps, pipeline.cost(scene, used).steps) == (2, 4)
     assert pipeline.cost(scene, used).pixels == 96 * 96
 

@@ -1,4 +1,4 @@
-"""Pictures with their colours inverted, and a score of badges."""
+"""Pictures with their colours inverted, a score of badges, and a recipe."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,10 +24,17 @@ class InvertedSampler:
 
     def generate(self, pipeline: Any, settings: dict[str, Any], scene: Scene, on_step: Any) -> Any:
         """Invert what the pipeline draws with twice the steps."""
-        return ImageOps.invert(pipeline.generate(replace(scene, steps=2 * scene.steps), on_step))
+        return ImageOps.invert(pipeline.call_pipeline(replace(scene, steps=2 * scene.steps), on_step))
 
 
 INVERTED = InvertedSampler()
+
+
+class BadgeRecipe:
+    """Remembers its configuration."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
 
 
 def scores(pipeline: Any, options: EvaluationOptions) -> dict[str, float]:

@@ -15,5 +15,6 @@ SPEC = MethodSpec(
         "inverted", "Inverted", "Inverts colours.", sampler="interactdiff.badge.sampling:INVERTED"
     ),
     scores="interactdiff.badge.sampling:scores",
-    recipes={"badge": "interactdiff.badge.adapter:BadgeAdapter"},
+    recipes={"badge": "interactdiff.badge.sampling:BadgeRecipe"},
+    benches=("interactdiff.badge.bench",),
 )
