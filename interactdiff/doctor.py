@@ -1,4 +1,4 @@
-"""What is installed, what can run here and why not, and what is attached to a pipeline."""
+"""What is installed, which methods there are, what can run here and why not, and what is attached."""
 
 import importlib.util
 import os
@@ -16,6 +16,7 @@ from interactdiff.adapter import Adapter
 from interactdiff.clear.flex import can_run_flex
 from interactdiff.clear.tiles import can_run_tiles
 from interactdiff.handle import attached_bindings
+from interactdiff.registry import methods, samplers
 from interactdiff.sites import denoiser_of, held_denoiser
 
 PACKAGES = ("interactdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors")
@@ -40,6 +41,8 @@ def doctor(pipeline: Any = None) -> str:
             f"Python {platform.python_version()}",
             *(f"{name} {metadata.version(name)}" for name in PACKAGES),
         ],
+        "methods": [f"{name}: {spec.title}" for name, spec in methods().items()]
+        + [f"{name}: {spec.title}, a sampler" for name, spec in samplers().items()],
         "devices": devices(),
         "backends": [f"{name}: {why or 'can run'}" for name, why in backends().items()],
         "optional packages": [

@@ -78,6 +78,10 @@ def test_its_items_are_flags_and_its_scores_too(badge: Any, capsys: pytest.Captu
 def test_its_recipes_and_benches_are_found(
     badge: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert "badge: Badges\n" in report
+    assert "inverted: Inverted, a sampler\n" in report
     assert main(["bench", "badge"]) == 0
     assert capsys.readouterr().out == "nothing\n"
     (tmp_path / "badge.yaml").write_text("recipe: badge\nsteps: 3\n")
