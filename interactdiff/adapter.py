@@ -55,7 +55,7 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Self:
+    def from_pretrained(cls, path_or_id: str | os.PathLike[str]) -> Self:
         """Load one from a file, a folder or a repository on the Hub, in eval mode.
 
         Raises:
@@ -128,12 +128,14 @@ class Binding:
     def __init__(self, adapter: Adapter, host: Host):
         self.adapter, self.host = adapter, host
 
-    def encode(self, items: Sequence[Sequence[Any]], **options: Any) -> Any:
+    def encode(self, items: Sequence[Sequence[Any]]) -> Any:
         """What a scene is to this adapter: features, tokens, keys, values. Once a scene; changes nothing.
+
+        An adapter may take options by keyword, with defaults: `Handle.set_scene` gives `strength`,
+        `schedule` and its further options to each that names them.
 
         Args:
             items: of the classes in `Adapter.items`, one sequence for each prompt or a single one for all.
-            **options: its own, by keyword, as its signature names them.
 
         Returns:
             What `use` takes.

@@ -2,7 +2,7 @@
 
 A denoiser may be shared by several pipelines, each with a scheduler and guidance of its own, and called from
 several threads. So nothing is taken from the pipeline that an adapter was attached to where the stack says
-who is calling. Everything is read when it is first asked for: a call in which no adapter acts costs nothing.
+who is calling. Everything is read when it is first needed: a call in which no adapter acts costs nothing.
 """
 
 import sys
@@ -34,7 +34,7 @@ class Call:
 
     Attributes:
         arguments: the denoiser's, by name.
-        guidance: what `set_scene` was told about guidance; None if nothing.
+        guidance: the option of `set_scene`; None where the caller says.
     """
 
     def __init__(self, reader: "CallReader", arguments: Mapping[str, Any], rows: tuple[Rows, ...] | None):
@@ -139,7 +139,8 @@ class Call:
         guided = self._is_guided()
         perturbed = getattr(self.pipeline, "do_perturbed_attention_guidance", False)
         halves = self._reader.kind.conditional if guided else (True,)
-        return tuple(map(_conditional, halves)) + ("conditional",) * bool(perturbed)
+        parts = [*halves, True] if perturbed else halves
+        return tuple(_conditional(part) for part in parts)
 
     @cached_property
     def thread(self) -> int:

@@ -229,7 +229,9 @@ class Controller:
             if isinstance(edit, Parameter):
                 own = getattr(edit.module, edit.name)
                 value = edit.value
-                new = _moved(value, own, training[id(edit)]) if isinstance(value, Tensor) else value(own)
+                new = (
+                    _moved(value, own, training[id(edit)]) if isinstance(value, nn.Parameter) else value(own)
+                )
                 if new is not own:
                     self._swap(edit.module, edit.name, new)
 

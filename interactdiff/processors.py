@@ -6,7 +6,7 @@ in the place of the stock processor while a call runs in which keys are chosen (
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class FluxKeysProcessor(KeysProcessor):
         query, key, value = _streams(attn, hidden_states, encoder_hidden_states)
         if encoder_hidden_states is not None:
             text_length = encoder_hidden_states.shape[1]
-        query, key = (apply_rotary_emb(t, image_rotary_emb, sequence_dim=1) for t in (query, key))  # type: ignore[arg-type]
+        query, key = (_rotated(t, image_rotary_emb) for t in (query, key))
         out = self.attend(*_heads_first(query, key, value), text_length)
         if encoder_hidden_states is None:
             return out
@@ -122,12 +122,13 @@ class Flux2SingleKeysProcessor(KeysProcessor):
             AdapterError: there is a mask.
         """
         self.refuse_mask(attention_mask)
+        assert image_rotary_emb is not None
         qkv, mlp = attn.to_qkv_mlp_proj(hidden_states).split(
             [3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor], -1
         )
         query, key, value = (t.unflatten(-1, (-1, attn.head_dim)) for t in qkv.chunk(3, -1))
         query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key = (apply_rotary_emb(t, image_rotary_emb, sequence_dim=1) for t in (query, key))  # type: ignore[arg-type]
+        query, key = (_rotated(t, image_rotary_emb) for t in (query, key))
         out = self.attend(*_heads_first(query, key, value), self.text_length)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(mlp)], -1))
 
@@ -192,7 +193,7 @@ class QwenKeysProcessor(KeysProcessor):
         length = encoder_hidden_states.shape[1]
         query, key, value = _streams(attn, hidden_states, encoder_hidden_states)
         table = torch.cat([image_rotary_emb[1], image_rotary_emb[0]])
-        query, key = (apply_rotary_emb_qwen(t, table, use_real=False) for t in (query, key))  # type: ignore[arg-type]
+        query, key = (cast(Tensor, apply_rotary_emb_qwen(t, table, use_real=False)) for t in (query, key))
         out = self.attend(*_heads_first(query, key, value), length)
         text_out, out = out[:, :length], out[:, length:]
         for layer in attn.to_out:
@@ -224,7 +225,7 @@ class ZImageKeysProcessor(KeysProcessor):
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         if freqs_cis is not None:
-            query, key = (_rotated(t, freqs_cis) for t in (query, key))
+            query, key = (_rotated_complex(t, freqs_cis) for t in (query, key))
         out = self.attend(*_heads_first(query, key, value), query.shape[1] - self.image_length)
         for layer in attn.to_out:
             out = layer(out)
@@ -330,7 +331,12 @@ def _projected(
     return norm_q(query) if norm_q else query, norm_k(key) if norm_k else key, value
 
 
-def _rotated(states: Tensor, table: Tensor) -> Tensor:
+def _rotated(states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Flux's rotary positions, [B, L, heads, D] by cosines and sines [L, D]."""
+    return cast(Tensor, apply_rotary_emb(states, cast(Any, tables), sequence_dim=1))
+
+
+def _rotated_complex(states: Tensor, table: Tensor) -> Tensor:
     """Z-Image's rotary positions, [B, L, heads, D] by a complex table [B, L, D / 2]."""
     with torch.autocast(states.device.type, enabled=False):
         pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))

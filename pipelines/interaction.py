@@ -81,7 +81,7 @@ class InteractionMixin(DiffusionPipeline):
         try:
             self.interaction = attach(self, adapter)
         except Exception:  # another base; or no memory for it
-            self.interaction = attach(self, before.adapter) if before is not None else None
+            self.interaction = attach(self, before["interaction"].adapter) if before is not None else None
             raise
 
     def unload_interaction_adapter(self) -> None:

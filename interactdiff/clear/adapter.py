@@ -30,7 +30,7 @@ class ClearConfig:
 
     Attributes:
         window: radius r in tokens, from 1 up: dy^2 + dx^2 < r^2.
-        down_factor: keys and values pooled d x d are seen from everywhere; 1: there are none.
+        down_factor: every token attends to keys and values pooled d x d too; 1: there are none.
         shape: "circle", as published, or "square".
         dilation: tokens per step of the window (arXiv 2209.15001).
 
@@ -49,7 +49,7 @@ class ClearConfig:
             self.pattern((side, side))
 
     def pattern(self, grid: tuple[int, int], text_length: int = 0, text_first: bool = True) -> Pattern:
-        """Who sees whom on a grid."""
+        """Which token attends to which on a grid."""
         return Pattern(
             grid, text_length, self.window, self.down_factor, self.shape, self.dilation, text_first
         )
@@ -109,7 +109,7 @@ class ClearAdapter(Adapter):
         down_factor: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> "ClearAdapter":
-        """Load published layers or ours, in eval mode; whether they fit a base is asked when they attach.
+        """Load published layers or ours, in eval mode; attaching checks whether they fit a base.
 
         Args:
             path_or_id: a file such as clear_local_16_down_4.safetensors, a folder that `save_pretrained`
@@ -124,13 +124,13 @@ class ClearAdapter(Adapter):
         """
         source, name = file_or_source(path_or_id, weight_name)
         known, tensors = _opened(source, name or _published_name(source, window, down_factor))
-        for what, asked in (("window", window), ("down_factor", down_factor)):
-            if asked is not None and known.get(what, asked) != asked:
+        for what, value in (("window", window), ("down_factor", down_factor)):
+            if value is not None and known.get(what, value) != value:
                 wanted = ClearConfig(window or known["window"], down_factor or known["down_factor"])
                 file = name or source.where
                 raise AdapterError(f"expected layers for {wanted}, got {file}, which is for {_config(known)}")
-        asked = {"window": window, "down_factor": down_factor}
-        known = {name: value for name, value in asked.items() if value is not None} | known
+        given = {"window": window, "down_factor": down_factor}
+        known = {name: value for name, value in given.items() if value is not None} | known
         if "window" not in known:
             file = name or source.where
             raise AdapterError(f"expected a file that tells its window by its name, or a window, got {file}")
@@ -240,8 +240,8 @@ def _opened(source: Source, name: str | None) -> tuple[dict[str, Any], Mapping[s
         name = files[0]
     weights = read_weights(source, name)
     known: dict[str, Any] = {"down_factor": 1}
-    if told := PUBLISHED_NAME.search(Path(name).stem):
-        known |= {"window": int(told[1]), "down_factor": int(told[2] or 1)}
+    if match := PUBLISHED_NAME.search(Path(name).stem):
+        known |= {"window": int(match[1]), "down_factor": int(match[2] or 1)}
     for tensor, value in weights.tensors.items():
         if tensor.endswith(SPATIAL_WEIGHT) and len(value.shape) == 7:
             known["down_factor"] = value.shape[3]

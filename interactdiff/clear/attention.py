@@ -41,7 +41,7 @@ def local_attention(
 ) -> Tensor:
     """Joint attention in which image tokens see a window of the image and all of the text (CLEAR, section 3).
 
-    `Pattern` says exactly who sees whom. Every backend computes the same, to rounding.
+    `Pattern` says exactly which token attends to which. Every backend computes the same, to rounding.
 
     Args:
         q: queries [B, heads, L, D] after norm and rotary embedding, L = text_length + H * W, in raster order.
@@ -49,7 +49,7 @@ def local_attention(
         v: values [B, heads, L, D].
         grid: H and W of the image tokens, any from 1 up.
         text_length: text tokens, from 0 up.
-        window: radius r, from 1 up: image tokens at a distance below r are seen.
+        window: radius r, from 1 up: image tokens attend to those at a distance below r.
         down_factor: d above 1 lets image tokens also see all d x d means of image keys and values.
         spatial_weight: the means' weights [1, 1, 1, d, 1, d, 1], learned; default 1 / d^2 throughout.
         scale: of the scores; default 1 / sqrt(D). `proportional_scale` gives that of high resolution.
@@ -104,10 +104,10 @@ def choose_backend(
     """The backend that `local_attention` takes by itself, and why.
 
     Args:
-        pattern: who sees whom.
+        pattern: which token attends to which.
         device: of q, k and v.
         dtype: of q, k and v.
-        grad: whether gradients will be asked for.
+        grad: whether gradients will be needed.
 
     Returns:
         Its name, and the reason in words.

@@ -60,7 +60,7 @@ def flex_attention(
         k: keys [B, heads, L, D].
         v: values [B, heads, L, D].
         pooled: pooled keys and values, each [B, heads, P, D].
-        pattern: who sees whom.
+        pattern: which token attends to which.
         scale: of the scores.
         extra: further keys of the image's tokens. They come after the pooled ones and into the same softmax,
             since on a CPU the kernel returns no log-sum-exps to merge by.
@@ -117,7 +117,7 @@ def can_run_flex(device: torch.device, dtype: torch.dtype, grad: bool = False) -
     Args:
         device: where.
         dtype: of q, k and v.
-        grad: whether gradients will be asked for.
+        grad: whether gradients will be needed.
     """
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
         return f"torch {torch.__version__} has no FlexAttention"
@@ -203,17 +203,17 @@ def _tiled(sheet: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor
 
 
 def _block_mask(pattern: Pattern, tokens: Tensor, queries: int, blocks: _Blocks, device: torch.device) -> Any:
-    """Which blocks are seen in part and in full, by the tiles' distances: no pair of tokens is looked at."""
+    """Which blocks are attended to in part and in full, by the distances of tiles alone."""
     near, whole = _tile_pairs(pattern, blocks)
     text, image, size = blocks.text, slice(blocks.text, queries // blocks.size), blocks.size
-    seen = torch.zeros(queries // size, len(tokens) // size, dtype=torch.bool)
-    seen[:text, : queries // size] = True
-    seen[image, :text] = True
-    seen[image, queries // size :] = True
-    full = seen.clone()
-    seen[image, image], full[image, image] = near, whole
+    attended = torch.zeros(queries // size, len(tokens) // size, dtype=torch.bool)
+    attended[:text, : queries // size] = True
+    attended[image, :text] = True
+    attended[image, queries // size :] = True
+    full = attended.clone()
+    attended[image, image], full[image, image] = near, whole
     full &= (tokens.view(-1, size) >= 0).all(1)
-    partial = seen & ~full
+    partial = attended & ~full
     kinds = [t.to(device) for m in (partial, full) for t in _listed(m)]
     return _flex().BlockMask.from_kv_blocks(
         *kinds,
@@ -224,7 +224,7 @@ def _block_mask(pattern: Pattern, tokens: Tensor, queries: int, blocks: _Blocks,
 
 
 def _tile_pairs(pattern: Pattern, blocks: _Blocks) -> tuple[Tensor, Tensor]:
-    """Pairs of tiles of which some, and of which all tokens see each other."""
+    """Pairs of tiles of which some, and of which all tokens attend to each other."""
     apart = [(t[:, None] - t).abs() for t in (blocks.rows, blocks.columns)]
     least = [(gap - size + 1).clamp(min=0) for gap, size in zip(apart, blocks.tile, strict=True)]
     most = [gap + size - 1 for gap, size in zip(apart, blocks.tile, strict=True)]
@@ -241,7 +241,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(
     pattern: Pattern, tokens: Tensor, queries: int, blocks: _Blocks, device: torch.device
 ) -> Callable[..., Tensor]:
-    """Which pairs of places are seen."""
+    """Which pairs of places attend to each other."""
     first, inside = blocks.text * blocks.size, torch.arange(blocks.size)
     apart = pattern.grid[0] + blocks.tile[0] + pattern.window  # rows from one residue class to the next
     row, column = torch.full((len(tokens),), -FAR), torch.zeros(len(tokens))
@@ -253,9 +253,9 @@ def _mask_mod(
     shared = ((place < first) | (place >= queries)).to(device)
     real, row, column = (tokens >= 0).to(device), row.to(device), column.to(device)
 
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attended(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = pattern.within(row[query] - row[key], column[query] - column[key])
         anywhere = torch.where(shared[query], key < queries, shared[key])
         return real[key] & (near | anywhere)
 
-    return seen
+    return attended

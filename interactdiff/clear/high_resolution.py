@@ -229,7 +229,7 @@ class HighResolution:
     def _stage_pipeline(self, stage: Stage) -> Any:
         """A pipeline of the same modules with a scheduler and settings of its own.
 
-        Not by `from_pipe`, which casts the shared modules to float32 unless told their dtype.
+        Not by `from_pipe`, which casts the shared modules to float32 unless given their dtype.
         """
         scheduler = self.pipeline.scheduler
         if stage.index == 0:

@@ -26,7 +26,7 @@ def reference_attention(
         k: keys [B, heads, L, D].
         v: values [B, heads, L, D].
         pooled: pooled keys and values, each [B, heads, P, D].
-        pattern: who sees whom.
+        pattern: which token attends to which.
         scale: of the scores.
         extra: further keys of the image's tokens.
     """

@@ -24,7 +24,7 @@ def linearize(
     Args:
         pipeline_or_denoiser: a pipeline, or a Flux or SD3 transformer or U-Net.
         window: radius r in tokens, from 1 up.
-        down_factor: keys and values pooled d x d are seen from everywhere; 1: there are none.
+        down_factor: every token attends to keys and values pooled d x d too; 1: there are none.
         weights: layers trained for this window and factor: a published file, a folder or a repository on the
             Hub; None attends within windows with the base's own layers.
         backend: of `local_attention`.

@@ -134,7 +134,9 @@ class ActiveScene:
                 f"with guidance {guided}, got {batch} rows"
             )
         per_prompt = images // scenes
-        scene_of_row = [(image // per_prompt, part) for part in parts for image in range(images)]
+        scene_of_row: list[tuple[int, Rows]] = [
+            (image // per_prompt, part) for part in parts for image in range(images)
+        ]
         controlled = [row for row, scene in enumerate(scene_of_row) if self._table.controls(*scene)]
         found = None
         if controlled:

@@ -7,9 +7,8 @@ the image becomes
     o <- o + s * tanh(alpha) * softmax1((q + P) K^T / sqrt(d)) V
 
 before the attention's own output projection. softmax1 has a key of zeros, whose value is zero, so that a
-query may attend to nothing. Nothing depends on the attention's own keys: how many of them
-an image token sees, all or those in a window, is the base's business. Cost and memory are linear in image
-tokens.
+query may attend to nothing. Nothing depends on the attention's own keys: how many of them an image token
+attends to, all or those in a window, is the base's business. Cost and memory are linear in image tokens.
 """
 
 from typing import NamedTuple

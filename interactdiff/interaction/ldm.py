@@ -90,7 +90,7 @@ def adapter_tensors_from_ldm(tensors: Mapping[str, Weight], layers_per_block: in
 
 
 def layers_per_block_from_ldm(names: Collection[str]) -> int:
-    """How many layers a level of the U-Net has, told by where the fusers are.
+    """How many layers a level of the U-Net has, from where the fusers are.
 
     The numbers of a level's layers follow each other, and after each level one is for the resampling.
 

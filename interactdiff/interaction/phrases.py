@@ -56,7 +56,7 @@ def pipeline_phrases(
 
 
 def _encoders(pipeline: Any, features: PhraseFeatures) -> list[tuple[Any, Any]]:
-    """The pairs of tokenizer and text encoder that are asked; none if one of them is missing."""
+    """The pairs of tokenizer and text encoder that make features; none if one of them is missing."""
     alone = features == "mean" or known_family(denoiser_of(pipeline)).name == "Flux"
     pairs = [
         (getattr(pipeline, f"tokenizer{end}"), getattr(pipeline, f"text_encoder{end}"))

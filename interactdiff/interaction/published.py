@@ -116,7 +116,7 @@ def base_of(
 
     Args:
         tensors: the adapter's.
-        unet: the base, if it is there to be asked.
+        unet: the base, if it is at hand.
         unet_config: what the folder of the weights says of its U-Net.
 
     Raises:
