@@ -128,6 +128,8 @@ class Call:
         """
         if self._rows is not None:
             return self._rows
+        if self.guidance is not None and self._reader.kind.guidance == "batch":
+            return self._parts(self.guidance, self._reader.pipeline)
         check_guidance(self.caller)
         for name in (self._calling[1], self._reader.context):
             if name is not None:
@@ -136,11 +138,7 @@ class Call:
             return ("conditional",)  # SD3's skip-layer guidance: a call of its own, with the prompt alone
         if self._reader.kind.guidance == "calls" and self.pipeline is not None:
             return (_conditional(self._is_first_text()),)
-        guided = self._is_guided()
-        perturbed = getattr(self.pipeline, "do_perturbed_attention_guidance", False)
-        halves = self._reader.kind.conditional if guided else (True,)
-        parts = [*halves, True] if perturbed else halves
-        return tuple(_conditional(part) for part in parts)
+        return self._parts(self._is_guided(), self.pipeline)
 
     @cached_property
     def thread(self) -> int:
@@ -150,6 +148,12 @@ class Call:
     @cached_property
     def _calling(self) -> tuple[Any, str | None]:
         return _calling(sys._getframe(), self._reader.denoiser)
+
+    def _parts(self, guided: bool, pipeline: Any) -> tuple[Rows, ...]:
+        """The parts of a batch, the last of which may be that of perturbed attention."""
+        halves = self._reader.kind.conditional if guided else (True,)
+        perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)
+        return tuple(_conditional(part) for part in ([*halves, True] if perturbed else halves))
 
     def _is_guided(self) -> bool:
         if self.guidance is not None or self.pipeline is None:
@@ -245,10 +249,13 @@ class CallReader:
     def clock(self, pipeline: Any) -> StepClock:
         """The clock of a pipeline's run in this thread."""
         clocks = self._local.__dict__.setdefault("clocks", {})
-        held, clock = clocks.get(id(pipeline), (None, None))
-        if clock is None or (held is not None and held() is not pipeline):
-            clock = StepClock(pipeline, self.num_inference_steps)
-            clocks[id(pipeline)] = _weak(pipeline), clock
+        alive, clock = clocks.get(id(pipeline), (None, None))
+        if clock is None or (alive is not None and alive() is not pipeline):
+            for key in [key for key, (other, _) in clocks.items() if other is not None and other() is None]:
+                del clocks[key]
+            alive, held = _weak(pipeline)
+            clock = StepClock(held, self.num_inference_steps)
+            clocks[id(pipeline)] = alive, clock
         return clock
 
     def grid(self, arguments: Mapping[str, Any]) -> Grid:
@@ -316,8 +323,9 @@ def _guides_by_pictures(pipeline: type) -> bool:
     return "image_guidance_scale" in signature(pipeline.__call__).parameters
 
 
-def _weak(pipeline: Any) -> Any:
+def _weak(pipeline: Any) -> tuple[Any, Any]:
+    """A weak reference to a pipeline and a weak stand-in for it, so that a clock keeps none alive."""
     try:
-        return weakref.ref(pipeline)
-    except TypeError:
-        return None
+        return weakref.ref(pipeline), weakref.proxy(pipeline)
+    except TypeError:  # None, and whatever has no weak references
+        return None, pipeline

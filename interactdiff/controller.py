@@ -311,8 +311,8 @@ def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
 def _check_in_memory(own: Any) -> None:
     if getattr(own, "is_meta", False):
         raise AdapterError(
-            "expected weights in memory for layers to stand in for, got some on meta: offload whole models, not "
-            "layer by layer"
+            "expected weights in memory for layers to stand in for, got some on meta: "
+            "offload whole models, not layer by layer"
         )
 
 

@@ -1,5 +1,7 @@
 """What a denoiser's call is comes from the call and its caller, never from another pipeline's last run."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -181,3 +183,16 @@ def test_places_of_tokens_are_one_grid_of_the_first_picture() -> None:
     assert grid_of_ids(torch.cat([own, further])[None]) == (3, 4)
     with pytest.raises(AdapterError, match="got 12 tokens with places in 3 x 4"):
         grid_of_ids(own.flip(0))
+
+
+def test_pipelines_that_called_are_not_kept_alive(pipe: Any) -> None:
+    adapter = trained_adapter(pipe.unet)
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING], schedule=0.5)
+        other = sharing(pipe)
+        draw(other)
+        alive = weakref.ref(other)
+        del other
+        gc.collect()
+        assert alive() is None
+        draw(sharing(pipe))

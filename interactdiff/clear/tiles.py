@@ -1,7 +1,7 @@
 """Windows by halo tiles (blocked local attention, HaloNet, arXiv 2103.12731) in plain PyTorch, on any device.
 
-A tile of queries attends to one rectangle of keys, its own place and a halo around it, and the exact window is
-a bias inside the rectangle, the same for every tile away from the edges. What every image token attends to
+A tile of queries attends to one rectangle of keys, its own place and a halo around it, and the exact window
+is a bias inside the rectangle, the same for every tile away from the edges. What every image token attends to
 (text and pooled keys) is a part of its own, merged by log-sum-exp.
 """
 
