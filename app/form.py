@@ -74,22 +74,29 @@ def settings_fields(limits: Limits, model: str, adapters: Mapping[str, str], siz
 
 def panel_fields(
     panel: Configurable, limits: Limits, model: str, adapters: Mapping[str, str]
-) -> dict[str, Any]:
-    """The fields of a method's or a sampler's panel: whether it is used, its items, weights and settings."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A method's or a sampler's panel.
+
+    Returns:
+        Its fields: whether it is used, its items, adapter and settings; and by the name of a field of items
+        the button that fills it from the canvas.
+    """
     values = model_info(model).settings.get(panel.name, {})
     fields: dict[str, Any] = {f"{panel.name}.used": gr.Checkbox(False, label="Use")}
+    tools: dict[str, Any] = {}
     gr.Markdown(panel.description)
     for item in items_of(panel):
         label, info = item.key.capitalize(), f"a line each: {item.description}"
-        fields[f"{panel.name}.items.{item.key}"] = gr.Textbox(
-            label=label, info=info, lines=2, placeholder=item.form
-        )
+        name = f"{panel.name}.items.{item.key}"
+        fields[name] = gr.Textbox(label=label, info=info, lines=2, placeholder=item.form)
+        if item.from_box is not None:
+            tools[name] = gr.Button(f"Take {item.key} from the canvas", size="sm")
     if isinstance(panel, MethodSpec) and panel.adapter is not None:
         fields[f"{panel.name}.adapter"] = _adapter_field(panel.name, limits, adapters)
     for setting in panel.settings:
         value = values.get(setting.name, setting.default)
         fields[f"{panel.name}.{setting.name}"] = _setting_field(setting, value)
-    return fields
+    return fields, tools
 
 
 def items_of(panel: Configurable) -> tuple[ItemSpec, ...]:
@@ -230,6 +237,29 @@ def filled(record: Record, size: int | None) -> dict[str, Any]:
             items = (item for item in scene.extra_items if isinstance(item, spec.type))
             values[f"{name}.items.{spec.key}"] = "\n".join(item.to_text() for item in items)
     return values
+
+
+def taken_from_canvas(spec: ItemSpec, document: Document, text: str | None) -> tuple[Document, str]:
+    """Make items of the canvas's boxes that take part in no interaction.
+
+    Args:
+        spec: the kind of items.
+        document: the canvas.
+        text: what the field of items holds.
+
+    Returns:
+        The canvas without those boxes, and the field with a line for each.
+
+    Raises:
+        SceneError: a box has no phrase yet.
+    """
+    assert spec.from_box is not None
+    linked = {end for link in document.links for end in (link.subject, link.object)}
+    taken = [box for box in document.boxes if box.id not in linked]
+    lines = [line for line in (text or "").splitlines() if line.strip()]
+    lines += [spec.from_box(box.phrase, box.box).to_text() for box in taken]
+    left = tuple(box for box in document.boxes if box.id in linked)
+    return document.changed(boxes=left), "\n".join(lines)
 
 
 def with_layout(document: Document, scene: Scene, size: int | None) -> Document:

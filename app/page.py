@@ -137,10 +137,13 @@ class Page:
         self, limits: Limits, model: str, adapters: Mapping[str, str], unsupported: Unsupported
     ) -> None:
         self.panels: dict[str, gr.Accordion] = {}
+        self.tools: dict[str, gr.Button] = {}
         for name, one in configurables().items():
             visible = unsupported[name] is None
             with gr.Accordion(one.title, open=False, visible=visible, elem_id=name) as panel:
-                self.fields |= panel_fields(one, limits, model, adapters)
+                fields, tools = panel_fields(one, limits, model, adapters)
+            self.fields |= fields
+            self.tools |= tools
             self.panels[name] = panel
 
     def _files(self) -> None:

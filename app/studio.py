@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,14 +13,22 @@ from gradio.processing_utils import save_file_to_cache
 from interactdiff.app import api, results, theme
 from interactdiff.app.document import Document
 from interactdiff.app.examples import EXAMPLES
-from interactdiff.app.form import adapters_of, error_place, filled, random_seed, request_of, with_layout
+from interactdiff.app.form import (
+    adapters_of,
+    error_place,
+    filled,
+    random_seed,
+    request_of,
+    taken_from_canvas,
+    with_layout,
+)
 from interactdiff.app.limits import opened_picture
 from interactdiff.app.page import Page, Unsupported
 from interactdiff.app.views import VIEWS
 from interactdiff.app.worker import ModelStatus, StoredImage, Worker
 from interactdiff.errors import InteractdiffError
 from interactdiff.picture import NoRecordError, Record, enlarged, installed_versions, read_record
-from interactdiff.registry import configurables, methods
+from interactdiff.registry import configurables, item_specs, methods
 from interactdiff.scene import Scene, SceneError
 
 Updates = dict[Any, Any]  # of parts of the page
@@ -62,6 +71,9 @@ class Studio(Page):
         for event in (self.text.blur, self.text.submit):
             event(self._text_edited, [self.text, *words], self.forms, **LATEST)
         self.table.input(self._table_edited, [self.table, *words], self.forms, **LATEST)
+        for name, button in self.tools.items():
+            take = partial(self._take_from_canvas, name)
+            button.click(take, [self.fields[name], *words], [self.fields[name], *self.forms], **AT_ONCE)
         self.seed.input(lambda: True, None, self.lock, **AT_ONCE)
         self.randomize.click(lambda: (random_seed(), True), None, [self.seed, self.lock], **AT_ONCE)
         for side in self.size:
@@ -128,6 +140,17 @@ class Studio(Page):
             return self._in_step(document.with_table(table), prompt, suggested, self.table)
         except SceneError as error:
             return self._errors("text", error)
+
+    def _take_from_canvas(
+        self, name: str, text: str, document: Document, prompt: str, suggested: str
+    ) -> Updates:
+        """Boxes of the canvas become items of a method, in the field of this name."""
+        spec = item_specs()[name.rpartition(".")[2]]
+        try:
+            document, text = taken_from_canvas(spec, document, text)
+        except SceneError as error:
+            return self._errors("canvas", error)
+        return {self.fields[name]: text} | self._in_step(document, prompt, suggested)
 
     def _reshape(self, document: Document, width: float | None, height: float | None) -> Any:
         if not width or not height or width < 0 or height < 0:

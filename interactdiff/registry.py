@@ -17,7 +17,7 @@ from importlib.util import module_from_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from interactdiff.errors import InteractdiffError, SceneError
-from interactdiff.scene_checks import checked_number, checked_whole, shown
+from interactdiff.scene_checks import Box, checked_number, checked_whole, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,6 +122,8 @@ class ItemSpec:
         form: of the command line, such as "PHRASE|BOX".
         description: one or two sentences, of the flag and of the studio's field.
         schema: the JSON Schema of an item in a scene file; {} says nothing of it.
+        from_box: makes an item of a phrase and a box that are drawn on the studio's canvas; None if it takes
+            more than that.
     """
 
     type: type
@@ -129,6 +131,7 @@ class ItemSpec:
     form: str
     description: str
     schema: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    from_box: Callable[[str, Box], Any] | None = None
 
     @property
     def name(self) -> str:
