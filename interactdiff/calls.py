@@ -59,7 +59,8 @@ class Call:
     def autocast(self) -> torch.dtype | None:
         """What products of matrices are computed in, if not in their own dtype."""
         kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if on else None
 
     @cached_property
     def grid(self) -> Grid:
