@@ -28,7 +28,7 @@ from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.evaluation.hoi import at_box, iou, picture_scores, with_interval
 from interactdiff.evaluation.world import held_out_scenes, packaged_detector
 from interactdiff.generation import ScenePipeline
-from interactdiff.interaction import control
+from interactdiff.interaction import active_scene
 from interactdiff.interaction.fuser import GatedSelfAttention, KeysValues
 from interactdiff.scene import Box, Entity
 from interactdiff.schedule import refreshes
@@ -109,7 +109,7 @@ def refresh(world: World) -> None:
     }
     for title, plan in plans.items():
         computed = sum(map(plan, range(world.steps)))
-        with replaced(control, "refreshes", plan):
+        with replaced(active_scene, "refreshes", plan):
             world.show(f"{title}, {computed} of {world.steps}", world.look(world.asked, fast=True))
 
 
