@@ -113,7 +113,7 @@ class AdapterRecipe(Recipe):
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         tensors = in_random_slots(self._scene_tensors(batch["interactions"]), generator)
-        self.handle.set_tokens(self.model(**tensors))
+        self.handle["interaction"].set_tokens(self.model(**tensors))
         loss = self._loss_in_unet if self.in_unet else self._loss_in_transformer
         return loss(batch["latents"], batch["prompts"], generator)
 
@@ -134,7 +134,7 @@ class AdapterRecipe(Recipe):
         if new:
             with torch.autocast(self.device.type, enabled=False):
                 self.features |= self.encode(new)
-        return self.handle.adapter.scene_tensors(scenes, self.features)
+        return self.handle["interaction"].adapter.scene_tensors(scenes, self.features)
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
