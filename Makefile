@@ -6,13 +6,16 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_OFFLINE = 1
+# Processes that run tests side by side, a thread each, so that they do not wait for each other's; a file is
+# one process's, so that its fixtures are made once.
+WORKERS ?= 2
 
 .PHONY: demo test lint
 demo: $(VENV)/installed
 	$(BIN)/interactdiff demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # pyright sees the package as it installs: app/, pipelines/ and training/ are in it.
 # Gradio's stubs of components are not ours.

@@ -1,7 +1,7 @@
 """What is on the canvas, and the forms in which it can be written: a scene's items, lines of text, a table.
 
-A canvas may hold what is not yet a scene: a box without a name, a link without an action. A thing that takes
-part in several interactions is one box here and several equal boxes in a scene.
+A canvas may hold what is not yet a scene: a box without a name, a link without an action. A box that takes
+part in several interactions is one here and several equal boxes in a scene.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from typing import Any, cast
 
-from interactdiff.app.things import Link, Row, Thing
+from interactdiff.app.canvas_items import CanvasBox, CanvasLink, CanvasRow
 from interactdiff.scene import (
     ACTION_REGIONS,
     MAX_STRENGTH,
@@ -55,24 +55,24 @@ class Document:
     """The canvas.
 
     Attributes:
-        things: the boxes.
+        boxes: of subjects, objects and entities.
         links: the interactions.
         aspect: width over height.
         picture: the address of what is under the boxes, or None.
         revision: counts changes, so that the page knows which of two canvases is later.
     """
 
-    things: tuple[Thing, ...] = ()
-    links: tuple[Link, ...] = ()
+    boxes: tuple[CanvasBox, ...] = ()
+    links: tuple[CanvasLink, ...] = ()
     aspect: float = 1.0
     picture: str | None = None
     revision: int = 0
-    _by_id: dict[str, Thing] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _by_id: dict[str, CanvasBox] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._by_id.update({thing.id: thing for thing in self.things})
-        _check_count(len(self.things) + len(self.links))
-        if len(self._by_id) < len(self.things):
+        self._by_id.update({box.id: box for box in self.boxes})
+        _check_count(len(self.boxes) + len(self.links))
+        if len(self._by_id) < len(self.boxes):
             raise SceneError("expected boxes with ids of their own, got one twice")
         for link in self.links:
             if link.subject not in self._by_id or link.object not in self._by_id:
@@ -86,11 +86,11 @@ class Document:
             SceneError: it is not that.
         """
         given = json_object(
-            {} if value is None else value, (), ("things", "links", "aspect", "picture", "revision")
+            {} if value is None else value, (), ("boxes", "links", "aspect", "picture", "revision")
         )
         kinds: tuple[tuple[str, type, tuple[str, ...], tuple[str, ...]], ...] = (
-            ("things", Thing, ("id", "phrase", "box"), ("strength",)),
-            ("links", Link, ("id", "subject", "object"), ("action", "strength", "region")),
+            ("boxes", CanvasBox, ("id", "phrase", "box"), ("strength",)),
+            ("links", CanvasLink, ("id", "subject", "object"), ("action", "strength", "region")),
         )
         for name, kind, required, optional in kinds:
             listed = given.get(name, [])
@@ -105,40 +105,40 @@ class Document:
 
     def to_value(self) -> dict[str, Any]:
         """What the canvas reads."""
-        things, links = ([asdict(one) for one in some] for some in (self.things, self.links))
+        boxes, links = ([asdict(one) for one in some] for some in (self.boxes, self.links))
         rest = {name: getattr(self, name) for name in ("aspect", "picture", "revision")}
-        return {"things": things, "links": links, **rest}
+        return {"boxes": boxes, "links": links, **rest}
 
     def changed(self, **changes: Any) -> "Document":
         """The next revision, with these changes."""
         return replace(self, revision=self.revision + 1, **changes)
 
     @property
-    def rows(self) -> tuple[Row, ...]:
-        """Interactions, then the things that have none."""
+    def rows(self) -> tuple[CanvasRow, ...]:
+        """Interactions, then the boxes that have none."""
         linked = {end for link in self.links for end in (link.subject, link.object)}
         rows = []
         for link in self.links:
             s, o = self._by_id[link.subject], self._by_id[link.object]
-            rows.append(Row(s.phrase, s.box, link.action, o.phrase, o.box, link.strength, link.region))
-        lone = (thing for thing in self.things if thing.id not in linked)
-        return (*rows, *(Row(one.phrase, one.box, strength=one.strength) for one in lone))
+            rows.append(CanvasRow(s.phrase, s.box, link.action, o.phrase, o.box, link.strength, link.region))
+        lone = (box for box in self.boxes if box.id not in linked)
+        return (*rows, *(CanvasRow(one.phrase, one.box, strength=one.strength) for one in lone))
 
-    def with_rows(self, rows: Sequence[Row]) -> "Document":
-        """The same canvas with other things on it; ids stay with things that stay.
+    def with_rows(self, rows: Sequence[CanvasRow]) -> "Document":
+        """The same canvas with other rows; ids stay with boxes that stay.
 
         Raises:
             SceneError: there are too many.
         """
         _check_count(len(rows))
-        old = {(thing.phrase, thing.box): thing.id for thing in reversed(self.things)}
+        old = {(box.phrase, box.box): box.id for box in reversed(self.boxes)}
         free = (name for n in count(1) if (name := f"t{n}") not in self._by_id)
-        things: list[Thing] = []
-        ends: dict[tuple[str, Box], str] = {}  # a thing that acts or is acted on is one box, however often
+        boxes: list[CanvasBox] = []
+        ends: dict[tuple[str, Box], str] = {}  # a subject or object is one box, in however many interactions
 
         def add(phrase: str, box: Box, strength: float = 1.0) -> str:
             name = old.pop((phrase, box), None) or next(free)
-            things.append(Thing(name, phrase, box, strength))
+            boxes.append(CanvasBox(name, phrase, box, strength))
             return name
 
         links = []
@@ -150,9 +150,9 @@ class Document:
             for end in pair:
                 if end not in ends:
                     ends[end] = add(*end)
-            subject, thing = (ends[end] for end in pair)
-            links.append(Link(f"l{number}", subject, thing, row.action, row.strength, row.region))
-        return self.changed(things=tuple(things), links=tuple(links))
+            subject, object_ = (ends[end] for end in pair)
+            links.append(CanvasLink(f"l{number}", subject, object_, row.action, row.strength, row.region))
+        return self.changed(boxes=tuple(boxes), links=tuple(links))
 
     # --- a scene's items ---
 
@@ -190,7 +190,7 @@ class Document:
     def with_scene(self, scene: Scene) -> "Document":
         """The canvas of a scene."""
         rows = [
-            Row(
+            CanvasRow(
                 one.subject,
                 one.subject_box,
                 one.action or "",
@@ -202,13 +202,13 @@ class Document:
             for one in scene.interactions
         ]
         return self.with_rows(
-            [*rows, *(Row(one.phrase, one.box, strength=one.strength) for one in scene.entities)]
+            [*rows, *(CanvasRow(one.phrase, one.box, strength=one.strength) for one in scene.entities)]
         )
 
     # --- text: person=riding=bike, a line each ---
 
     def to_text(self) -> str:
-        """A line for each interaction, `subject=action=object`, and for each thing without one its name."""
+        """A line for each interaction, `subject=action=object`, and for each box without one its phrase."""
         lines = []
         for row in (row for row in self.rows if any(row.words)):
             words = (
@@ -228,15 +228,15 @@ class Document:
             words = [part.strip() for part in line.split("=")]
             if len(words) not in (1, 3):
                 raise SceneError(
-                    f"line {number}: expected subject=action=object, or a thing, got {shown(line)}"
+                    f"line {number}: expected subject=action=object, or a phrase, got {shown(line)}"
                 )
             action = "" if len(words) == 1 or words[1] == NULL_ACTION else words[1]
             wanted.append((words[0], action, words[2] if len(words) == 3 else None))
         _check_count(2 * len(wanted))
         left = [row for row in self.rows if any(row.words)]
-        rows: list[Row | None] = [None] * len(wanted)
+        rows: list[CanvasRow | None] = [None] * len(wanted)
         for exact in (True, False):  # lines that stayed take their rows first
-            if not exact:  # a thing that acts now was not renamed
+            if not exact:  # a box that has an action now was not renamed
                 acting = {end for words in wanted if words[2] is not None for end in words}
                 left = [row for row in left if row.object is not None or row.subject not in acting]
             for n, words in enumerate(wanted):
@@ -245,17 +245,17 @@ class Document:
                 if rows[n] is None and row is not None:
                     left.remove(row)
                     rows[n] = replace(row, subject=words[0], action=words[1], object=words[2])
-        boxes = {thing.phrase: thing.box for thing in reversed(self.things)}
-        for n, (subject, action, thing) in enumerate(wanted):
+        places = {box.phrase: box.box for box in reversed(self.boxes)}
+        for n, (subject, action, object_) in enumerate(wanted):
             if rows[n] is None:
                 taken = [
                     box for row in rows if row is not None for box in (row.subject_box, row.object_box) if box
                 ]
-                first = boxes.get(subject) or _free_place(taken)
-                second = None if thing is None else boxes.get(thing) or _free_place([*taken, first])
-                rows[n] = Row(subject, first, action, thing, second)
+                first = places.get(subject) or _free_place(taken)
+                second = None if object_ is None else places.get(object_) or _free_place([*taken, first])
+                rows[n] = CanvasRow(subject, first, action, object_, second)
         unnamed = (row for row in self.rows if not any(row.words))  # has no line
-        return self.with_rows([*cast(list[Row], rows), *unnamed])
+        return self.with_rows([*cast(list[CanvasRow], rows), *unnamed])
 
     # --- a table ---
 
@@ -284,22 +284,22 @@ class Document:
         for number, cells in enumerate(table, start=1):
             if len(cells) != len(COLUMNS):
                 raise SceneError(f"row {number}: expected {len(COLUMNS)} cells, got {len(cells)}")
-            subject, action, thing, box, other, strength, region = (
+            subject, action, object_, box, other, strength, region = (
                 "" if c is None else str(c).strip() for c in cells
             )
-            if not any((subject, action, thing, box, other)):
+            if not any((subject, action, object_, box, other)):
                 continue
             try:
-                if bool(thing) != bool(other):
+                if bool(object_) != bool(other):
                     raise SceneError("expected an object and its box, or neither, got one of them")
-                if action and not thing:
+                if action and not object_:
                     raise SceneError(f"expected an object of {action}, got none")
                 rows.append(
-                    Row(
+                    CanvasRow(
                         subject,
                         checked_box("subject box", parse_box("subject box", box)),
                         action,
-                        thing or None,
+                        object_ or None,
                         checked_box("object box", parse_box("object box", other)) if other else None,
                         checked_number("strength", _as_number(strength), 0.0, MAX_STRENGTH),
                         cast(Any, region or None),

@@ -1,4 +1,4 @@
-"""The fields of the page: made, read as an order, and filled from a picture or a scene."""
+"""The fields of the page: made, read as a request, and filled from a picture or a scene."""
 
 import random
 from collections.abc import Mapping
@@ -6,96 +6,135 @@ from typing import Any
 
 import gradio as gr
 
-from interactdiff.app.artist import Order
 from interactdiff.app.document import Document
 from interactdiff.app.limits import Limits
-from interactdiff.methods import Method, Setting, methods
-from interactdiff.models import ADAPTERS, MODELS, default_adapter
+from interactdiff.app.worker import GenerationRequest
+from interactdiff.models import PACKAGED, default_adapter, model_info
 from interactdiff.picture import Record
-from interactdiff.scene import MAX_SEED, MAX_STRENGTH, Scene, SceneError
+from interactdiff.registry import Configurable, ItemSpec, MethodSpec, Setting, configurables, methods
+from interactdiff.scene import MAX_SEED, MAX_STRENGTH, Scene, SceneError, numbered
 from interactdiff.scene_checks import checked_schedule, shown
 
 OWN = "the model's own"
-# Beside which fields a refused scene is explained, by how the message begins; else beside the canvas.
-PLACES = {
-    "prompt": ("prompt", "negative_prompt"),
-    "model": ("expected an adapter for", "method"),
-    "settings": ("seed", "steps", "guidance_scale", "schedule", "width", "height", "images", *methods()),
-}
 RANDOM_SEEDS = 2**31  # numbers that are not too long to read
 
 
-def place_of(error: Exception) -> str:
-    """Which field a refusal belongs beside: "model", "canvas" or another one of `PLACES`."""
+def error_place(error: Exception) -> str:
+    """Beside which field an error belongs: "prompt", "model", "settings" or "canvas"."""
     if not isinstance(error, SceneError):
         return "model"
-    return next((place for place, starts in PLACES.items() if str(error).startswith(starts)), "canvas")
+    panels = [*configurables(), *(item.name for spec in configurables().values() for item in items_of(spec))]
+    numbers = ("seed", "steps", "guidance_scale", "schedule", "width", "height", "images")
+    places = {  # by how the message begins
+        "prompt": ("prompt", "negative_prompt"),
+        "model": ("expected an adapter for", "method"),
+        "settings": (*numbers, *panels),
+    }
+    return next((place for place, starts in places.items() if str(error).startswith(starts)), "canvas")
 
 
-def settings_fields(limits: Limits, model: str, adapter: str | None, size: int) -> dict[str, Any]:
-    """The fields of how a picture is drawn, by name.
+def settings_fields(limits: Limits, model: str, adapters: Mapping[str, str], size: int) -> dict[str, Any]:
+    """The fields of how a picture is generated, by name.
 
     Numbers have no limits here: Gradio would say so in a passing note, and not beside the field.
     """
-    models = list(dict.fromkeys([*MODELS, model]))
-    adapters = list(dict.fromkeys([OWN, *ADAPTERS.values(), adapter or OWN]))
+    models = list(dict.fromkeys([*PACKAGED, model]))
     fields: dict[str, Any] = {}
-    elsewhere = "or a folder, or a Hub id" if limits.hub else "or a folder" if limits.folders else None
+    elsewhere = _elsewhere(limits)
     with gr.Row():
         fields["model"] = gr.Dropdown(
             models, value=model, label="Model", allow_custom_value=True, info=elsewhere, elem_id="model"
         )
-        fields["adapter"] = gr.Dropdown(
-            adapters, value=adapter or OWN, label="Adapter", allow_custom_value=True, info=elsewhere
-        )
+        fields["interaction.adapter"] = _adapter_field("interaction", limits, adapters)
     with gr.Row():
         steps = min(30, limits.steps)
         fields["steps"] = gr.Number(steps, label="Steps", precision=0, elem_id="steps")
         fields["images"] = gr.Number(1, label="Pictures", precision=0, elem_id="images")
-        fields["guidance_scale"] = gr.Number(None, label="Guidance", placeholder=OWN)
-    fields["strength"] = gr.Slider(0, MAX_STRENGTH, value=1.0, step=0.05, label="Strength of control")
+        fields["guidance_scale"] = gr.Number(None, label="Guidance scale", placeholder=OWN)
+    fields["strength"] = gr.Slider(0, MAX_STRENGTH, value=1.0, step=0.05, label="Control strength")
     with gr.Row():
         fields["on"] = gr.Slider(
-            0, 1, value=1.0, step=0.05, label="Control acts for", info="share of the steps"
+            0, 1, value=1.0, step=0.05, label="Control schedule: on", info="share of the steps"
         )
         fields["decay"] = gr.Slider(
-            0, 1, value=0.0, step=0.05, label="and fades over", info="share of the steps"
+            0, 1, value=0.0, step=0.05, label="Linear decay", info="share of the steps"
         )
     with gr.Row():
         fields["width"] = gr.Number(size, label="Width", precision=0, step=8, elem_id="width", info="pixels")
         fields["height"] = gr.Number(
             size, label="Height", precision=0, step=8, elem_id="height", info="pixels"
         )
-    fields["negative_prompt"] = gr.Textbox(label="Steer away from", lines=1)
+    fields["negative_prompt"] = gr.Textbox(label="Negative prompt", lines=1)
     with gr.Row():
-        fields["compare"] = gr.Checkbox(False, label="Also draw each without control", elem_id="compare")
+        fields["compare"] = gr.Checkbox(False, label="Also generate each without control", elem_id="compare")
         fields["fast"] = gr.Checkbox(False, label="Fast control")
-        fields["look"] = gr.Checkbox(True, label="Record where it looks")
+        fields["record_attention"] = gr.Checkbox(True, label="Record attention maps")
     return fields
 
 
-def method_fields(method: Method, model: str) -> dict[str, Any]:
-    """A panel's fields: whether the method is used, and its settings."""
-    suited = method.suited.get(model, {})
-    fields: dict[str, Any] = {f"{method.name}.used": gr.Checkbox(False, label="Draw by this method")}
-    gr.Markdown(method.about)
-    for setting in method.settings:
-        fields[f"{method.name}.{setting.name}"] = _field_of(
-            setting, suited.get(setting.name, setting.default)
-        )
-    return fields
+def panel_fields(
+    panel: Configurable, limits: Limits, model: str, adapters: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A method's or a sampler's panel.
+
+    Returns:
+        Its fields: whether it is used, its items, adapter and settings; and by the name of a field of items
+        the button that fills it from the canvas.
+    """
+    values = model_info(model).settings.get(panel.name, {})
+    fields: dict[str, Any] = {f"{panel.name}.used": gr.Checkbox(False, label="Use")}
+    tools: dict[str, Any] = {}
+    gr.Markdown(panel.description)
+    for item in items_of(panel):
+        label, info = item.key.capitalize(), f"a line each: {item.description}"
+        name = f"{panel.name}.items.{item.key}"
+        fields[name] = gr.Textbox(label=label, info=info, lines=2, placeholder=item.form)
+        if item.from_box is not None:
+            tools[name] = gr.Button(f"Take {item.key} from the canvas", size="sm")
+    if isinstance(panel, MethodSpec) and panel.adapter is not None:
+        fields[f"{panel.name}.adapter"] = _adapter_field(panel.name, limits, adapters)
+    for setting in panel.settings:
+        value = values.get(setting.name, setting.default)
+        fields[f"{panel.name}.{setting.name}"] = _setting_field(setting, value)
+    return fields, tools
 
 
-def _field_of(setting: Setting, value: Any) -> Any:
-    if setting.choices:
-        return gr.Dropdown(list(setting.choices), value=value, label=setting.label, info=setting.about)
-    step = 1 if isinstance(setting.default, int) else 0.05
-    return gr.Slider(
-        setting.minimum, setting.maximum, value=value, step=step, label=setting.label, info=setting.about
+def items_of(panel: Configurable) -> tuple[ItemSpec, ...]:
+    """The kinds of items that a panel has fields for."""
+    return panel.items if isinstance(panel, MethodSpec) else ()
+
+
+def _adapter_field(method: str, limits: Limits, adapters: Mapping[str, str]) -> Any:
+    packaged = [info.adapters[method] for info in PACKAGED.values() if method in info.adapters]
+    chosen = adapters.get(method, OWN)
+    return gr.Dropdown(
+        list(dict.fromkeys([OWN, *packaged, chosen])),
+        value=chosen,
+        label="Adapter",
+        allow_custom_value=True,
+        info=_elsewhere(limits),
     )
 
 
-def order_of(document: Document, values: Mapping[str, Any]) -> Order:
+def _elsewhere(limits: Limits) -> str | None:
+    return "or a folder, or a Hub id" if limits.hub else "or a folder" if limits.folders else None
+
+
+def _setting_field(setting: Setting, value: Any) -> Any:
+    if setting.choices:
+        return gr.Dropdown(list(setting.choices), value=value, label=setting.label, info=setting.description)
+    step = 1 if isinstance(setting.default, int) else 0.05
+    return gr.Slider(
+        setting.minimum,
+        setting.maximum,
+        value=value,
+        step=step,
+        label=setting.label,
+        info=setting.description,
+    )
+
+
+def request_of(document: Document, values: Mapping[str, Any]) -> GenerationRequest:
     """What a filled page asks for.
 
     Args:
@@ -109,6 +148,13 @@ def order_of(document: Document, values: Mapping[str, Any]) -> Order:
     on, decay = (float(values[name] or 0) for name in ("on", "decay"))
     if on + decay > 1 + 1e-6:
         raise SceneError(f"schedule: expected both shares to be at most 1 together, got {on:g} and {decay:g}")
+    used, extra = {}, []
+    for name, panel in configurables().items():
+        texts = ((spec, values.get(f"{name}.items.{spec.key}")) for spec in items_of(panel))
+        items = [item for spec, text in texts for item in _items(spec, text)]
+        if items or values.get(f"{name}.used"):
+            used[name] = {setting.name: values[f"{name}.{setting.name}"] for setting in panel.settings}
+        extra += items
     scene = Scene(
         values["prompt"] or "",
         interactions,
@@ -122,34 +168,44 @@ def order_of(document: Document, values: Mapping[str, Any]) -> Order:
         fast=bool(values["fast"]),
         width=None if values["width"] is None else _whole("width", values["width"]),
         height=None if values["height"] is None else _whole("height", values["height"]),
+        extra_items=tuple(extra),
     )
-    used = {name: method for name, method in methods().items() if values.get(f"{name}.used")}
-    asked = {
-        name: {setting.name: values[f"{name}.{setting.name}"] for setting in method.settings}
-        for name, method in used.items()
-    }
-    return Order(
+    adapters = adapters_of(values)
+    return GenerationRequest(
         scene,
         _whole("images", values["images"]),
         bool(values["compare"]),
         str(values["model"] or ""),
-        adapter_of(values["adapter"]),
-        asked,
-        bool(values["look"]),
+        {name: at for name, at in adapters.items() if name == "interaction" or name in used},
+        used,
+        bool(values["record_attention"]),
     )
 
 
-def adapter_of(value: str | None) -> str | None:
-    """The name of an adapter, or None for the model's own."""
-    return None if value in (None, "", OWN) else str(value)
+def adapters_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """The adapters that the fields name, by their method; the model's own are left out."""
+    named = {name: values.get(f"{name}.adapter") for name in methods()}
+    return {name: str(value) for name, value in named.items() if value not in (None, "", OWN)}
+
+
+def _items(spec: ItemSpec, text: str | None) -> list[Any]:
+    """The items that stand in a panel's field, one a line."""
+    lines = [line for line in (text or "").splitlines() if line.strip()]
+    return [
+        numbered(spec.type, number, lambda line=line: spec.type.parse(line))
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def filled(record: Record, size: int | None) -> dict[str, Any]:
-    """Values of the fields that draw a picture again.
+    """Values of the fields that generate a picture again.
 
     Args:
         record: of the picture.
         size: the model's own, for a scene that names none; None leaves such fields as they are.
+
+    Raises:
+        SceneError: the record has settings that there are not.
     """
     scene = record.scene
     on, decay, _ = checked_schedule(scene.schedule)
@@ -168,16 +224,45 @@ def filled(record: Record, size: int | None) -> dict[str, Any]:
         "images": 1,
         "compare": False,
         "model": record.model,
-        "adapter": OWN if record.adapter in (None, default_adapter(record.model)) else record.adapter,
     }
     for name in methods():
-        asked = record.methods.get(name)
-        values[f"{name}.used"] = asked is not None
-        values |= {f"{name}.{key}": value for key, value in (asked or {}).items()}
+        adapter = record.adapters.get(name)
+        own = adapter in (None, default_adapter(record.model, name))
+        values[f"{name}.adapter"] = OWN if own else adapter
+    for name, panel in configurables().items():
+        settings = panel.checked(record.model, record.methods[name]) if name in record.methods else None
+        values[f"{name}.used"] = settings is not None
+        values |= {f"{name}.{key}": value for key, value in (settings or {}).items()}
+        for spec in items_of(panel):
+            items = (item for item in scene.extra_items if isinstance(item, spec.type))
+            values[f"{name}.items.{spec.key}"] = "\n".join(item.to_text() for item in items)
     return values
 
 
-def laid_out(document: Document, scene: Scene, size: int | None) -> Document:
+def taken_from_canvas(spec: ItemSpec, document: Document, text: str | None) -> tuple[Document, str]:
+    """Make items of the canvas's boxes that take part in no interaction.
+
+    Args:
+        spec: the kind of items.
+        document: the canvas.
+        text: what the field of items holds.
+
+    Returns:
+        The canvas without those boxes, and the field with a line for each.
+
+    Raises:
+        SceneError: a box has no phrase yet.
+    """
+    assert spec.from_box is not None
+    linked = {end for link in document.links for end in (link.subject, link.object)}
+    taken = [box for box in document.boxes if box.id not in linked]
+    lines = [line for line in (text or "").splitlines() if line.strip()]
+    lines += [spec.from_box(box.phrase, box.box).to_text() for box in taken]
+    left = tuple(box for box in document.boxes if box.id in linked)
+    return document.changed(boxes=left), "\n".join(lines)
+
+
+def with_layout(document: Document, scene: Scene, size: int | None) -> Document:
     """The canvas of a scene, in the shape of its picture; where nobody says that, in the shape it has."""
     wide, high = scene.width or size, scene.height or size
     aspect = wide / high if wide and high else document.aspect

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from interactdiff.methods import Work
-from interactdiff.models import ADAPTERS, MODELS, ModelError, lasting
+from interactdiff.models import PACKAGED, ModelError, absolute_name, packaged_adapters
+from interactdiff.registry import Cost
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import SceneError, shown
 
@@ -50,17 +50,17 @@ class Limits:
             if len(text) > self.letters:
                 raise SceneError(f"prompt: expected at most {self.letters} letters, got {len(text)}")
 
-    def check_work(self, work: Work, images: int) -> None:
+    def check_cost(self, cost: Cost, images: int) -> None:
         """Refuse what takes too long.
 
         Raises:
             SceneError: in one sentence.
         """
-        if work.steps > self.steps:
-            raise SceneError(f"steps: expected at most {self.steps} on this server, got {work.steps}")
-        if work.pixels > self.pixels:
+        if cost.steps > self.steps:
+            raise SceneError(f"steps: expected at most {self.steps} on this server, got {cost.steps}")
+        if cost.pixels > self.pixels:
             raise SceneError(
-                f"width: expected at most {self.pixels} pixels in all on this server, got {work.pixels}"
+                f"width: expected at most {self.pixels} pixels in all on this server, got {cost.pixels}"
             )
         if not 1 <= images <= self.images:
             raise SceneError(f"images: expected 1 to {self.images} on this server, got {images}")
@@ -76,7 +76,7 @@ class Limits:
             ModelError: in one sentence, which does not tell whether there is such a file.
         """
         try:
-            if lasting(name) in (*MODELS, *ADAPTERS.values(), *map(lasting, self.names)):
+            if absolute_name(name) in (*PACKAGED, *packaged_adapters(), *map(absolute_name, self.names)):
                 return
             path = Path(name).resolve()
             if path.exists():

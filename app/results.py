@@ -1,69 +1,69 @@
-"""The pictures that are done: what is shown of them, and code that draws them again."""
+"""The pictures that are done: what is shown of them, and code that generates them again."""
 
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from interactdiff.app import looks
-from interactdiff.app.artist import Drawn
+from interactdiff.app import theme
 from interactdiff.app.page import Page
 from interactdiff.app.snippets import as_command, as_python
-from interactdiff.app.views import VIEWS, found_in_file, looked_over, tokens
-from interactdiff.models import MODELS
+from interactdiff.app.views import VIEWS, attention_over, detections_in_file, recorded_tokens
+from interactdiff.app.worker import StoredImage
+from interactdiff.models import PACKAGED
 from interactdiff.picture import overlay
 
 Updates = dict[Any, Any]
-PICTURE, ASKED, FOUND, LOOKED = VIEWS
+PICTURE, LAYOUT, DETECTIONS, ATTENTION = VIEWS
 
 
 def shown(
-    page: Page, drawn: list[Drawn], chosen: int, view: str, token: str | None = None, step: int = 0
+    page: Page, images: list[StoredImage], chosen: int, view: str, token: str | None = None, step: int = 0
 ) -> Updates:
     """The gallery in a view, and what belongs to the chosen picture.
 
     Args:
         page: whose parts are updated.
-        drawn: the pictures.
+        images: the pictures.
         chosen: which of them.
         view: one of `VIEWS`.
-        token: "role slot", of what is looked for.
+        token: "role slot", of whose attention is shown.
         step: counted from 1; 0 is the mean of all.
     """
-    if not drawn:
+    if not images:
         return {}
-    recorded = next((one.maps for one in drawn if one.maps is not None), None)
-    choices = tokens(drawn[0].record.scene)
+    recorded = next((one.maps for one in images if one.maps is not None), None)
+    choices = recorded_tokens(images[0].record.scene)
     token = token if token in [value for _, value in choices] else choices[0][1] if choices else None
     last = 0 if recorded is None else len(recorded.steps)
     step = min(step, last)
-    pictures = [(_in_view(one, view, token, step), _caption(one)) for one in drawn]
+    pictures = [(_in_view(one, view, token, step), _caption(one)) for one in images]
     return {
-        page.gallery: gr.update(value=pictures, visible=True, **_gallery(len(drawn))),
+        page.gallery: gr.update(value=pictures, visible=True, **_gallery(len(images))),
         page.view: gr.update(value=view, visible=True),
-        page.looking: gr.update(visible=view == LOOKED and recorded is not None),
+        page.attention: gr.update(visible=view == ATTENTION and recorded is not None),
         page.token: gr.update(choices=choices, value=token),
         page.step: gr.update(maximum=max(last, 1), value=step),
-        page.drawn: drawn,
-        page.status: looks.bar(_status(drawn)),
-        **details(page, drawn, chosen, view),
+        page.images: images,
+        page.status: theme.progress_html(_status(images)),
+        **details(page, images, chosen, view),
     }
 
 
-def details(page: Page, drawn: list[Drawn], chosen: int, view: str) -> Updates:
+def details(page: Page, images: list[StoredImage], chosen: int, view: str) -> Updates:
     """What belongs to the chosen picture alone."""
-    if not drawn:
+    if not images:
         return {}
-    one = drawn[chosen := min(chosen, len(drawn) - 1)]
+    one = images[chosen := min(chosen, len(images) - 1)]
     words = ""
-    if view == FOUND:
-        words = f"Picture {chosen + 1}: {found_in_file(one.path)[1]}."
-        if one.record.model not in MODELS:
-            words += " The detector knows the embedded world alone; other pictures are beyond it."
-    if view == LOOKED and one.maps is None:
-        words = "Nothing was recorded: draw with control and with *Record where it looks*."
+    if view == DETECTIONS:
+        words = f"Picture {chosen + 1}: {detections_in_file(one.path)[1]}."
+        if one.record.model not in PACKAGED:
+            words += " The detector is trained on the embedded world alone."
+    if view == ATTENTION and one.maps is None:
+        words = "Nothing was recorded: generate with interactions and with *Record attention maps*."
     return {
-        page.found: gr.update(value=words, visible=bool(words)),
+        page.note: gr.update(value=words, visible=bool(words)),
         page.after: gr.update(visible=True),
         page.codes: gr.update(visible=True),
         page.python: as_python(one.record),
@@ -79,31 +79,31 @@ def _gallery(pictures: int) -> dict[str, Any]:
     return {"selected_index": None, "preview": False, "height": "auto"}
 
 
-def _in_view(one: Drawn, view: str, token: str | None, step: int) -> Any:
+def _in_view(one: StoredImage, view: str, token: str | None, step: int) -> Any:
     scene = one.record.scene
-    if view == ASKED:
-        return overlay(_open(one), scene.interactions, scene.entities)
-    if view == FOUND:
-        return found_in_file(one.path)[0]
-    if view == LOOKED and one.maps is not None and token is not None:
+    if view == LAYOUT:
+        return overlay(_open(one), scene.interactions, scene.entities, scene.extra_items)
+    if view == DETECTIONS:
+        return detections_in_file(one.path)[0]
+    if view == ATTENTION and one.maps is not None and token is not None:
         role, slot = token.split()
         at = None if step == 0 else one.maps.steps[min(step, len(one.maps.steps)) - 1]
-        return looked_over(_open(one), one.maps, role, int(slot), at)
+        return attention_over(_open(one), one.maps, role, int(slot), at)
     return str(one.path)  # the file itself: downloads keep the record
 
 
-def _open(one: Drawn) -> Image.Image:
+def _open(one: StoredImage) -> Image.Image:
     with Image.open(one.path) as image:
         return image.convert("RGB")
 
 
-def _caption(one: Drawn) -> str:
+def _caption(one: StoredImage) -> str:
     scene = one.record.scene
     without = "" if one.controlled or not scene.items else ", without control"
     return f"seed {scene.seed}{without}"
 
 
-def _status(drawn: list[Drawn]) -> str:
-    sizes = {_open(one).size for one in drawn}
+def _status(images: list[StoredImage]) -> str:
+    sizes = {_open(one).size for one in images}
     size = ", ".join(f"{wide} x {high} px" for wide, high in sorted(sizes))
-    return f"{len(drawn)} picture{'s' * (len(drawn) > 1)} drawn, {size}. The scene is inside each PNG."
+    return f"{len(images)} picture{'s' * (len(images) > 1)} generated, {size}. The scene is inside each PNG."

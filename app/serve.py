@@ -1,13 +1,14 @@
 """The page behind a server: its queue, its limits, and what it may read."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from interactdiff.app import looks
-from interactdiff.app.artist import Artist
+from interactdiff.app import theme
 from interactdiff.app.limits import MAX_UPLOAD, Limits
 from interactdiff.app.studio import Studio
+from interactdiff.app.worker import Worker
 
 MODEL = "stickworld-dit"  # the packaged one that draws better
 PUBLIC = Limits(steps=100, pixels=2**20, images=4)  # for whoever comes along
@@ -20,7 +21,11 @@ def limits_for(host: str, share: bool) -> Limits:
 
 
 def make_studio(
-    limits: Limits, model: str = MODEL, adapter: str | None = None, device: str = "auto", dtype: str = "auto"
+    limits: Limits,
+    model: str = MODEL,
+    adapters: Mapping[str, str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Studio:
     """Load a model and build the page, with its queue.
 
@@ -28,16 +33,17 @@ def make_studio(
         ModelError: there is no such model.
         AdapterError: there is no such adapter, or it is for another base.
     """
-    limits = replace(limits, names=(*limits.names, model, *([adapter] if adapter else [])))
-    studio = Studio(Artist(limits, device, dtype), model, adapter)
+    adapters = adapters or {}
+    limits = replace(limits, names=(*limits.names, model, *adapters.values()))
+    studio = Studio(Worker(limits, device, dtype), model, adapters)
     studio.blocks.queue(max_size=limits.queue)
     return studio
 
 
-# What `Blocks.launch` is told, whoever calls it.
+# Arguments of `Blocks.launch`, whoever calls it.
 LAUNCH: dict[str, Any] = {
-    "theme": looks.THEME,
-    "css": looks.CSS,
+    "theme": theme.THEME,
+    "css": theme.CSS,
     "max_file_size": MAX_UPLOAD,
     "show_error": True,
     "footer_links": ["api"],

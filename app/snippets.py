@@ -1,101 +1,83 @@
-"""Code that draws a picture again, from its record."""
+"""Code that generates a picture again, from its record; of the package's public names alone."""
 
 import shlex
 from dataclasses import fields
 from typing import Any
 
 from interactdiff.picture import Record
-from interactdiff.scene import NULL_ACTION, Entity, Interaction, Scene
+from interactdiff.registry import item_specs
+from interactdiff.scene import EXTRA_ITEMS, Scene, SceneError
 
 
 def as_python(record: Record) -> str:
-    """A script that draws the same picture."""
-    names = [
-        kind.__name__
-        for kind in (Entity, Interaction)
-        if any(isinstance(i, kind) for i in record.scene.items)
-    ]
-    where = [repr(record.model), repr(record.adapter), f"device={record.device!r}", f"dtype={record.dtype!r}"]
-    lines = [
-        f"from interactdiff import {', '.join([*names, 'Scene'])}",
-        "from interactdiff.generate import Drawer",
-    ]
-    drawing, kept = "drawer.draw(scene)", "drawer.record(scene)"
-    if record.methods:
-        lines.append("from interactdiff.methods import draw")
-        drawing, kept = "draw(drawer, scene, methods)", "drawer.record(scene, methods)"
-    lines += ["from interactdiff.picture import save_picture", "", f"scene = {_call(record.scene)}"]
-    if record.methods:
-        lines.append(f"methods = {record.methods!r}")
-    lines += [
-        f"drawer = Drawer.load({', '.join(where)})",
-        f'save_picture({drawing}, "picture.png", {kept})',
-    ]
+    """A script that generates the same picture."""
+    scene = record.scene
+    own = sorted({type(item).__name__ for item in (*scene.interactions, *scene.entities)})
+    names = [*own, "Scene", "generate"]
+    lines = [f"from interactdiff import {', '.join(names)}"]
+    others = sorted({(type(item).__module__, type(item).__name__) for item in scene.extra_items})
+    lines += [f"from {module} import {name}" for module, name in others]
+    options = {"model": record.model, "adapters": record.adapters}
+    options |= {"methods": record.methods} if record.methods else {}
+    options |= {"device": record.device, "dtype": record.dtype}
+    lines += ["", f"scene = {_call(scene)}", "picture = generate(", "    scene,"]
+    lines += [f"    {name}={value!r}," for name, value in options.items()]
+    lines += [")", 'picture.save("picture.png")']
     return "\n".join(lines) + "\n"
 
 
 def as_command(record: Record) -> str:
-    """A command line that draws the same picture.
+    """A command line that generates the same picture.
 
     A phrase with a bar in it cannot be a flag's; the scene is then a file that the command line writes first.
     """
     scene = record.scene
     words = ["interactdiff", "generate"]
     before = ""
-    phrases = [text for item in scene.items for text in vars(item).values() if isinstance(text, str)]
-    if any("|" in phrase for phrase in phrases) or any(
-        isinstance(item, Interaction) and item.action == NULL_ACTION for item in scene.items
-    ):
+    try:
+        flags = _item_flags(scene) + _flags(scene)
+    except SceneError:
         before = f"cat > scene.json <<'SCENE'\n{scene.to_json()}SCENE\n"
         words += ["--scene", "scene.json"]
     else:
         words += ["--", scene.prompt] if scene.prompt.startswith("-") else [scene.prompt]
-        flags = _flags(scene)
         words = words[:2] + flags + words[2:] if "--" in words else words + flags
-    chosen = {
-        "model": record.model,
-        "adapter": record.adapter,
-        "device": record.device,
-        "dtype": record.dtype,
-    }
-    where = [text for name, value in chosen.items() if value is not None for text in (f"--{name}", value)]
+    options = ["--model", record.model]
+    for name, at in record.adapters.items():
+        if at is not None:
+            options += ["--adapter", at if name == "interaction" else f"{name}={at}"]
+    options += ["--device", record.device, "--dtype", record.dtype]
     for name, values in record.methods.items():
         settings = ",".join(f"{key}={value!r}" for key, value in values.items())
-        where += ["--method", f"{name}:{settings}"]
-    where += ["--out", "picture.png"]
-    words = words[:2] + where + words[2:]
-    return before + shlex.join(words) + "\n"
+        options += ["--method", f"{name}:{settings}" if settings else name]
+    options += ["--out", "picture.png"]
+    return before + shlex.join(words[:2] + options + words[2:]) + "\n"
+
+
+def _item_flags(scene: Scene) -> list[str]:
+    """Of all items.
+
+    Raises:
+        SceneError: one has no form as a flag.
+    """
+    kinds = {spec.type: spec for spec in item_specs().values()}
+    return [word for item in scene.items for word in (f"--{kinds[type(item)].name}", item.to_text())]
 
 
 def _flags(scene: Scene) -> list[str]:
-    """Of everything that is not as a scene has it by default."""
+    """Of everything else that is not as a scene has it by default."""
     flags = []
-    for one in scene.interactions:
-        boxes = (_numbers(box) for box in (one.subject_box, one.object_box))
-        parts = [one.subject, one.action or NULL_ACTION, one.object, *boxes, *_options(one)]
-        flags += ["--interaction", "|".join(parts)]
-    for one in scene.entities:
-        flags += ["--entity", "|".join([one.phrase, _numbers(one.box), *_options(one)])]
     for field in fields(Scene):
         value = getattr(scene, field.name)
-        if field.name in ("prompt", "interactions", "entities") or value == field.default:
+        if field.name in ("prompt", EXTRA_ITEMS, *item_specs()) or value == field.default:
             continue
         flag = "--" + field.name.replace("_", "-")
         if field.name == "fast":
             flags.append(flag)
         else:
-            flags.append(f"{flag}={_numbers(value) if isinstance(value, tuple) else value}")
+            text = ",".join(map(repr, value)) if isinstance(value, tuple) else value
+            flags.append(f"{flag}={text}")
     return flags
-
-
-def _options(item: Interaction | Entity) -> list[str]:
-    options = [] if item.strength == 1 else [f"strength={item.strength!r}"]
-    region = getattr(item, "action_region", None)
-    return options if region is None else [*options, f"action_region={region}"]
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ",".join(map(repr, values))
 
 
 def _call(value: Any, indent: int = 0) -> str:
@@ -106,7 +88,7 @@ def _call(value: Any, indent: int = 0) -> str:
         one = getattr(value, field.name)
         if one == field.default:
             continue
-        if field.name in ("interactions", "entities"):
+        if isinstance(value, Scene) and field.name in ("interactions", "entities", EXTRA_ITEMS):
             listed = "".join(f"{space}    {_call(item, indent + 4)},\n" for item in one)
             given.append(f"{space}{field.name}=(\n{listed}{space}),\n")
         else:

@@ -1,4 +1,4 @@
-"""A drawn picture with something over it: what was asked, what a detector finds, or where it looked."""
+"""A picture with something over it: the layout, what a detector finds, or attention maps."""
 
 import threading
 from functools import cache, lru_cache
@@ -16,12 +16,12 @@ from interactdiff.picture import enlarged, overlay
 from interactdiff.scene import Entity, Interaction, Scene
 from interactdiff.stickworld.detector import Detections
 
-VIEWS = ("Picture", "What was asked", "What was found", "Where it looked")
-SURE = 0.3  # least score of a person, an object or an interaction that is shown
+VIEWS = ("Picture", "Layout", "Detections", "Attention")
+MIN_SCORE = 0.3  # least score of a person, an object or an interaction that is shown
 # cold to hot, for eyes that do not tell red from green as well
 HEAT = np.array([[12, 7, 66], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=np.float32)
 
-_LOOKING = threading.Lock()
+_DETECTING = threading.Lock()
 
 
 @cache
@@ -30,50 +30,53 @@ def detector() -> Any:
     return packaged_detector()
 
 
-def found_in(image: Image.Image) -> Detections:
+def detections_in(image: Image.Image) -> Detections:
     """What the detector finds in a picture of stickworld."""
     pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
     with torch.no_grad():
         return detector().detect(pixels.permute(2, 0, 1)[None])[0]
 
 
-def found_over(image: Image.Image) -> tuple[Image.Image, str]:
-    """What is found, drawn over the picture, and in words.
+def detections_over(image: Image.Image) -> tuple[Image.Image, str]:
+    """The detections drawn over the picture, and in words.
 
-    An interaction is the likeliest one of its person; who does nothing that is sure enough stands alone.
+    Of a person's interactions the one with the highest score is shown; persons and objects without any stand
+    alone.
     """
-    found = found_in(image)
-    interactions, persons, things = [], set(), set()
+    found = detections_in(image)
+    interactions, persons, objects = [], set(), set()
     for one in found.triplets:
-        if one.score < SURE or one.person in persons:
+        if one.score < MIN_SCORE or one.person in persons:
             continue
         persons.add(one.person)
-        things.add(one.object)
+        objects.add(one.object)
         who, what = (f"{end.colour} {end.name} {end.score:.2f}" for end in (one.person, one.object))
         interactions.append(
             Interaction(who, f"{one.action} {one.score:.2f}", what, one.person.box, one.object.box)
         )
     lone = [
-        one for one in (*found.persons, *found.objects) if one not in persons | things and one.score >= SURE
+        one
+        for one in (*found.persons, *found.objects)
+        if one not in persons | objects and one.score >= MIN_SCORE
     ]
     entities = tuple(Entity(f"{one.colour} {one.name} {one.score:.2f}", one.box) for one in lone)
     words = [f"{one.subject}, {one.action}, {one.object}" for one in interactions]
     words += [one.phrase for one in entities]
-    return overlay(image, tuple(interactions), entities), "; ".join(words) or "nothing that is sure enough"
+    return overlay(image, tuple(interactions), entities), "; ".join(words) or "nothing above the least score"
 
 
 @lru_cache(16)
-def found_in_file(path: Path) -> tuple[Image.Image, str]:
+def detections_in_file(path: Path) -> tuple[Image.Image, str]:
     """The same of a picture's file, whose pixels never change; one at a time, whoever asks.
 
     Raises:
         FileNotFoundError: it is gone.
     """
-    with _LOOKING, Image.open(path) as image:
-        return found_over(image.convert("RGB"))
+    with _DETECTING, Image.open(path) as image:
+        return detections_over(image.convert("RGB"))
 
 
-def looked_over(
+def attention_over(
     image: Image.Image, maps: AttentionMaps, role: str, slot: int, step: int | None = None
 ) -> Image.Image:
     """The picture in grey, and over it how much each region attends to a token, the hottest as 1.
@@ -99,12 +102,12 @@ def looked_over(
     return Image.fromarray((0.35 * grey + 0.65 * colours).round().astype(np.uint8))
 
 
-def tokens(scene: Scene) -> list[tuple[str, str]]:
-    """What can be looked for: how people read it, and `role slot`."""
+def recorded_tokens(scene: Scene) -> list[tuple[str, str]]:
+    """The tokens whose attention was recorded: how people read them, and `role slot`."""
     found = []
-    for slot, item in enumerate(scene.items):
+    for slot, item in enumerate((*scene.interactions, *scene.entities)):
         if isinstance(item, Entity):
-            found.append((f"thing: {item.phrase}", f"subject {slot}"))
+            found.append((f"entity: {item.phrase}", f"subject {slot}"))
             continue
         number = f"{slot + 1} " if len(scene.interactions) > 1 else ""
         for role, phrase in zip(ROLES, (item.subject, item.action, item.object), strict=True):

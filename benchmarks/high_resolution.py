@@ -15,8 +15,9 @@ from PIL import Image
 from interactdiff import ClearAdapter, HighResolution, linearize
 from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.files import write_aside
-from interactdiff.generate import Drawer, call_arguments
-from interactdiff.models import GUIDANCE_SCALES
+from interactdiff.generation import ScenePipeline
+from interactdiff.models import model_info
+from interactdiff.pipeline_calls import call_arguments
 from interactdiff.stickworld import model_path
 
 MODEL = "stickworld-dit"
@@ -36,8 +37,8 @@ def main() -> None:
     parser.add_argument("--scales", type=int, nargs="+", default=[1, 2, 4, 8])
     args = parser.parse_args()
     quiet_libraries()
-    pipe = Drawer.load(MODEL, device="cpu").pipeline
-    told = call_arguments(pipe, args.caption, guidance_scale=GUIDANCE_SCALES[MODEL])
+    pipe = ScenePipeline.from_pretrained(MODEL, device="cpu").pipeline
+    told = call_arguments(pipe, args.caption, guidance_scale=model_info(MODEL).guidance_scale)
     enlarge = HighResolution(pipe, scales=args.scales, strength=args.strength, shift=args.shift, tile=None)
     pictures = []
     for title in ("full attention", "windows"):

@@ -35,8 +35,8 @@ def main() -> None:
             page.locator("#lock input").check()
             studio.generate()
             if name == "studio":
-                page.locator("#view label", has_text="What was found").click()
-                page.locator("#found", has_text="riding 0.").wait_for()
+                page.locator("#view label", has_text="Detections").click()
+                page.locator("#note", has_text="riding 0.").wait_for()
             page.evaluate("() => scrollTo(0, 0)")
             page.wait_for_timeout(500)
             page.screenshot(path=args.out / f"{name}.png")

@@ -25,7 +25,7 @@ from interactdiff.evaluation.hoi import with_interval
 from interactdiff.evaluation.images import feature_distance
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
 from interactdiff.evaluation.world import packaged_detector
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.models import GUIDANCE_SCALES
 from interactdiff.stickworld import model_path
 from interactdiff.training.world_data import grid
@@ -34,7 +34,9 @@ MODEL = "stickworld-dit"
 BATCH = 20
 
 
-def pictures(drawer: Drawer, orders: list[PictureRequest], seed: int, how: Sampling, title: str) -> Tensor:
+def pictures(
+    drawer: ScenePipeline, orders: list[PictureRequest], seed: int, how: Sampling, title: str
+) -> Tensor:
     """[N, 3, H, W] in [0, 1]."""
     firsts = tqdm(range(0, len(orders), BATCH), desc=title, unit="batch", leave=False)
     return torch.cat([draw_pictures(orders[first : first + BATCH], drawer, seed, how) for first in firsts])
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="also write the first pictures of each row, a row each")
     args = parser.parse_args()
     quiet_libraries()
-    drawer, detector = Drawer.load(MODEL, device="cpu"), packaged_detector()
+    drawer, detector = ScenePipeline.from_pretrained(MODEL, device="cpu"), packaged_detector()
     drawer.pipeline.set_progress_bar_config(disable=True)
     scenes = held_out_scenes(args.scenes, args.seed, detector.plain)
     orders = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]

@@ -28,8 +28,7 @@ from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.evaluation.hoi import at_box, iou, picture_scores, with_interval
 from interactdiff.evaluation.sampling import held_out_scenes
 from interactdiff.evaluation.world import packaged_detector
-from interactdiff.generate import Drawer
-from interactdiff.interaction import control
+from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.fuser import GatedSelfAttention, KeysValues
 from interactdiff.scene import Box, Entity
 from interactdiff.schedule import refreshes
@@ -49,7 +48,7 @@ class World:
     """
 
     def __init__(self, scenes: int, seed: int, steps: int):
-        self.drawer, self.detector = Drawer.load(device="cpu"), packaged_detector()
+        self.drawer, self.detector = ScenePipeline.from_pretrained(device="cpu"), packaged_detector()
         self.drawer.pipeline.set_progress_bar_config(disable=True)
         self.scenes, self.seed, self.steps = held_out_scenes(scenes, seed, self.detector.plain), seed, steps
 
@@ -110,7 +109,7 @@ def refresh(world: World) -> None:
     }
     for title, plan in plans.items():
         computed = sum(map(plan, range(world.steps)))
-        with replaced(control, "refreshes", plan):
+        with replaced(active_scene, "refreshes", plan):
             world.show(f"{title}, {computed} of {world.steps}", world.look(world.asked, fast=True))
 
 
@@ -162,7 +161,7 @@ def skip(world: World) -> None:
     assert handle is not None
     shares: dict[str, list[float]] = {}
     update = GatedSelfAttention.update
-    paths = {id(fuser): path for path, fuser in handle.adapter.fusers.items()}
+    paths = {id(fuser): path for path, fuser in handle["interaction"].adapter.fusers.items()}
 
     def measured(fuser: GatedSelfAttention, x: Tensor, attended: Tensor, *rest: Any) -> Tensor:
         updated = update(fuser, x, attended, *rest)
@@ -176,7 +175,7 @@ def skip(world: World) -> None:
     for path in order:
         print(f"  {path}: adds {np.mean(shares[path]):.3f} of its tokens")
     for count in (1, 2, 3):
-        left_out = {id(handle.adapter.fusers[path]) for path in order[:count]}
+        left_out = {id(handle["interaction"].adapter.fusers[path]) for path in order[:count]}
 
         def without(
             fuser: GatedSelfAttention, x: Tensor, attended: Tensor, *rest: Any, out: set[int] = left_out
@@ -228,7 +227,7 @@ def entities(world: World) -> None:
     world.scenes = scenes
     print(f"{len(scenes)} scenes with one interaction and room for a ball")
     world.show("no ball asked", world.look(world.asked))
-    position_net = type(world.drawer.handle.adapter.position_net)  # type: ignore[union-attr]
+    position_net = type(world.drawer.handle["interaction"].adapter.position_net)  # type: ignore[union-attr]
     forward = position_net.forward
     for title, without in (("subject", 2), ("object", 0), ("subject and object (kept)", None)):
 

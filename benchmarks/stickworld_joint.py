@@ -17,9 +17,13 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor
 
 import interactdiff.interaction.transformer as transformer
+from interactdiff.adapter import SiteInputs
 from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.evaluation.world import evaluate_world
-from interactdiff.interaction.joint import KeysValues
+from interactdiff.interaction.fuser import KeysValues
+from interactdiff.interaction.joint import JointCrossAttention
+from interactdiff.interaction.site_state import SiteState
+from interactdiff.sites import Site
 from interactdiff.training.run import load_config, make_recipe
 
 CONFIG = Path(__file__).parent.parent / "training/configs/stickworld_dit_interaction.yaml"
@@ -33,42 +37,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class ConcatenatedSite(transformer.JoinedSite):
+class ConcatenatedSite(transformer.CrossAttentionSite):
     """A joint attention whose softmax is over its own keys and the interaction tokens' together."""
 
-    def hook(self) -> None:
-        """Put a processor in the place of the attention's own."""
-        if not isinstance(self.site.attention.processor, Concatenated):
-            self._own = self.site.attention.processor
-            self.site.attention.processor = Concatenated(self)
+    def __init__(self, site: Site, cross_attention: JointCrossAttention):
+        super().__init__(site, cross_attention)
+        site.module.processor = Concatenated(self)  # for good: the transformer is this benchmark's own
 
-    def unhook(self) -> None:
-        """Give the attention its own processor back."""
-        self.site.attention.processor = self._own
+    def _edit(self, inputs: SiteInputs, gathered: Tensor) -> None:
+        """Nothing is added beside the attention."""
 
     def merge(self, queries: Tensor, own: Tensor, own_lse: Tensor) -> Tensor:
         """One softmax of two, for the image's queries [B, heads, L, D], not rotated; gated."""
-        call = self.call
-        if call is None:
+        state = self.state
+        if state is None:
             return own
-        scenes, positions = self.keys_values_and_positions(queries.device)
+        scenes, positions = self.keys_values_and_positions(state, queries.device)
         keys, values = (t[..., :-1, :] for t in scenes)  # without the key of zeros: the own ones are there
         scores = (queries + positions) @ keys.mT * queries.shape[-1] ** -0.5
-        if call.seen is not None:
-            scores = scores.masked_fill(~call.seen[..., :-1], -torch.inf)
+        if state.attn_mask is not None:
+            scores = scores.masked_fill(~state.attn_mask[..., :-1], -torch.inf)
         share = torch.sigmoid(scores.logsumexp(-1) - own_lse)[..., None]
         read = scores.softmax(-1).nan_to_num() @ values
-        return torch.lerp(own, read, share * (call.scale * self.reader.alpha.tanh()))
+        return torch.lerp(own, read, share * (state.scale * self.cross_attention.alpha.tanh()))
 
-    def keys_values_and_positions(self, device: torch.device) -> tuple[KeysValues, Tensor]:
+    def keys_values_and_positions(self, state: SiteState, device: torch.device) -> tuple[KeysValues, Tensor]:
         """Of each batch row, all of which have to have a scene."""
-        call = self.call
-        assert call is not None
-        if call.tokens is not None:
-            return self.reader.keys_values(call.tokens), self._positions_of(call.size, device)
+        if state.tokens is not None:
+            return self.cross_attention.keys_values(state.tokens), self._positions_of(state.grid, device)
         assert self._scenes is not None
         assert self._positions is not None
-        return KeysValues(*(t[call.rows] for t in self._scenes)), self._positions[1]
+        return KeysValues(*(t[state.rows] for t in self._scenes)), self._positions[1]
 
 
 class Concatenated:
@@ -92,8 +91,8 @@ class Concatenated:
 
         q, k, v = heads(hidden_states, "to_q", "to_k", "to_v")
         q, k = attn.norm_q(q), attn.norm_k(k)
-        call = self.site.call
-        text = 0 if call is None else call.text_length
+        state = self.site.state
+        text = 0 if state is None else q.shape[1] - state.grid[0] * state.grid[1]
         image = q if encoder_hidden_states is not None else q[:, text:]
         if encoder_hidden_states is not None:
             text = encoder_hidden_states.shape[1]
@@ -120,10 +119,10 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], help="overrides of the recipe's keys, key=value")
     args = parser.parse_args()
     quiet_libraries()
-    site = transformer.JoinedSite
+    site = transformer.CrossAttentionSite
     print(f"{args.steps} steps, {args.scenes} scenes, percent\n{'':24}{'HOI mAP':>9}{'boxes':>9}{'swap':>9}")
     for name in args.only:
-        transformer.JoinedSite = ConcatenatedSite if name == "concatenated" else site
+        transformer.CrossAttentionSite = ConcatenatedSite if name == "concatenated" else site
         folder = Path("runs/joint") / name.replace(", ", "-").replace(" ", "-")
         config = load_config(CONFIG, [f"steps={args.steps}", *args.set])
         config["adapter"] |= VARIANTS[name]

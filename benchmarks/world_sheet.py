@@ -1,6 +1,6 @@
 """A sheet of renders: scenes of the world above, and below one person and one object in other scenes.
 
-    python benchmarks/world_sheet.py --out docs/world.png
+python benchmarks/world_sheet.py --out docs/world.png
 """
 
 import argparse

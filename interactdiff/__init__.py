@@ -3,21 +3,20 @@
 The public names are imported when they are first used, so that `import interactdiff` costs no torch.
 """
 
-import sys
 from importlib import import_module, metadata
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interactdiff.attach import Handle, attach
-    from interactdiff.checkpoint import AdapterError
     from interactdiff.clear.adapter import ClearAdapter
     from interactdiff.clear.high_resolution import HighResolution
-    from interactdiff.clear.linearize import linearize
-    from interactdiff.clear.pattern import ClearError
+    from interactdiff.clear.windows import linearize
+    from interactdiff.errors import AdapterError, ClearError, InteractdiffError, ModelError, SceneError
+    from interactdiff.generation import GeneratedImage, ScenePipeline, generate
+    from interactdiff.handle import Handle, attach
     from interactdiff.interaction.adapter import InteractionAdapter
-    from interactdiff.scene import Entity, Interaction, Scene, SceneError
+    from interactdiff.scene import Entity, Interaction, Scene
     from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
+    from interactdiff.stickworld import model_path
 
 __version__ = metadata.version("interactdiff")
 __all__ = [
@@ -25,34 +24,46 @@ __all__ = [
     "ClearAdapter",
     "ClearError",
     "Entity",
+    "GeneratedImage",
     "Handle",
     "HighResolution",
+    "InteractdiffError",
     "Interaction",
     "InteractionAdapter",
+    "ModelError",
     "Scene",
     "SceneError",
+    "ScenePipeline",
     "__version__",
     "attach",
+    "generate",
     "interactions_from_lists",
     "interactions_from_text",
     "linearize",
+    "model_path",
 ]
 
 _HOMES = {
-    "AdapterError": "interactdiff.checkpoint",
+    "AdapterError": "interactdiff.errors",
     "ClearAdapter": "interactdiff.clear.adapter",
-    "ClearError": "interactdiff.clear.pattern",
+    "ClearError": "interactdiff.errors",
     "Entity": "interactdiff.scene",
-    "Handle": "interactdiff.attach",
+    "GeneratedImage": "interactdiff.generation",
+    "Handle": "interactdiff.handle",
     "HighResolution": "interactdiff.clear.high_resolution",
+    "InteractdiffError": "interactdiff.errors",
     "Interaction": "interactdiff.scene",
     "InteractionAdapter": "interactdiff.interaction.adapter",
+    "ModelError": "interactdiff.errors",
     "Scene": "interactdiff.scene",
-    "SceneError": "interactdiff.scene",
-    "attach": "interactdiff.attach",
+    "SceneError": "interactdiff.errors",
+    "ScenePipeline": "interactdiff.generation",
+    "attach": "interactdiff.handle",
+    "generate": "interactdiff.generation",
     "interactions_from_lists": "interactdiff.scene_forms",
     "interactions_from_text": "interactdiff.scene_forms",
-    "linearize": "interactdiff.clear.linearize",
+    "linearize": "interactdiff.clear.windows",
+    "model_path": "interactdiff.stickworld",
 }
 
 
@@ -66,13 +77,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing the submodule interactdiff.attach would put it in the place of the function attach.
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

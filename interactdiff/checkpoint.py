@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interactdiff.errors import AdapterError
 from interactdiff.files import write_aside
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from interactdiff.lazy_tensors import LazyTensor
 
 WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
-
-
-class AdapterError(ValueError):
-    """An adapter, or the base it should act on, is not what is needed; the message is one sentence."""
 
 
 def save_adapter_files(

@@ -8,12 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from interactdiff import __version__
-from interactdiff.checkpoint import AdapterError
 from interactdiff.commands import app, bench, convert, demo, doctor, evaluate, generate, train
-from interactdiff.commands.arguments import Parser, UsageError
-from interactdiff.models import ModelError
-from interactdiff.picture import PictureError
-from interactdiff.scene import SceneError
+from interactdiff.commands.arguments import Parser
+from interactdiff.errors import InteractdiffError
 
 COMMANDS = (generate, app, demo, evaluate, train, convert, bench, doctor)
 
@@ -22,16 +19,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 after Ctrl-C.
+        The exit code: 0, 2 for bad input or too little memory, 130 after Ctrl-C.
     """
     try:
         args = build_parser().parse_args(argv)
         args.run(args)
-    except (UsageError, SceneError, PictureError, ModelError, AdapterError) as error:
+    except InteractdiffError as error:
         print("interactdiff: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:  # a disk that fills up while it is written to
         print(f"interactdiff: expected files that can be read and written, got {error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("interactdiff: expected a model and a picture that fit, got no memory left", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
+            raise
+        sentence = " ".join(str(error).split()).split(". ")[0]
+        print(f"interactdiff: expected a model and a picture that fit, got {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

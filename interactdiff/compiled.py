@@ -1,4 +1,4 @@
-"""What torch.compile has to be told."""
+"""Makes torch.compile forget code that lacks new hooks."""
 
 import torch
 from torch import nn

@@ -1,21 +1,22 @@
-"""What is installed, what can run here and why not, and what is attached to a pipeline."""
+"""What is installed, which methods there are, what can run here and why not, and what is attached."""
 
 import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from interactdiff.attach import attached_handle
+from interactdiff.adapter import Adapter
 from interactdiff.clear.flex import can_run_flex
-from interactdiff.clear.handle import attached_clear
 from interactdiff.clear.tiles import can_run_tiles
-from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.handle import attached_bindings
+from interactdiff.registry import methods, samplers
 from interactdiff.sites import denoiser_of, held_denoiser
 
 PACKAGES = ("interactdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors")
@@ -40,6 +41,8 @@ def doctor(pipeline: Any = None) -> str:
             f"Python {platform.python_version()}",
             *(f"{name} {metadata.version(name)}" for name in PACKAGES),
         ],
+        "methods": [f"{name}: {spec.title}" for name, spec in methods().items()]
+        + [f"{name}: {spec.title}, a sampler" for name, spec in samplers().items()],
         "devices": devices(),
         "backends": [f"{name}: {why or 'can run'}" for name, why in backends().items()],
         "optional packages": [
@@ -74,14 +77,12 @@ def attached(pipeline: Any) -> list[str]:
     denoiser = denoiser_of(pipeline)
     part = "U-Net" if isinstance(denoiser, UNet2DConditionModel) else "transformer"
     lines = [f"base: {type(pipeline).__name__}, {part} on {denoiser.device} in {_dtype(denoiser.dtype)}"]
-    handle = attached_handle(denoiser)
-    if handle is None:
-        lines.append("interaction adapter: none")
-    else:
-        lines.append(f"interaction adapter: {describe(handle.adapter)}")
-        lines.append(f"asked of it: {handle.asked() or 'nothing'}")
-    windows = attached_clear(denoiser)
-    lines.append(f"CLEAR: {windows.adapter.config if windows is not None else 'none'}")
+    bindings = attached_bindings(denoiser)
+    for binding in bindings:
+        lines.append(f"{binding.adapter.name} adapter: {describe(binding.adapter)}")
+        lines.append(f"{binding.adapter.name} scene: {binding.describe() or 'none'}")
+    if not bindings:
+        lines.append("adapters: none")
     loras = getattr(denoiser, "peft_config", None)
     lines.append(f"LoRA: {', '.join(loras) if loras else 'none'}")
     kinds = sorted({type(processor).__name__ for processor in denoiser.attn_processors.values()})
@@ -92,15 +93,15 @@ def attached(pipeline: Any) -> list[str]:
     return lines
 
 
-def describe(adapter: InteractionAdapter) -> str:
-    """An adapter in a line: what for, how large, where."""
-    parameter = next(adapter.parameters())
-    count = sum(p.numel() for p in adapter.parameters())
-    grid = ", with grid positions" if adapter.config.grid_positions else ""
-    return (
-        f"for {adapter.config.base}, {count / 1e6:.1f} M parameters, up to {adapter.config.max_interactions} "
-        f"interactions{grid}, on {parameter.device} in {_dtype(parameter.dtype)}"
-    )
+def describe(adapter: Adapter) -> str:
+    """An adapter in a line: how large, its configuration, where."""
+    parameters = list(adapter.parameters())
+    count = sum(p.numel() for p in parameters) / 1e6
+    config = getattr(adapter, "config", None)
+    values = vars(config) if is_dataclass(config) else {}
+    settings = "".join(f", {name} {value}" for name, value in values.items() if value is not None)
+    where = f", on {parameters[0].device} in {_dtype(parameters[0].dtype)}" if parameters else ""
+    return f"{count:.1f} M parameters{settings}{where}"
 
 
 def _dtype(dtype: torch.dtype) -> str:

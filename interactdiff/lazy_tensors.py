@@ -1,4 +1,4 @@
-"""Tensors of weight files: their names and shapes at once, their values only when asked for."""
+"""Tensors of weight files: their names and shapes at once, their values when they are used."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from interactdiff.checkpoint import AdapterError
+from interactdiff.errors import AdapterError
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when asked for.
+    """A tensor that is read when it is used.
 
     Attributes:
         shape: its shape.

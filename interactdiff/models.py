@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from interactdiff.errors import ModelError
+
 MODEL = "stickworld"  # where none is named
-
-
-class ModelError(ValueError):
-    """A model or a device that cannot be used; the message is one sentence with expected and got."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,7 @@ class ModelInfo:
         adapters: its packaged adapters, by the name of their method.
         guidance_scale: that suits it; None is its pipeline's default.
         size: of its pictures in pixels, where its pipeline would draw another size; None is the pipeline's.
+        settings: of methods and samplers, by their names: values that suit it better than the defaults.
         detector: packaged name of the detector that scores its pictures.
         plain_world: whether it was trained on the plain world, see `stickworld.plain`.
     """
@@ -29,6 +28,7 @@ class ModelInfo:
     adapters: Mapping[str, str] = field(default_factory=dict)
     guidance_scale: float | None = None
     size: int | None = None
+    settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     detector: str = "detector"
     plain_world: bool = False
 
@@ -44,16 +44,11 @@ PACKAGED = {
             {"interaction": "stickworld-dit-interaction", "clear": "stickworld-dit-clear"},
             guidance_scale=3.0,
             size=96,
+            settings={"high_resolution": {"strength": 0.25, "shift": 1.0}},
             plain_world=True,
         ),
     )
 }
-# Columns of the table above, for those who look for one only.
-MODELS = tuple(PACKAGED)
-ADAPTERS = {name: one.adapters["interaction"] for name, one in PACKAGED.items()}
-CLEAR_LAYERS = {name: one.adapters["clear"] for name, one in PACKAGED.items() if "clear" in one.adapters}
-GUIDANCE_SCALES = {n: one.guidance_scale for n, one in PACKAGED.items() if one.guidance_scale is not None}
-SIZES = {name: one.size for name, one in PACKAGED.items() if one.size is not None}
 
 
 def model_info(name: str) -> ModelInfo:
@@ -84,7 +79,7 @@ def resolve(kind: str, name: str) -> str:
     Raises:
         ModelError: it is none of them.
     """
-    packaged = MODELS if kind == "model" else packaged_adapters()
+    packaged = tuple(PACKAGED) if kind == "model" else packaged_adapters()
     if name in packaged:
         from interactdiff.stickworld import model_path
 
@@ -102,9 +97,9 @@ def resolve(kind: str, name: str) -> str:
     return name
 
 
-def lasting(name: str) -> str:
+def absolute_name(name: str) -> str:
     """A name that means the same from another working directory: paths become absolute."""
-    known = name in MODELS or name in packaged_adapters()
+    known = name in PACKAGED or name in packaged_adapters()
     return str(Path(name).resolve()) if not known and Path(name).exists() else name
 
 

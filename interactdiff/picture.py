@@ -1,7 +1,7 @@
-"""Pictures: what they say about how they were drawn, and what was asked drawn over them."""
+"""Pictures: the record of how each was generated, and a scene's boxes drawn over them."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,23 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from interactdiff.errors import InteractdiffError, SceneError
 from interactdiff.files import write_aside
-from interactdiff.scene import Box, Entity, Interaction, Scene, SceneError
+from interactdiff.scene import Entity, Interaction, Scene
+from interactdiff.scene_checks import Box
 
+INTERACTION = "interaction"  # the method whose adapter has a key of its own in a record
 METADATA_KEY = "interactdiff"  # of the PNG's text chunk
 LEGIBLE_SIDE = 480  # pixels: smaller pictures are enlarged before anything is written on them
 _PACKAGES = ("interactdiff", "torch", "diffusers", "transformers")
 # white text is legible on each of them
-_SUBJECT, _OBJECT, _ACTION, _ENTITY = "#d6006c", "#0057d9", "#222222", "#00743a"
+_SUBJECT, _OBJECT, _ACTION, _ENTITY, _EXTRA = "#d6006c", "#0057d9", "#222222", "#00743a", "#8a4b00"
 _GAP = 16  # pixels between pictures that stand side by side
 _Rectangle = tuple[int, int, int, int]
 
 
-class PictureError(ValueError):
-    """A file that is no picture of ours; the message is one sentence with what was expected and what came."""
+class PictureError(InteractdiffError):
+    """A file that is no picture of ours."""
 
 
 def installed_versions() -> dict[str, str]:
@@ -36,21 +39,22 @@ class NoRecordError(PictureError):
 
 @dataclass(frozen=True)
 class Record:
-    """Everything it takes to draw a picture again.
+    """Everything it takes to generate a picture again.
 
     Attributes:
-        scene: what was asked for, with seed, steps and size.
+        scene: prompt, items, seed, steps and size.
         model: packaged name, folder or Hub id of the base.
-        adapter: the same of the adapter, or None if there was none.
-        device: where it was drawn ("cpu", "cuda").
+        adapters: the same of the adapters, by the name of their method; None for one without weights.
+        device: where it was generated ("cpu", "cuda").
         dtype: in what precision ("float32").
-        versions: of interactdiff and the libraries that it was drawn with.
-        methods: settings of the methods that it was drawn with, by their names (`interactdiff.methods`).
+        versions: of interactdiff and the libraries that it was generated with.
+        methods: settings of the methods and the sampler that were used, by their names
+            (`interactdiff.registry`).
     """
 
     scene: Scene
     model: str
-    adapter: str | None
+    adapters: dict[str, str | None]
     device: str
     dtype: str
     versions: dict[str, str] = field(default_factory=installed_versions)
@@ -58,7 +62,18 @@ class Record:
 
     def to_json(self) -> str:
         """One line of ASCII JSON; the seed is also named at the top, for whoever reads it by eye."""
-        values = {**asdict(self), "scene": self.scene.to_dict(), "seed": self.scene.seed}
+        others = {name: at for name, at in self.adapters.items() if name != INTERACTION}
+        values = {
+            "scene": self.scene.to_dict(),
+            "model": self.model,
+            "adapter": self.adapters.get(INTERACTION),  # under this name since the first version
+            **({"adapters": others} if others else {}),
+            "device": self.device,
+            "dtype": self.dtype,
+            "versions": self.versions,
+            "methods": self.methods,
+            "seed": self.scene.seed,
+        }
         return json.dumps(values)
 
     @classmethod
@@ -70,9 +85,14 @@ class Record:
         """
         try:
             values = json.loads(text)
+            scene = Scene.from_dict(values["scene"])
+            model, interaction = values["model"], values["adapter"]
             record = cls(
-                scene=Scene.from_dict(values["scene"]),
-                **{name: values[name] for name in ("model", "adapter", "device", "dtype", "versions")},
+                scene=scene,
+                model=model,
+                adapters=({} if interaction is None else {INTERACTION: interaction})
+                | values.get("adapters", {}),  # which earlier records do not have
+                **{name: values[name] for name in ("device", "dtype", "versions")},
                 methods=values.get("methods", {}),  # which earlier records do not have
             )
         except SceneError as error:
@@ -82,9 +102,9 @@ class Record:
                 f"expected JSON with scene, model, adapter, device, dtype and versions, "
                 f"got {type(error).__name__}: {error}"
             ) from None
-        texts = (record.model, record.adapter or "", record.device, record.dtype)
+        texts = (record.model, *(at or "" for at in record.adapters.values()), record.device, record.dtype)
         if not all(isinstance(text, str) for text in texts) or not isinstance(record.versions, dict):
-            raise PictureError(f"expected names of model, adapter, device and dtype as text, got {texts}")
+            raise PictureError(f"expected names of model, adapters, device and dtype as text, got {texts}")
         methods = record.methods
         if not isinstance(methods, dict) or not all(isinstance(one, dict) for one in methods.values()):
             raise PictureError(f"expected settings by the name of their method, got {methods}")
@@ -133,12 +153,16 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def overlay(
-    image: Image.Image, interactions: tuple[Interaction, ...], entities: tuple[Entity, ...] = ()
+    image: Image.Image,
+    interactions: tuple[Interaction, ...],
+    entities: tuple[Entity, ...] = (),
+    extra_items: tuple[Any, ...] = (),
 ) -> Image.Image:
-    """Draw the asked boxes and labels over a picture, enlarged if it is small.
+    """Draw a scene's boxes and labels over a picture, enlarged if it is small.
 
     Subjects are pink, objects blue, entities green, actions dark in their region; where there are several
-    interactions each label has its number.
+    interactions each label has its number. Boxes of other items are brown, labelled with the item's first
+    text.
     """
     picture = enlarged(image)
     canvas = ImageDraw.Draw(picture)
@@ -159,6 +183,11 @@ def overlay(
             labels.append((mark + one.action, _ACTION, _in_pixels(one.action_box, picture.size), True))
     for entity in entities:
         draw_box(entity.phrase, entity.box, _ENTITY)
+    for item in extra_items:
+        label = next((value for value in vars(item).values() if isinstance(value, str)), type(item).__name__)
+        for name, value in vars(item).items():
+            if name.split("_")[-1] == "box" and value is not None:
+                draw_box(label, value, _EXTRA)
     taken: list[_Rectangle] = []
     for text, colour, rectangle, centred in labels:
         _draw_label(canvas, picture.size, text, colour, rectangle, centred, taken)

@@ -1,189 +1,60 @@
-"""What a user asks for: who does what to what, and where.
+"""What a picture is to show: a prompt, items with their places, and how it is sampled.
 
-Everything that comes from a user becomes an `Interaction`, an `Entity` or a `Scene` here and is checked as it
-is made, so that nothing unchecked reaches a tensor. No torch in this module: it is quick to import.
+Everything that comes from a user becomes an item (`interactdiff.scene_items`, or another method's) or a
+`Scene` and is checked as it is made, so that nothing unchecked reaches a tensor. No torch in this module: it
+is quick to import.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, is_dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from interactdiff.scene_checks import (
     Box,
     SceneError,
     Schedule,
-    checked_box,
     checked_flag,
     checked_number,
-    checked_phrase,
     checked_schedule,
     checked_side,
     checked_text,
     checked_whole,
     json_object,
     malformed,
-    parse_box,
     shown,
     unique_keys,
 )
+from interactdiff.scene_items import (
+    ACTION_REGIONS,
+    MAX_STRENGTH,
+    NULL_ACTION,
+    ActionRegion,
+    Entity,
+    Interaction,
+    numbered,
+    required_and_optional,
+)
 
-ActionRegion = Literal["between", "union"]
+__all__ = [
+    "ACTION_REGIONS",
+    "MAX_STRENGTH",
+    "NULL_ACTION",
+    "ActionRegion",
+    "Box",
+    "Entity",
+    "Interaction",
+    "Scene",
+    "SceneError",
+    "numbered",
+]
 
-NULL_ACTION = "-"  # how the command line says "boxes only"; an empty phrase is an error, not a wish
-ACTION_REGIONS = ("between", "union")
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
-MAX_STRENGTH = 2.0
-
-
-@dataclass(frozen=True)
-class Interaction:
-    """One triplet: a subject acts on an object, each inside its box.
-
-    Attributes:
-        subject: phrase for who acts ("person in blue").
-        action: phrase for what is done ("riding"), or None for boxes only: the action's token is then null.
-        object: phrase for what it is done to ("red bike").
-        subject_box: where the subject is, xyxy in [0, 1] with x0 < x1 and y0 < y1.
-        object_box: where the object is, likewise. Boxes are stored as tuples of four floats.
-        strength: how strongly this one acts: 0 as if it were not there, 1 as trained, up to 2.
-        action_region: where the action is: "between" the boxes as published, or their "union" (OneHOI);
-            None is where the adapter was trained to look.
-
-    Raises:
-        SceneError: on construction, if a phrase is empty or no text, a box is no such box, the strength is
-            out of range, or there is no such region.
-    """
-
-    subject: str
-    action: str | None
-    object: str
-    subject_box: Box
-    object_box: Box
-    strength: float = 1.0
-    action_region: ActionRegion | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("subject", "object"):
-            object.__setattr__(self, name, checked_phrase(name, getattr(self, name)))
-        if self.action is not None:
-            object.__setattr__(self, "action", checked_phrase("action", self.action))
-        for name in ("subject_box", "object_box"):
-            object.__setattr__(self, name, checked_box(name, getattr(self, name)))
-        object.__setattr__(self, "strength", checked_number("strength", self.strength, 0.0, MAX_STRENGTH))
-        if self.action_region not in (None, *ACTION_REGIONS):
-            raise SceneError(f"action_region: expected between or union, got {shown(self.action_region)}")
-
-    @property
-    def between_box(self) -> Box:
-        """Where the action is: the middle two of the boxes' four edges along each axis (xyxy in [0, 1]).
-
-        The gap between disjoint boxes, the overlap of overlapping ones, the inner of nested ones; touching
-        boxes give zero area. InteractDiffusion (arXiv 2312.05849), section 3.2.
-        """
-        s, o = self.subject_box, self.object_box
-        _, x0, x1, _ = sorted((s[0], s[2], o[0], o[2]))
-        _, y0, y1, _ = sorted((s[1], s[3], o[1], o[3]))
-        return (x0, y0, x1, y1)
-
-    @property
-    def action_box(self) -> Box:
-        """The action's region, xyxy in [0, 1], as published where the interaction does not say."""
-        return self.action_box_in("between")
-
-    def action_box_in(self, region: ActionRegion) -> Box:
-        """The action's region, xyxy in [0, 1]: the between box, or the smallest box around both.
-
-        Args:
-            region: which it is, where the interaction itself does not say.
-        """
-        if (self.action_region or region) == "between":
-            return self.between_box
-        s, o = self.subject_box, self.object_box
-        return (min(s[0], o[0]), min(s[1], o[1]), max(s[2], o[2]), max(s[3], o[3]))
-
-    @classmethod
-    def parse(cls, text: str) -> "Interaction":
-        """Read the command line's form, `subject|action|object|x0,y0,x1,y1|x0,y0,x1,y1`.
-
-        The first box is the subject's. An action of `-` means boxes only. `|strength=0.5` and
-        `|action_region=union` may follow.
-
-        Raises:
-            SceneError: if there are not five parts, or a part is not what it should be.
-        """
-        parts, options = _parts_and_options(text, ("strength", "action_region"))
-        if len(parts) != 5:
-            raise SceneError(
-                f"expected five parts, subject|action|object|x0,y0,x1,y1|x0,y0,x1,y1, "
-                f"got {len(parts)} in {shown(text)}"
-            )
-        subject, action, thing, subject_box, object_box = parts
-        return cls(
-            subject,
-            None if action == NULL_ACTION else action,
-            thing,
-            parse_box("subject_box", subject_box),
-            parse_box("object_box", object_box),
-            **options,
-        )
-
-    @classmethod
-    def from_dict(cls, values: Any) -> "Interaction":
-        """Make one from a JSON object; `action` may be null, `strength` and `action_region` may be left out.
-
-        Raises:
-            SceneError: if it is no object, a key is missing or unknown, or a value is not what it should be.
-        """
-        return cls(**json_object(values, *_keys(cls)))
-
-
-@dataclass(frozen=True)
-class Entity:
-    """A thing in its box that does nothing to anything (GLIGEN's grounded entity).
-
-    Attributes:
-        phrase: what it is ("red ball").
-        box: where it is, xyxy in [0, 1] with x0 < x1 and y0 < y1.
-        strength: how strongly it acts: 0 as if it were not there, 1 as trained, up to 2.
-
-    Raises:
-        SceneError: on construction, as for an `Interaction`.
-    """
-
-    phrase: str
-    box: Box
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "phrase", checked_phrase("phrase", self.phrase))
-        object.__setattr__(self, "box", checked_box("box", self.box))
-        object.__setattr__(self, "strength", checked_number("strength", self.strength, 0.0, MAX_STRENGTH))
-
-    @classmethod
-    def parse(cls, text: str) -> "Entity":
-        """Read the command line's form, `phrase|x0,y0,x1,y1`; `|strength=0.5` may follow.
-
-        Raises:
-            SceneError: if there are not two parts, or a part is not what it should be.
-        """
-        parts, options = _parts_and_options(text, ("strength",))
-        if len(parts) != 2:
-            raise SceneError(f"expected two parts, phrase|x0,y0,x1,y1, got {len(parts)} in {shown(text)}")
-        return cls(parts[0], parse_box("box", parts[1]), **options)
-
-    @classmethod
-    def from_dict(cls, values: Any) -> "Entity":
-        """Make one from a JSON object; `strength` may be left out.
-
-        Raises:
-            SceneError: if it is no object, a key is missing or unknown, or a value is not what it should be.
-        """
-        return cls(**json_object(values, *_keys(cls)))
+# The one field that is no key of a scene file, where its items stand under the keys of their methods.
+EXTRA_ITEMS = "extra_items"
 
 
 @dataclass(frozen=True)
@@ -194,7 +65,7 @@ class Scene:
         prompt: caption of the whole picture; may be empty.
         interactions: who does what to what, and where; may be empty.
         entities: what else is where; may be empty.
-        negative_prompt: what the guidance steers away from.
+        negative_prompt: what guidance steers away from.
         seed: of the starting noise, 0 to 2**63 - 1.
         steps: denoising steps, 1 to 1000.
         guidance_scale: classifier-free guidance, 0 to 100; up to 1 is off; None for the model's own.
@@ -204,6 +75,8 @@ class Scene:
         fast: whether the adapter saves time at a small cost in control.
         width: pixels, a multiple of 8 up to 4096, or None for the model's own size.
         height: likewise.
+        extra_items: items of other methods (`interactdiff.registry.ItemSpec`); in a scene file they stand
+            under the keys of their methods.
 
     Raises:
         SceneError: on construction, if a value has the wrong type or is out of range.
@@ -221,6 +94,7 @@ class Scene:
     fast: bool = False
     width: int | None = None
     height: int | None = None
+    extra_items: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         shares = checked_schedule(self.schedule)
@@ -239,18 +113,26 @@ class Scene:
             "fast": checked_flag("fast", self.fast),
             "width": checked_side("width", self.width),
             "height": checked_side("height", self.height),
+            "extra_items": _checked_extra_items(self.extra_items),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     @property
-    def items(self) -> tuple[Interaction | Entity, ...]:
-        """Everything that is asked for somewhere: interactions, then entities."""
-        return (*self.interactions, *self.entities)
+    def items(self) -> tuple[Any, ...]:
+        """All items: interactions, then entities, then those of other methods."""
+        return (*self.interactions, *self.entities, *self.extra_items)
 
     def to_dict(self) -> dict[str, Any]:
         """The scene as plain JSON values; `Scene.from_dict` reads it back to an equal scene."""
-        return json.loads(json.dumps(asdict(self)))  # tuples become lists
+        values = asdict(self)
+        del values[EXTRA_ITEMS]
+        for item in self.extra_items:
+            from interactdiff.registry import method_of
+
+            to_dict = getattr(item, "to_dict", None)
+            values.setdefault(method_of(type(item))[1].key, []).append(to_dict() if to_dict else asdict(item))
+        return json.loads(json.dumps(values))  # tuples become lists
 
     def to_json(self) -> str:
         """The scene as indented JSON text; `Scene.from_json` reads it back to an equal scene."""
@@ -265,18 +147,27 @@ class Scene:
         Raises:
             SceneError: if it is no object, a key is missing or unknown, or a value is not what it should be.
         """
-        required, optional = _keys(cls)
-        given = json_object(values, required, (*optional, "$schema"))
+        from interactdiff.registry import item_specs
+
+        required, optional = required_and_optional(cls)
+        own = [name for name in optional if name != EXTRA_ITEMS]
+        specs = item_specs()
+        given = json_object(values, required, (*own, *specs, "$schema"))
         given.pop("$schema", None)
-        for name, kind in (("interactions", Interaction), ("entities", Entity)):
-            listed = given.get(name, [])
+        extra: list[Any] = []
+        for key, spec in specs.items():
+            listed = given.pop(key, [])
             if not isinstance(listed, list):
-                raise SceneError(f"{name}: expected a list, got {shown(listed)}")
-            given[name] = tuple(
-                numbered(kind, number, lambda one=one, kind=kind: kind.from_dict(one))
+                raise SceneError(f"{key}: expected a list, got {shown(listed)}")
+            items = [
+                numbered(spec.type, number, lambda one=one, spec=spec: spec.type.from_dict(one))
                 for number, one in enumerate(listed, start=1)
-            )
-        return cls(**given)
+            ]
+            if key in own:
+                given[key] = tuple(items)
+            else:
+                extra += items
+        return cls(**given, extra_items=tuple(extra))
 
     @classmethod
     def from_json(cls, text: str, source: str = "scene") -> "Scene":
@@ -320,37 +211,22 @@ class Scene:
         return cls.from_json(text, source=str(path))
 
 
-def numbered(kind: type, number: int, make: Callable[[], Any]) -> Any:
-    """Make an interaction or entity whose errors say which one it is, counted from 1."""
-    try:
-        return make()
-    except SceneError as error:
-        raise SceneError(f"{kind.__name__.lower()} {number}: {error}") from None
-
-
-def _keys(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The keys that its JSON object must have, and those that it may."""
-    required = tuple(field.name for field in fields(kind) if field.default is MISSING)
-    return required, tuple(field.name for field in fields(kind) if field.name not in required)
-
-
-def _parts_and_options(text: str, names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `|name=value` off the end of the command line's form."""
-    parts, options = [part.strip() for part in text.split("|")], {}
-    while parts and (split := parts[-1].split("=", 1))[0].strip() in names and len(split) == 2:
-        name, value = split[0].strip(), split[1].strip()
-        try:
-            options[name] = float(value) if name == "strength" else value
-        except ValueError:
-            raise SceneError(f"{name}: expected a number, got {shown(value)}") from None
-        parts.pop()
-    return parts, options
-
-
 def _all_of(kind: type, name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise SceneError(f"{name}: expected a list of {kind.__name__}, got {shown(value)}")
     for one in value:
         if not isinstance(one, kind):
             raise SceneError(f"{name}: expected a list of {kind.__name__}, got {shown(one)} in it")
+    return tuple(value)
+
+
+def _checked_extra_items(value: Any) -> tuple[Any, ...]:
+    """Items that are neither of the two kinds that have fields of their own."""
+    if not isinstance(value, (list, tuple)):
+        raise SceneError(f"extra_items: expected a list of items, got {shown(value)}")
+    for one in value:
+        own = isinstance(one, (Interaction, Entity))
+        if own or isinstance(one, type) or not is_dataclass(one):
+            where = "interactions= or entities=" if own else "items of a method"
+            raise SceneError(f"extra_items: expected {where}, got {shown(one)}")
     return tuple(value)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from interactdiff.errors import SceneError
+
 Box = tuple[float, float, float, float]
 """xyxy in [0, 1]: left, top, right, bottom, as shares of the picture's width and height."""
 Schedule = float | tuple[float, float, float]
@@ -14,10 +16,6 @@ Schedule = float | tuple[float, float, float]
 MAX_SIDE = 4096  # pixels
 SIDE_MULTIPLE = 8  # pixels per latent of the usual VAEs
 _EDGES = ("x0", "y0", "x1", "y1")
-
-
-class SceneError(ValueError):
-    """A scene that cannot be drawn; the message is one sentence with what was expected and what came."""
 
 
 def shown(value: Any) -> str:

@@ -39,7 +39,7 @@ def steps_of_calls(timesteps: Sequence[float], num_inference_steps: int | None, 
 
     Args:
         timesteps: the scheduler's, one for each call.
-        num_inference_steps: the steps that were asked for, if the scheduler knows.
+        num_inference_steps: the number of steps of the run, if the scheduler knows.
         order: the scheduler's order, calls a step.
 
     Returns:

@@ -1,51 +1,94 @@
 """Finds where a denoiser can be controlled, by what its modules are and never by what they are called."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from interactdiff.checkpoint import AdapterError
+from interactdiff.errors import AdapterError
+from interactdiff.families import BY_DENOISER, FAMILIES, Family, Role, SiteKind, family_of
+from interactdiff.families import UNET as UNET_FAMILY
 
-Transformer = FluxTransformer2DModel | SD3Transformer2DModel
-Denoiser = UNet2DConditionModel | Transformer
+Denoiser = Any
+"""A U-Net or transformer of one of the families; diffusers has no common type for them."""
+
 KINDS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of U-Nets, by cross-attention width
-UNET = UNet2DConditionModel.__name__
-TRANSFORMERS = {FluxTransformer2DModel.__name__: "Flux", SD3Transformer2DModel.__name__: "SD3"}
+UNET = UNET_FAMILY.denoiser
 
 
 @dataclass(frozen=True)
 class Site:
-    """One transformer block of a U-Net.
+    """A place in a denoiser where an adapter can act.
 
     Attributes:
-        path: the block's name in the U-Net, such as "mid_block.attentions.0.transformer_blocks.0".
-        block: the block.
-        level: how often the latents have been halved there.
+        path: the module's name in the denoiser, such as "transformer_blocks.0.attn".
+        module: the attention; at a "block" the U-Net's transformer block.
+        role: what kind of place it is.
+        level: how often a U-Net has halved the grid of tokens there.
+        kind: how a transformer's attention is laid out; None in a U-Net.
     """
 
     path: str
-    block: BasicTransformerBlock
-    level: int
+    module: Any
+    role: Role
+    level: int = 0
+    kind: SiteKind | None = None
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the block's tokens, for latents of this height and width."""
-        return _halved(height, self.level), _halved(width, self.level)
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of the image's tokens here, where the denoiser's own are these."""
+        return _halved(rows, self.level), _halved(columns, self.level)
 
     @property
     def dim(self) -> int:
-        """Width of the block's tokens."""
-        return self.block.attn1.query_dim
+        """Width of the tokens of a U-Net's block, or of what a transformer's attention gathers."""
+        if self.role == "block":
+            return self.module.attn1.query_dim
+        return self.module.inner_dim
 
     @property
     def heads(self) -> int:
-        """Attention heads of the block."""
-        return self.block.attn1.heads
+        """Attention heads."""
+        return self.module.attn1.heads if self.role == "block" else self.module.heads
+
+    @property
+    def text(self) -> Literal["first", "last"] | None:
+        """Where the text's tokens stand among those that it attends over; None if there are none."""
+        return None if self.kind is None else self.kind.text
+
+    @property
+    def whole(self) -> bool:
+        """Whether queries and output are of text and image together."""
+        return self.role == "single"
+
+    @property
+    def query(self) -> nn.Module:
+        """What puts out the queries, normalised if they are, not yet rotated."""
+        return self._normalised("q")
+
+    @property
+    def key(self) -> nn.Module:
+        """What puts out the keys, likewise."""
+        return self._normalised("k")
+
+    @property
+    def out(self) -> nn.Module | None:
+        """What reads the gathered values, [B, L, dim or more]; None where the attention returns them."""
+        name = "to_out.0" if self.kind is None else self.kind.out
+        return self.module.get_submodule(name) if name else None
+
+    def by_head(self, states: Tensor) -> Tensor:
+        """[B, heads, L, D] of what `query` or `key` puts out."""
+        if states.ndim == 4 and (self.kind is None or self.kind.heads_first):
+            return states
+        states = states if states.ndim == 4 else states.unflatten(2, (self.heads, -1))
+        return states.transpose(1, 2)
+
+    def _normalised(self, letter: str) -> nn.Module:
+        norm = getattr(self.module, f"norm_{letter}", None)
+        return getattr(self.module, f"to_{letter}") if norm is None else norm
 
 
 @dataclass(frozen=True)
@@ -66,8 +109,8 @@ class Base:
         """Name it as an error message does: the kind, the text width, the sites' widths."""
         widths = ", ".join(str(w) for w in sorted({dim for dim, _ in self.sites.values()}))
         text, where = self.cross_attention_dim, f"{len(self.sites)} sites of width {widths}"
-        if self.denoiser in TRANSFORMERS:
-            return f"{TRANSFORMERS[self.denoiser]} (text width {text}, {where})"
+        if self.denoiser != UNET and self.denoiser in BY_DENOISER:
+            return f"{BY_DENOISER[self.denoiser].name} (text width {text}, {where})"
         kind = KINDS.get(self.cross_attention_dim, "a U-Net of no published kind")
         return f"{kind} (cross-attention width {text}, {where})"
 
@@ -78,18 +121,16 @@ class Base:
         Raises:
             AdapterError: a U-Net has no transformer blocks, or they read text of several widths.
         """
-        if not isinstance(denoiser, UNet2DConditionModel):
-            width = cast(Any, denoiser.config).joint_attention_dim
-            joint = {site.path: (site.dim, site.heads) for site in joint_sites(denoiser)}
-            return cls(width, joint, type(denoiser).__name__)
-        sites = {site.path: (site.dim, site.heads) for site in find_sites(denoiser)}
-        if not sites:
+        family = known_family(denoiser)
+        width = denoiser.config[family.text_width]
+        roles = ("block",) if family is UNET_FAMILY else ("joint", "single")
+        found = {site.path: (site.dim, site.heads) for site in find_sites(denoiser) if site.role in roles}
+        if not found:
             raise AdapterError("expected a U-Net with transformer blocks, got one without any")
-        width = cast(Any, denoiser.config).cross_attention_dim
         widths = set(width) if isinstance(width, Sequence) else {width}
         if len(widths) != 1:
             raise AdapterError(f"expected a U-Net that reads text of one width, got {sorted(widths)}")
-        return cls(widths.pop(), sites)
+        return cls(widths.pop(), found, family.denoiser)
 
     def check(self, denoiser: Denoiser) -> None:
         """Make sure that a denoiser is this base.
@@ -99,85 +140,18 @@ class Base:
         """
         got = Base.of(denoiser)
         if got != self:
-            wanted, found = str(self), str(got)
-            if wanted == found:  # the first site that tells them apart
+            expected, found = str(self), str(got)
+            if expected == found:  # the first site that tells them apart
                 paths = sorted(self.sites.keys() | got.sites.keys())
                 path = next(p for p in paths if self.sites.get(p) != got.sites.get(p))
-                wanted, found = (f"{b} with {b.site_words(path)}" for b in (self, got))
-            raise AdapterError(f"expected the base that the adapter is made for, {wanted}, got {found}")
+                expected, found = (f"{b} with {b._site_words(path)}" for b in (self, got))
+            raise AdapterError(f"expected the base that the adapter is made for, {expected}, got {found}")
 
-    def site_words(self, path: str) -> str:
-        """A site in words."""
+    def _site_words(self, path: str) -> str:
         if path not in self.sites:
             return f"no {path}"
         width, heads = self.sites[path]
         return f"{path} of width {width} and {heads} heads"
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention of a denoiser's image tokens to each other.
-
-    Attributes:
-        path: the attention's name in the denoiser, such as "transformer_blocks.0.attn".
-        attention: the module.
-        text: where the text tokens stand that it attends over too, or None if there are none.
-        level: how often the grid of tokens has been halved there.
-    """
-
-    path: str
-    attention: nn.Module
-    text: Literal["first", "last"] | None
-    level: int = 0
-
-    def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of the image tokens here, where the denoiser's own are these."""
-        return _halved(rows, self.level), _halved(columns, self.level)
-
-
-@dataclass(frozen=True)
-class JointSite:
-    """One attention of a transformer over text and image: where its queries are, and what it gathers.
-
-    Attributes:
-        path: the attention's name in the transformer, such as "transformer_blocks.0.attn".
-        attention: the module.
-    """
-
-    path: str
-    attention: Any
-
-    @property
-    def dim(self) -> int:
-        """Width of what it gathers, all heads together."""
-        return self.attention.inner_dim
-
-    @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return self.attention.heads
-
-    @property
-    def query(self) -> nn.Module:
-        """What puts out the queries, normalised if they are, not yet rotated.
-
-        [B, heads, L, D] with `heads_first`, else [B, L, heads, D] or [B, L, dim].
-        """
-        return self.attention.to_q if self.attention.norm_q is None else self.attention.norm_q
-
-    @property
-    def heads_first(self) -> bool:
-        """See `query`."""
-        return not isinstance(self.attention, FluxAttention) and self.attention.norm_q is not None
-
-    @property
-    def out(self) -> nn.Module | None:
-        """What reads the image's share of what was gathered, [B, L, dim].
-
-        None where the attention returns that, of text and image; its queries are those of both then, too.
-        """
-        out = getattr(self.attention, "to_out", None)
-        return None if out is None else out[0]
 
 
 def _halved(size: int, times: int) -> int:
@@ -198,89 +172,60 @@ def denoiser_of(pipeline_or_denoiser: object) -> Denoiser:
     """
     denoiser = held_denoiser(pipeline_or_denoiser)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
-    if not isinstance(denoiser, Denoiser):
-        got = type(denoiser).__name__
-        raise AdapterError(
-            f"expected a UNet2DConditionModel, a FluxTransformer2DModel, an SD3Transformer2DModel, or a "
-            f"pipeline that has one, got {got}"
-        )
+    known_family(denoiser)
     return denoiser
 
 
-def attention_sites(denoiser: Denoiser) -> list[AttentionSite]:
-    """Every attention of image tokens to each other, in the order of the modules."""
-    if isinstance(denoiser, UNet2DConditionModel):
-        return [
-            AttentionSite(f"{site.path}.attn1", site.block.attn1, None, site.level)
-            for site in find_sites(denoiser)
-            if not site.block.only_cross_attention
-        ]
-    if isinstance(denoiser, FluxTransformer2DModel):
-        modules = denoiser.named_modules()
-        return [AttentionSite(path, m, "first") for path, m in modules if isinstance(m, FluxAttention)]
-    found = []
-    for path, block in denoiser.named_modules():
-        if isinstance(block, JointTransformerBlock):
-            found.append(AttentionSite(f"{path}.attn", block.attn, "last"))
-            if block.attn2 is not None:
-                found.append(AttentionSite(f"{path}.attn2", block.attn2, None))
-    return found
+def known_family(denoiser: object) -> Family:
+    """The family of a denoiser.
 
-
-def joint_sites(transformer: Transformer) -> list[JointSite]:
-    """Every attention over text and image, in the order of the modules.
-
-    Another transformer takes part once its attentions are described here and in `JointSite`.
+    Raises:
+        AdapterError: it is of none.
     """
-    sites = attention_sites(transformer)
-    return [JointSite(site.path, site.attention) for site in sites if site.text is not None]
-
-
-class TokenGrid:
-    """Tells rows and columns of a denoiser's image tokens, or of a U-Net's latents, from a call's arguments.
-
-    Flux is told the place of each token, the same tensor at every step of a run; it is read once.
-    """
-
-    def __init__(self):
-        self._ids: tuple[Tensor | None, tuple[int, int]] = (None, (0, 0))
-
-    def __call__(self, denoiser: Denoiser, call: Mapping[str, Any]) -> tuple[int, int]:
-        """Rows and columns.
-
-        Raises:
-            AdapterError: the tokens are not one whole grid in raster order.
-        """
-        if isinstance(denoiser, FluxTransformer2DModel):
-            ids = call["img_ids"]
-            if self._ids[0] is not ids:
-                self._ids = ids, _grid_of(ids)
-            return self._ids[1]
-        sample = call["sample" if isinstance(denoiser, UNet2DConditionModel) else "hidden_states"]
-        patch = getattr(denoiser.config, "patch_size", 1)
-        return sample.shape[-2] // patch, sample.shape[-1] // patch
-
-
-def _grid_of(ids: Tensor) -> tuple[int, int]:
-    ids = (ids[0] if ids.ndim == 3 else ids).float()
-    rows, columns = (int(n) + 1 for n in ids[:, 1:].amax(0))
-    places = ids[:, 1] * columns + ids[:, 2]
-    if rows * columns != len(ids) or not places.equal(torch.arange(len(ids)).to(places)):
+    family = family_of(denoiser)
+    if family is None or not isinstance(denoiser, nn.Module):
+        names = ", ".join(family.name for family in FAMILIES)
         raise AdapterError(
-            f"expected image tokens in one grid, row by row, got {len(ids)} tokens with places in "
-            f"{rows} x {columns}"
+            f"expected a UNet2DConditionModel, a transformer of {names}, or a pipeline that has one, "
+            f"got {type(denoiser).__name__}"
         )
-    return rows, columns
+    return family
 
 
-def find_sites(unet: UNet2DConditionModel) -> list[Site]:
-    """Every transformer block of a U-Net, in the order of its modules."""
+def find_sites(denoiser: Denoiser) -> list[Site]:
+    """Every site of a denoiser, in the order of its modules."""
+    family = known_family(denoiser)
+    return list(_unet_sites(denoiser) if family is UNET_FAMILY else _transformer_sites(denoiser, family))
+
+
+def attention_sites(denoiser: Denoiser) -> list[Site]:
+    """Every attention of a denoiser's image tokens to each other, in the order of the modules."""
+    return [site for site in find_sites(denoiser) if site.role in ("self", "joint", "single")]
+
+
+def joint_sites(transformer: Denoiser) -> list[Site]:
+    """Every attention of a transformer over text and image, in the order of the modules."""
+    return [site for site in find_sites(transformer) if site.role in ("joint", "single")]
+
+
+def _transformer_sites(transformer: Any, family: Family) -> Iterator[Site]:
+    for blocks in dict.fromkeys(kind.blocks for kind in family.sites):
+        for number, block in enumerate(getattr(transformer, blocks)):
+            for kind in family.sites:
+                attention = getattr(block, kind.attention, None) if kind.blocks == blocks else None
+                if attention is not None:
+                    yield Site(f"{blocks}.{number}.{kind.attention}", attention, kind.role, kind=kind)
+
+
+def _unet_sites(unet: UNet2DConditionModel) -> Iterator[Site]:
     levels = {id(module): level for part, level in _levels(unet) for module in part.modules()}
-    return [
-        Site(name, block, levels[id(block)])
-        for name, block in unet.named_modules()
-        if isinstance(block, BasicTransformerBlock)
-    ]
+    for path, block in unet.named_modules():
+        if isinstance(block, BasicTransformerBlock):
+            level = levels[id(block)]
+            yield Site(path, block, "block", level)
+            yield Site(f"{path}.attn1", block.attn1, "cross" if block.only_cross_attention else "self", level)
+            if block.attn2 is not None:
+                yield Site(f"{path}.attn2", block.attn2, "cross", level)
 
 
 def _levels(unet: UNet2DConditionModel) -> Iterator[tuple[nn.Module, int]]:
@@ -291,5 +236,5 @@ def _levels(unet: UNet2DConditionModel) -> Iterator[tuple[nn.Module, int]]:
     if unet.mid_block is not None:
         yield unet.mid_block, level
     for block in unet.up_blocks:
-        yield block, level
+        yield block, cast(int, level)
         level -= bool(getattr(block, "upsamplers", None))

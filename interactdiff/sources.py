@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from interactdiff.checkpoint import CONFIG, WEIGHTS, AdapterError
+from interactdiff.checkpoint import CONFIG, WEIGHTS
+from interactdiff.errors import AdapterError
 from interactdiff.lazy_tensors import LazyTensor, safetensors_tensors
 from interactdiff.torch_files import torch_tensors
 

@@ -1,4 +1,4 @@
-"""Reads torch's weight files (.pth, .pt, .bin, .ckpt): tensors only, and only those asked for.
+"""Reads torch's weight files (.pth, .pt, .bin, .ckpt): tensors only, and only those that are used.
 
 Such a file is a zip archive: a pickle that says which tensors there are and where, and one record of plain
 bytes for each storage. Loading a pickle calls whatever the pickle names. Here no name but that of OrderedDict
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from interactdiff.checkpoint import AdapterError
+from interactdiff.errors import AdapterError
 from interactdiff.lazy_tensors import LazyTensor
 
 MAX_PICKLE = 16 * 2**20  # bytes; the pickle of Stable Diffusion with its EMA and optimizer takes about one MB

@@ -24,10 +24,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from interactdiff.checkpoint import AdapterError, check_tensors
+from interactdiff.checkpoint import check_tensors
+from interactdiff.errors import AdapterError
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.loading import published_config, unet_config
-from interactdiff.published import ADAPTER_KEY, find_adapter, stock_unet
+from interactdiff.interaction.published import ADAPTER_KEY, find_adapter, stock_unet
 from interactdiff.sources import Source, Weights, choose, read_weights
 
 INDEX = "model_index.json"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from diffusers import DiffusionPipeline
 
-from interactdiff.attach import Handle, attach
-from interactdiff.checkpoint import AdapterError
+from interactdiff.errors import AdapterError
+from interactdiff.handle import Handle, attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.pipelines.hub import CODE_OPTIONS, is_published_folder, load_hub_folder
 from interactdiff.scene import Entity, Interaction, SceneError
@@ -81,7 +81,7 @@ class InteractionMixin(DiffusionPipeline):
         try:
             self.interaction = attach(self, adapter)
         except Exception:  # another base; or no memory for it
-            self.interaction = attach(self, before.adapter) if before is not None else None
+            self.interaction = attach(self, before["interaction"].adapter) if before is not None else None
             raise
 
     def unload_interaction_adapter(self) -> None:

@@ -140,5 +140,5 @@ class StudioPage:
     def generate(self) -> None:
         """Draw, and wait for the pictures."""
         self.page.locator("#generate").click()
-        self.page.wait_for_function("() => document.querySelector('#status').innerText.includes(' drawn, ')")
+        self.page.locator("#status", has_text=" generated, ").wait_for()
         self.page.locator("#gallery img").first.wait_for()

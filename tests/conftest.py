@@ -1,6 +1,10 @@
 """A tiny Stable Diffusion, a tiny SDXL and adapters with random weights: real classes, nothing to fetch."""
 
+import importlib
 import json
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, cast
@@ -18,7 +22,9 @@ from tiny import trained_adapter
 from tiny_dit import clip_config, tiny_flux_pipeline, tiny_sd3_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import interactdiff
 from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.registry import methods
 
 TEXT_WIDTH = 24
 TEXT_2_WIDTH = 16  # of SDXL's second text encoder, before and after its projection
@@ -158,3 +164,24 @@ def sd3_pipe(tokenizer: CLIPTokenizer) -> Any:
 @pytest.fixture(params=["flux_pipe", "sd3_pipe"])
 def dit_pipe(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def badge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """One more folder of the package, with a method in it; the class of its items."""
+    shutil.copytree(Path(__file__).parent / "toy/badge", tmp_path / "methods/badge")
+    monkeypatch.setattr(interactdiff, "__path__", [*interactdiff.__path__, str(tmp_path / "methods")])
+    methods.cache_clear()
+    yield importlib.import_module("interactdiff.badge.items").Badge
+    methods.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("interactdiff.badge")]:
+        del sys.modules[name]
+    vars(interactdiff).pop("badge", None)
+
+
+@pytest.fixture
+def badge_weights(badge: Any, tmp_path: Path) -> Path:
+    """A saved adapter of badges that acts strongly."""
+    adapter = importlib.import_module("interactdiff.badge.adapter").BadgeAdapter(3.0)
+    adapter.save_pretrained(tmp_path / "weights")
+    return tmp_path / "weights"

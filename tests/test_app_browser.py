@@ -67,9 +67,9 @@ def test_drawn_generated_downloaded_and_dropped_back(
     assert one.subject_box == pytest.approx((0.3, 0.06, 0.68, 0.68), abs=0.01)
     assert str(record.scene.seed) == studio.value("seed")
 
-    studio.page.locator("#view label", has_text="What was found").click()
-    studio.page.locator("#found", has_text="riding 0.").wait_for()  # control worked
-    studio.page.locator("#view label", has_text="Where it looked").click()
+    studio.page.locator("#view label", has_text="Detections").click()
+    studio.page.locator("#note", has_text="riding 0.").wait_for()  # control worked
+    studio.page.locator("#view label", has_text="Attention").click()
     studio.page.locator("#token").wait_for()
 
     studio.open_panel("codes")
@@ -111,7 +111,7 @@ def test_undo_redo_delete_and_nudge(studio: StudioPage) -> None:
     keys = studio.page.keyboard
     studio.page.locator("#canvas .stage").focus()
     keys.press("Control+z")  # the action's name
-    assert studio.tags() == ["does what?", "person in blue", "red bike"]
+    assert studio.tags() == ["action?", "person in blue", "red bike"]
     keys.press("Control+z")  # the link
     assert studio.tags() == ["person in blue", "red bike"]
     keys.press("Control+Shift+z")
@@ -175,7 +175,7 @@ def test_canvas_text_and_table_stay_in_step(studio: StudioPage) -> None:
     studio.expect("text", "person=pushing=bike\nball")
 
     studio.fill("text", "person=riding").blur()
-    refusal = studio.page.locator("#refusal-text")
+    refusal = studio.page.locator("#error-text")
     refusal.wait_for()
     assert "line 1: expected subject=action=object" in refusal.inner_text()
     assert studio.tags() == ["ball", "bike", "person", "pushing"]
@@ -191,11 +191,11 @@ def test_canvas_text_and_table_stay_in_step(studio: StudioPage) -> None:
 def test_errors_stand_beside_what_caused_them(studio: StudioPage) -> None:
     studio.drag((0.1, 0.1), (0.4, 0.7))
     studio.page.locator("#generate").click()
-    studio.page.locator("#refusal-canvas", has_text="expected a name for every box").wait_for()
+    studio.page.locator("#error-canvas", has_text="expected a name for every box").wait_for()
     studio.page.locator("#canvas [data-do=clear]").click()
     studio.open_panel("settings")
     studio.fill("model", "/etc").press("Enter")
-    studio.page.locator("#refusal-model", has_text="expected a model that this server has").wait_for()
+    studio.page.locator("#error-model", has_text="expected a model that this server has").wait_for()
     assert studio.page.locator("#generate").is_enabled()
 
 
@@ -214,19 +214,19 @@ def test_stopping_and_drawing_on(studio: StudioPage) -> None:
     studio.generate()
     assert studio.page.locator("#gallery", has_text="without control").count() == 1
     studio.page.locator("#gallery button img").first.click()
-    studio.page.locator("#over").click()
+    studio.page.locator("#background").click()
     studio.page.locator("#canvas .picture:visible").wait_for()
     assert studio.page.evaluate("() => document.querySelector('#canvas .picture').naturalWidth") == 96
 
 
 def test_a_full_queue_is_told_in_words(browser: Any) -> None:
     """Two pages beside one that draws, where one may wait."""
-    with served_studio("--max-queue", "1", "--port", "7899") as (where, _):
+    with served_studio("--max-queue", "1", "--max-steps", "1000", "--port", "7899") as (where, _):
         context = browser.new_context(**LAPTOP)
         pages = [StudioPage(context.new_page(), where) for _ in range(3)]
         for page in pages:
             page.open_panel("settings")
-            page.fill("steps", "150")
+            page.fill("steps", "1000")  # so many that the first still draws when the last asks
             page.page.locator("#generate").click()
             page.page.locator("#status", has_text="step " if page is pages[0] else "a").wait_for()
         pages[2].page.locator("#status", has_text="Too many are waiting").wait_for()
@@ -255,7 +255,7 @@ def test_a_scene_file_and_another_picture_can_be_dropped(studio: StudioPage, tmp
     studio.page.locator("#canvas .picture:visible").wait_for()
     (tmp_path / "bad.json").write_text(json.dumps({"promt": "x"}))
     drop(studio, tmp_path / "bad.json", "application/json")
-    studio.page.locator("#refusal-open", has_text="expected only the keys").wait_for()
+    studio.page.locator("#error-open", has_text="expected only the keys").wait_for()
     assert studio.tags() == ["ball"]
 
 

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interactdiff import Entity, Interaction, Scene, SceneError
-from interactdiff.app.document import Document, Link, Thing
+from interactdiff.app.canvas_items import CanvasBox, CanvasLink
+from interactdiff.app.document import Document
 from interactdiff.app.examples import EXAMPLES
 
 PERSON, BIKE = (0.1, 0.1, 0.5, 0.8), (0.05, 0.5, 0.7, 0.95)
 RIDING = Document(
-    (Thing("t1", "person", PERSON), Thing("t2", "bike", BIKE)),
-    (Link("l1", "t1", "t2", "riding"),),
+    (CanvasBox("t1", "person", PERSON), CanvasBox("t2", "bike", BIKE)),
+    (CanvasLink("l1", "t1", "t2", "riding"),),
     aspect=1.5,
 )
 
@@ -52,7 +53,7 @@ def test_a_person_who_does_two_things_is_one_box() -> None:
         ),
     )
     document = Document().with_scene(scene)
-    assert [thing.phrase for thing in document.things] == ["person", "bike", "cup"]
+    assert [box.phrase for box in document.boxes] == ["person", "bike", "cup"]
     assert {link.subject for link in document.links} == {"t1"}
     assert document.to_text() == "person=riding=bike\nperson=holding=cup"
     renamed = document.with_text("person=riding=bike\nchild=holding=cup")  # of one line alone: they part
@@ -64,7 +65,7 @@ def test_text_renames_removes_reorders_and_places_what_is_new() -> None:
     document = RIDING.with_text("man=pushing=bike")
     assert document.rows[0].words == ("man", "pushing", "bike")
     assert (document.rows[0].subject_box, document.rows[0].object_box) == (PERSON, BIKE)
-    assert document.things[1].id == "t2"  # what stays keeps its id
+    assert document.boxes[1].id == "t2"  # what stays keeps its id
     assert document.aspect == 1.5
     more = RIDING.with_text("dog=chasing=cat; person=riding=bike;\nball")
     assert [row.words for row in more.rows] == [
@@ -73,19 +74,17 @@ def test_text_renames_removes_reorders_and_places_what_is_new() -> None:
         ("ball", "", None),
     ]
     assert more.rows[1].subject_box == PERSON  # by its words, though another line stands first now
-    assert len({thing.box for thing in more.things}) == 5  # nothing new lies under anything else
-    assert RIDING.with_text("").things == ()
-    begun = Document((Thing("t1", "person", PERSON),)).with_text("person=riding=bike\nball")
+    assert len({box.box for box in more.boxes}) == 5  # nothing new lies under anything else
+    assert RIDING.with_text("").boxes == ()
+    begun = Document((CanvasBox("t1", "person", PERSON),)).with_text("person=riding=bike\nball")
     assert begun.rows[0].subject_box == PERSON  # the lone person acts now, and is not renamed to a ball
     assert begun.rows[1].subject_box != PERSON
     again = RIDING.with_text("person=riding=bike\nperson=holding=cup")
-    assert [thing.phrase for thing in again.things].count(
-        "person"
-    ) == 1  # a name that is there is the same thing
+    assert [box.phrase for box in again.boxes].count("person") == 1  # a phrase that is there is the same box
 
 
 def test_a_line_that_is_no_line_is_named() -> None:
-    with pytest.raises(SceneError, match=r"line 2: expected subject=action=object, or a thing, got 'a=b'"):
+    with pytest.raises(SceneError, match=r"line 2: expected subject=action=object, or a phrase, got 'a=b'"):
         RIDING.with_text("person=riding=bike\na=b")
 
 
@@ -128,19 +127,19 @@ def test_rows_of_another_width_are_refused() -> None:
 
 
 def test_a_box_without_a_name_outlives_the_text() -> None:
-    document = Document((Thing("t1", "", PERSON), Thing("t2", "cat", BIKE)))
+    document = Document((CanvasBox("t1", "", PERSON), CanvasBox("t2", "cat", BIKE)))
     assert document.to_text() == "cat"
-    assert [thing.phrase for thing in document.with_text("dog").things] == ["dog", ""]
+    assert [box.phrase for box in document.with_text("dog").boxes] == ["dog", ""]
 
 
 def test_what_has_no_name_yet_can_be_shown_but_not_drawn() -> None:
-    unnamed = replace(RIDING, things=(RIDING.things[0], replace(RIDING.things[1], phrase="")))
+    unnamed = replace(RIDING, boxes=(RIDING.boxes[0], replace(RIDING.boxes[1], phrase="")))
     assert unnamed.to_text() == "person=riding="
     assert unnamed.with_text("person=riding=") == replace(unnamed, revision=1)
     with pytest.raises(SceneError, match="interaction 1: expected a name for both boxes, got one without"):
         _ = unnamed.items
     with pytest.raises(SceneError, match="expected a name for every box"):
-        _ = Document((Thing("t1", " ", PERSON),)).items
+        _ = Document((CanvasBox("t1", " ", PERSON),)).items
 
 
 @pytest.mark.parametrize("action", ["", "-"])
@@ -168,13 +167,13 @@ def test_the_prompt_says_what_the_canvas_says(text: str, prompt: str) -> None:
     ("value", "message"),
     [
         ([], "expected an object with"),
-        ({"things": 3}, "things: expected a list"),
-        ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 2, 1]}]}, "box: expected x1 to be a"),
-        ({"things": [{"id": "a", "phrase": 3, "box": [0, 0, 1, 1]}]}, "phrase: expected text, got 3"),
-        ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1], "z": 1}]}, "expected only the keys"),
+        ({"boxes": 3}, "boxes: expected a list"),
+        ({"boxes": [{"id": "a", "phrase": "x", "box": [0, 0, 2, 1]}]}, "box: expected x1 to be a"),
+        ({"boxes": [{"id": "a", "phrase": 3, "box": [0, 0, 1, 1]}]}, "phrase: expected text, got 3"),
+        ({"boxes": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1], "z": 1}]}, "expected only the keys"),
         ({"links": [{"id": "l", "subject": "a", "object": "b"}]}, "expected links between boxes, got a"),
         ({"aspect": 0}, "aspect: expected a number from 0.01 to 100, got 0"),
-        ({"things": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1]}] * 2}, "boxes with ids of their own"),
+        ({"boxes": [{"id": "a", "phrase": "x", "box": [0, 0, 1, 1]}] * 2}, "boxes with ids of their own"),
     ],
 )  # fmt: skip
 def test_what_is_no_canvas_is_refused(value: Any, message: str) -> None:

@@ -22,7 +22,7 @@ import interactdiff.app
 from interactdiff.app.examples import EXAMPLES
 from interactdiff.app.serve import LOCAL, PUBLIC, limits_for
 from interactdiff.cli import main
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.picture import read_record
 
 SCENE = replace(EXAMPLES["riding"], steps=2)
@@ -74,23 +74,23 @@ def client(server: str, tmp_path: Path) -> Client:
 
 
 def draw(
-    client: Client, scene: dict[str, Any], model: str = "", adapter: str = "", methods: Any = None
+    client: Client, scene: dict[str, Any], model: str = "", adapters: Any = None, methods: Any = None
 ) -> str:
-    return client.predict(scene, model, adapter, methods, api_name="/draw")
+    return client.predict(scene, model, adapters, methods, api_name="/generate")
 
 
 def test_the_api_draws_what_the_command_line_draws(client: Client) -> None:
     path = draw(client, SCENE.to_dict())
     record = read_record(path)
     assert (record.scene, record.model) == (SCENE, "stickworld")
-    assert Image.open(path).tobytes() == Drawer.load(device="cpu").draw(SCENE).tobytes()
+    assert Image.open(path).tobytes() == ScenePipeline.from_pretrained(device="cpu").generate(SCENE).tobytes()
 
 
 def test_the_api_tells_what_there_is(client: Client) -> None:
-    told = client.predict(api_name="/models")
-    assert told["models"]["stickworld-dit"] == "stickworld-dit-interaction"
-    assert told["methods"]["high_resolution"]["scale"] == 2
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/draw", "/models"}
+    answer = client.predict(api_name="/models")
+    assert answer["models"]["stickworld-dit"]["interaction"] == "stickworld-dit-interaction"
+    assert answer["methods"]["high_resolution"]["scale"] == 2
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/models"}
 
 
 def test_the_example_of_the_docs_runs(
@@ -126,7 +126,7 @@ def test_the_api_refuses_in_one_sentence_and_goes_on(
     client: Client, scene: Any, model: str, methods: Any, message: str
 ) -> None:
     with pytest.raises(AppError, match=message):
-        draw(client, scene, model, "", methods)
+        draw(client, scene, model, None, methods)
     assert Image.open(draw(client, SCENE.to_dict())).size == (96, 96)
 
 
@@ -169,7 +169,7 @@ def test_forty_requests_of_eight_clients_are_answered_or_refused(
         mine = connected(server, tmp_path / str(client))
         answers = []
         jobs = [
-            mine.submit(replace(SCENE, seed=10 * client + n).to_dict(), "", "", None, api_name="/draw")
+            mine.submit(replace(SCENE, seed=10 * client + n).to_dict(), "", None, None, api_name="/generate")
             for n in range(5)
         ]
         for n, job in enumerate(jobs):
@@ -231,5 +231,5 @@ def test_the_folder_is_a_space() -> None:
     names = {path.stem for path in folder.glob("*.py")}
     assert not names & sys.stdlib_module_names  # a Space looks for modules in it first
     run = "import runpy; print(type(runpy.run_path('app.py')['demo']).__name__)"
-    told = subprocess.run([sys.executable, "-c", run], cwd=folder, check=True, capture_output=True, text=True)
-    assert told.stdout.split()[-1] == "Blocks"
+    done = subprocess.run([sys.executable, "-c", run], cwd=folder, check=True, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "Blocks"

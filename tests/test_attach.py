@@ -7,8 +7,8 @@ import torch
 from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
 from torch import nn
 
-from interactdiff.attach import Handle, attach
 from interactdiff.checkpoint import AdapterError
+from interactdiff.handle import Handle, attach
 from interactdiff.scene import SceneError
 
 
@@ -79,7 +79,7 @@ def test_leaving_the_block_detaches(pipe, adapter, ending):
 def test_second_adapter_is_refused_until_the_first_is_off(pipe, adapter):
     handle = attach(pipe, adapter)
     attached = state_of(pipe.unet)
-    with pytest.raises(AdapterError, match="expected a denoiser without an adapter attached"):
+    with pytest.raises(AdapterError, match="expected a denoiser without interaction attached"):
         attach(pipe.unet, adapter)
     assert state_of(pipe.unet) == attached
     handle.detach()
@@ -105,7 +105,10 @@ def test_a_base_that_differs_in_its_heads_alone_is_told_apart(pipe, adapter):
 
 
 def test_a_name_is_no_adapter(pipe):
-    with pytest.raises(AdapterError, match=r"expected an InteractionAdapter or a ClearAdapter, .*, got str"):
+    with pytest.raises(
+        AdapterError,
+        match=r"expected adapters, such as InteractionAdapter.from_pretrained loads, got .stickworld-inter",
+    ):
         attach(pipe, "stickworld-interaction")
 
 
@@ -219,7 +222,7 @@ def test_a_batch_that_scenes_cannot_explain(pipe, adapter):
         handle.set_scene([[RIDING], [], [FEEDING]])
         with pytest.raises(SceneError, match=message):
             draw(pipe, ["a dog", "a bike"])
-        handle.set_tokens(torch.randn(3, 9, 24))
+        handle["interaction"].set_tokens(torch.randn(3, 9, 24))
         with pytest.raises(SceneError, match=r"^expected tokens for 2 batch rows, got 3$"):
             draw(pipe)
 
@@ -245,13 +248,16 @@ def test_a_pipeline_that_does_not_tell_of_guidance_has_to_be_told(pipe, adapter)
         (([RIDING], 1.0, 1.5), "^schedule: expected a share in"),
         (
             (["person|riding|bike"],),
-            "^expected Interactions or Entities, or a sequence of them for each prompt, got",
+            "^expected items of Interaction or Entity, or a sequence of them for each prompt, got",
         ),
         (
             ([RIDING, [FEEDING]],),
-            "^expected Interactions or Entities, or a sequence of them for each prompt, got",
+            "^expected items of Interaction or Entity, or a sequence of them for each prompt, got",
         ),
-        ((None,), "^expected Interactions or Entities, or a sequence of them for each prompt, got None$"),
+        (
+            (None,),
+            "^expected items of Interaction or Entity, or a sequence of them for each prompt, got None$",
+        ),
     ],
 )
 def test_a_bad_scene_is_refused_and_the_last_one_stays(pipe, adapter, arguments, message):
@@ -268,7 +274,7 @@ def test_tokens_of_another_width_are_refused(unet, adapter):
         attach(unet, adapter) as handle,
         pytest.raises(SceneError, match=r"\[batch, 3N, 24\], got \[1, 9, 7\]"),
     ):
-        handle.set_tokens(torch.randn(1, 9, 7))
+        handle["interaction"].set_tokens(torch.randn(1, 9, 7))
 
 
 def test_a_bare_unet_cannot_read_phrases(unet, adapter):

@@ -11,7 +11,7 @@ from tiny_dit import trained_joint_adapter
 
 import interactdiff.interaction.maps as maps_module
 from interactdiff import Entity, attach
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.fuser import KeysValues, SelfAttention
 from interactdiff.interaction.maps import QUERIES_AT_ONCE, fuser_attention, joint_attention
 from interactdiff.scene import Scene
@@ -52,7 +52,10 @@ def test_maps_are_means_over_sites_on_the_finest_grid(pipe: Any, monkeypatch: py
 
     monkeypatch.setattr(maps_module, "fuser_attention", keeping)
     monkeypatch.setattr(maps_module, "FINEST", 4)
-    with attach(pipe, trained_adapter(pipe.unet)) as handle, handle.record_attention() as recorder:
+    with (
+        attach(pipe, trained_adapter(pipe.unet)) as handle,
+        handle["interaction"].record_attention() as recorder,
+    ):
         handle.set_scene([RIDING])
         draw_unet(pipe, num_inference_steps=1)
     maps = recorder.maps()
@@ -73,7 +76,7 @@ def test_recording_a_unet_changes_nothing(pipe: Any, guidance: float) -> None:
     with attach(pipe, trained_adapter(pipe.unet)) as handle:
         handle.set_scene(scene, schedule=2 / 3)
         expected = draw_unet(pipe, guidance_scale=guidance)
-        with handle.record_attention(slots=2) as recorder:
+        with handle["interaction"].record_attention(slots=2) as recorder:
             assert recorder.maps() is None
             assert torch.equal(draw_unet(pipe, guidance_scale=guidance), expected)
             maps = recorder.maps()
@@ -100,7 +103,7 @@ def test_recording_a_transformer_changes_nothing(dit_pipe: Any) -> None:
     with attach(dit_pipe, trained_joint_adapter(dit_pipe.transformer)) as handle:
         handle.set_scene([RIDING, FEEDING])
         expected = draw_dit(dit_pipe, **guided)
-        with handle.record_attention() as recorder:
+        with handle["interaction"].record_attention() as recorder:
             assert torch.equal(draw_dit(dit_pipe, **guided), expected)
         maps = recorder.maps()
         assert maps is not None
@@ -112,11 +115,11 @@ def test_recording_a_transformer_changes_nothing(dit_pipe: Any) -> None:
 def test_the_packaged_models_look_at_a_thing_where_it_is(model: str) -> None:
     from interactdiff.commands.demo import DEMO
 
-    drawer = Drawer.load(model, device="cpu")
+    drawer = ScenePipeline.from_pretrained(model, device="cpu")
     drawer.pipeline.set_progress_bar_config(disable=True)
     assert drawer.handle is not None
-    with drawer.handle.record_attention() as recorder:
-        drawer.draw(Scene(DEMO.prompt, DEMO.interactions, seed=7, steps=6))
+    with drawer.handle["interaction"].record_attention() as recorder:
+        drawer.generate(Scene(DEMO.prompt, DEMO.interactions, seed=7, steps=6))
     maps = recorder.maps()
     assert maps is not None
     rows, columns = maps.weights.shape[-2:]

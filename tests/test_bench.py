@@ -7,11 +7,11 @@ import torch
 from tiny import RIDING, trained_adapter
 
 import interactdiff.bench.interaction
-from interactdiff.attach import attach
 from interactdiff.bench.interaction import BASES, Bench, BenchBase, bench_interaction, operations
 from interactdiff.bench.memory import peak_memory
 from interactdiff.cli import main
 from interactdiff.doctor import backends, doctor
+from interactdiff.handle import attach
 from interactdiff.sites import KINDS
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_exact_is_what_diffusers_fusers_do_with_the_same_tokens():
     gated = bench.step(cross_attention_kwargs={"gligen": {"input": tokens}})
     plain = bench.step()
     with bench.attached() as handle, torch.no_grad():
-        handle.set_tokens(tokens)
+        handle["interaction"].set_tokens(tokens)
         assert (bench.step() - gated).abs().max() < 1e-6
     assert (plain - gated).abs().max() > 5e-5
     assert torch.equal(bench.step(), plain)
@@ -120,18 +120,20 @@ def test_doctor_says_what_can_run_and_why_not(capsys):
 
 
 def test_doctor_says_what_is_attached(pipe):
-    assert "interaction adapter: none" in doctor(pipe)
+    assert "adapters: none" in doctor(pipe)
     with attach(pipe, trained_adapter(pipe.unet)) as handle:
-        assert "asked of it: nothing" in doctor(pipe)
+        assert "interaction scene: none" in doctor(pipe)
         handle.set_scene([[RIDING], []], strength=0.5, schedule=(0.2, 0.3, 0.5), fast=True)
         report = doctor(pipe)
         assert "11 sites of width 16, 32), " in report
-        assert "asked of it: 2 scenes at strength 0.5, schedule [0.2, 0.3, 0.5], fast" in report
-        handle.set_tokens(torch.zeros(1, 9, 24))
-        assert "asked of it: tokens at strength 1" in doctor(pipe)
-    assert "interaction adapter: none" in doctor(pipe)
+        assert "interaction scene: 2 scenes at strength 0.5, schedule [0.2, 0.3, 0.5], fast" in report
+        handle["interaction"].set_tokens(torch.zeros(1, 9, 24))
+        assert "interaction scene: tokens at strength 1" in doctor(pipe)
+    assert "adapters: none" in doctor(pipe)
 
 
 def test_doctor_loads_what_it_is_asked_about(capsys):
     assert main(["doctor", "--model", "stickworld"]) == 0
-    assert "2.6 M parameters, up to 4 interactions, with grid positions" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    for words in ("interaction adapter: 2.6 M parameters", "max_interactions 4", "grid_positions True"):
+        assert words in report

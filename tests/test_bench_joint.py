@@ -26,7 +26,7 @@ def test_every_way_is_what_it_is_called() -> None:
 def test_keys_and_values_of_a_run_are_not_timed() -> None:
     timed = JointBench(TINY, grid=6, window=2)
     calls: list[int] = []
-    for reader in timed.adapter.readers.values():
+    for reader in timed.adapter.cross_attentions.values():
         reader.to_k.register_forward_hook(lambda *_: calls.append(1))
     made: list[int] = []
     timed.round(lambda step: made.append(len(calls)) or step())

@@ -13,7 +13,8 @@ from tiny_dit import draw, trained_layers
 from interactdiff import AdapterError, attach
 from interactdiff.clear import ClearConfig, ClearError, linearize
 from interactdiff.clear.attention import least_tokens
-from interactdiff.clear.handle import attached_clear
+from interactdiff.handle import attached_bindings
+from interactdiff.processors import keys_processor
 from interactdiff.sites import attention_sites, denoiser_of
 
 PIPES = ["flux_pipe", "sd3_pipe", "pipe", "xl_pipe"]
@@ -28,7 +29,7 @@ def test_a_window_over_the_whole_grid_is_full_attention(any_pipe: Any) -> None:
     expected = draw(any_pipe)
     with linearize(any_pipe, window=100, min_tokens=0) as handle:
         assert torch.allclose(draw(any_pipe), expected, atol=1e-4)
-        assert handle.active
+        assert handle["clear"].active
 
 
 def test_a_small_window_acts_and_detaching_leaves_nothing(any_pipe: Any) -> None:
@@ -49,7 +50,7 @@ def test_a_small_window_acts_and_detaching_leaves_nothing(any_pipe: Any) -> None
     assert len(denoiser._forward_pre_hooks) == hooks
     assert torch.equal(draw(any_pipe), expected)
     with pytest.raises(AdapterError, match="got a handle that is detached"):
-        handle.configure(min_tokens=0)
+        handle["clear"].configure(min_tokens=0)
 
 
 def test_the_base_draws_below_the_least_tokens_and_it_is_said_once(
@@ -62,7 +63,7 @@ def test_the_base_draws_below_the_least_tokens_and_it_is_said_once(
     told = [str(w.message) for w in recwarn if "CLEAR is off" in str(w.message)]
     assert len(told) == 1
     assert f"below {least_tokens(2)} full attention is faster" in told[0]
-    assert not handle.active
+    assert not handle["clear"].active
 
 
 def test_the_grid_comes_from_each_call(any_pipe: Any) -> None:
@@ -78,7 +79,7 @@ def test_only_large_grids_of_a_unet_get_windows(pipe: Any) -> None:
     sites = attention_sites(pipe.unet)
     with linearize(pipe, window=2, min_tokens=8 * 16) as handle:  # 32 px: 16 x 16 latents, 8 x 8 below
         draw(pipe)
-        on = [swap.site.level for swap in handle._swaps if swap.on]
+        on = [site.level for site in handle["clear"].active_sites]
     assert set(on) == {0}
     assert len(on) == sum(site.level == 0 for site in sites)
 
@@ -129,7 +130,7 @@ def test_half_precision(flux_pipe: Any, dtype: torch.dtype) -> None:
     for backend in ("reference", "tiles"):
         with linearize(flux_pipe, weights=layers, min_tokens=0, backend=backend) as handle:
             drawn.append(draw(flux_pipe))
-            assert {p.dtype for p in handle.adapter.parameters()} == {dtype}
+            assert {p.dtype for p in handle["clear"].adapter.parameters()} == {dtype}
     assert {tensor.dtype for tensor in drawn} == {dtype}
     assert torch.allclose(*drawn, atol=0.1)
 
@@ -154,28 +155,31 @@ def test_compiled_as_one_graph_and_for_sizes_above_and_below(flux_pipe: Any, how
     handle = linearize(flux_pipe, weights=layers, min_tokens=0)
     assert torch.allclose(draw(flux_pipe), expected, atol=1e-4)
     assert len(graphs) == 1
-    handle.configure(min_tokens=1000)
+    handle["clear"].configure(min_tokens=1000)
     with pytest.warns(UserWarning, match="CLEAR is off"):
         assert torch.allclose(draw(flux_pipe), plain, atol=1e-4)
-    handle.configure(min_tokens=0)
+    handle["clear"].configure(min_tokens=0)
     assert torch.allclose(draw(flux_pipe), expected, atol=1e-4)
     torch.compiler.reset()
 
 
 def test_proportional_scale_and_rotary_base_change_pictures_and_end(flux_pipe: Any) -> None:
-    own = flux_pipe.transformer.pos_embed.theta
+    own, during = flux_pipe.transformer.pos_embed.theta, []
+    flux_pipe.transformer.pos_embed.register_forward_pre_hook(lambda module, _: during.append(module.theta))
     with linearize(flux_pipe, window=3, min_tokens=0) as handle:
         plain = draw(flux_pipe)
-        handle.configure(proportional=True)
+        handle["clear"].configure(proportional=True)
         scaled = draw(flux_pipe)
-        handle.configure(proportional=False, ntk_factor=10.0)
+        handle["clear"].configure(proportional=False, ntk_factor=10.0)
         stretched = draw(flux_pipe)
-        assert flux_pipe.transformer.pos_embed.theta == 10 * own
-        handle.configure(min_tokens=1000)
+        assert set(during) == {own, 10 * own}
+        assert flux_pipe.transformer.pos_embed.theta == own, "it is stretched between calls too"
+        during.clear()
+        handle["clear"].configure(min_tokens=1000)
         with pytest.warns(UserWarning, match="CLEAR is off"):
             draw(flux_pipe)
-        assert flux_pipe.transformer.pos_embed.theta == own
-        handle.configure(min_tokens=0)
+        assert set(during) == {own}
+        handle["clear"].configure(min_tokens=0)
         draw(flux_pipe)
     assert flux_pipe.transformer.pos_embed.theta == own
     assert not torch.allclose(plain, scaled, atol=1e-3)
@@ -184,20 +188,20 @@ def test_proportional_scale_and_rotary_base_change_pictures_and_end(flux_pipe: A
 
 def test_attention_backends_of_diffusers_reach_the_windows(flux_pipe: Any) -> None:
     transformer = flux_pipe.transformer
-    own = [site.attention.processor for site in attention_sites(transformer)]
+    own = [site.module.processor for site in attention_sites(transformer)]
     with linearize(flux_pipe, window=3, min_tokens=0):
         expected = draw(flux_pipe)
         transformer.set_attention_backend("_native_math")
         assert torch.allclose(draw(flux_pipe), expected, atol=1e-4)
         for site in attention_sites(transformer):
-            site.attention.processor._attention_backend = "xformers"
+            site.module.processor._attention_backend = "xformers"
         with pytest.raises(ClearError, match="backend native or flex for windows, got xformers"):
             draw(flux_pipe)
         transformer.reset_attention_backend()
-        site.attention.processor._parallel_config = object()
+        site.module.processor._parallel_config = object()
         with pytest.raises(ClearError, match="got context parallelism"):
             draw(flux_pipe)
-        site.attention.processor._parallel_config = None
+        site.module.processor._parallel_config = None
     transformer.set_attention_backend("native")
     assert [p._attention_backend for p in own] == ["native"] * 3
     transformer.reset_attention_backend()
@@ -216,8 +220,8 @@ def test_bad_input_is_one_sentence(flux_pipe: Any, sd3_pipe: Any) -> None:
         linearize(sd3_pipe, ntk_factor=10.0)
     with pytest.raises(AdapterError, match="or a pipeline that has one, got Linear"):
         linearize(torch.nn.Linear(1, 1))
-    assert attached_clear(flux_pipe.transformer) is None
-    assert attached_clear(sd3_pipe.transformer) is None
+    assert not attached_bindings(flux_pipe.transformer)
+    assert not attached_bindings(sd3_pipe.transformer)
     with (
         linearize(flux_pipe, window=2, down_factor=3, min_tokens=0),
         pytest.raises(ClearError, match="expected a number that divides the grid 8 x 8, got 3"),
@@ -262,17 +266,28 @@ def test_calls_that_windows_cannot_serve_are_refused_before_anything_runs(flux_p
         reference = torch.cat([ids, ids + torch.tensor([1.0, 0.0, 0.0])])  # Kontext's second picture
         with pytest.raises(AdapterError, match="got 32 tokens with places in 4 x 4"):
             transformer(**call | {"img_ids": reference, "hidden_states": torch.zeros(1, 32, 16)})
+        mask = {"attention_mask": torch.ones(19, 19)}
+        with pytest.raises(AdapterError, match=r"expected no attention mask beside windows .*attn, got one"):
+            transformer(**call, joint_attention_kwargs=mask)
         attention = transformer.transformer_blocks[0].attn
+        processor = keys_processor(attention_sites(transformer)[0])
         states, text = torch.zeros(1, 16, 32), torch.zeros(1, 3, 32)
-        with pytest.raises(ClearError, match="image_rotary_emb, the tables of rotary positions, got none"):
-            attention(states, text)
-        with pytest.raises(ClearError, match="expected no attention mask beside a window, got one"):
-            attention(states, text, attention_mask=torch.ones(19, 19))
+        with pytest.raises(AdapterError, match="image_rotary_emb, the tables of rotary positions, got none"):
+            processor(attention, states, text)
 
 
-def test_new_processors_made_by_an_ip_adapter_are_refused_in_words(flux_pipe: Any) -> None:
+def test_processors_of_an_ip_adapter_are_refused_in_words_and_survived(flux_pipe: Any) -> None:
+    """Between calls the base has its own processors, so that whoever replaces them replaces those."""
+    attention = flux_pipe.transformer.transformer_blocks[0].attn
+    own = attention.processor
     with linearize(flux_pipe, window=2, min_tokens=0):
-        draw(flux_pipe)
-        kind = type(flux_pipe.transformer.transformer_blocks[0].attn.processor)
-        with pytest.raises(AdapterError, match="load the IP-Adapter before it is attached"):
-            kind()
+        expected = draw(flux_pipe)
+        assert attention.processor is own
+        attention.set_processor(FluxIPAdapterAttnProcessor(32, 8))
+        with pytest.raises(
+            AdapterError, match=r"stock attention processor .* got FluxIPAdapterAttnProcessor"
+        ):
+            draw(flux_pipe)
+        attention.set_processor(type(own)())
+        assert torch.equal(draw(flux_pipe), expected)
+    assert type(attention.processor) is type(own)

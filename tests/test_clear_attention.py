@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import create_mask
 
 import interactdiff.clear.attention as attention
 import interactdiff.clear.flex as flex
-import interactdiff.clear.partial as parts
 import interactdiff.clear.tiles as tiles
+import interactdiff.merge as parts
 from interactdiff.bench.memory import peak_memory
 from interactdiff.clear import (
     ClearError,

@@ -12,7 +12,7 @@ from tiny_dit import draw, tiny_flux, trained_layers
 from interactdiff import AdapterError, attach
 from interactdiff.clear import ClearAdapter, ClearConfig, linearize
 from interactdiff.clear.adapter import SPATIAL_WEIGHT, expected_tensors
-from interactdiff.clear.handle import attached_clear
+from interactdiff.handle import attached_bindings
 
 
 def test_layers_are_saved_under_the_bases_own_names_and_load_again(flux_pipe: Any, tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_layers_are_saved_under_the_bases_own_names_and_load_again(flux_pipe: An
         loaded = ClearAdapter.from_pretrained(where)
         assert loaded.config == ClearConfig(3, 2)
         with attach(flux_pipe, loaded) as handle:
-            handle.configure(min_tokens=0)
+            handle["clear"].configure(min_tokens=0)
             assert torch.equal(draw(flux_pipe), expected)
 
 
@@ -42,7 +42,7 @@ def test_published_files_load_by_their_names(
     save_file(layers.state_dict(), tmp_path / name)
     for weights in (tmp_path / name, tmp_path):
         with linearize(flux_pipe, window, factor, weights) as handle:
-            assert handle.adapter.config == ClearConfig(window, factor)
+            assert handle["clear"].adapter.config == ClearConfig(window, factor)
     with pytest.raises(AdapterError) as refused:
         linearize(flux_pipe, 64, 2, tmp_path / name)
     assert str(refused.value) == (
@@ -75,7 +75,7 @@ def test_layers_that_do_not_fit_are_refused_before_anything_is_touched(
         linearize(flux_pipe, 8, weights=tmp_path / "clear_local_8.safetensors")
     assert words in str(refused.value)
     assert "window 8 and down factor 1 for FluxTransformer2DModel" in str(refused.value)
-    assert attached_clear(flux_pipe.transformer) is None
+    assert not attached_bindings(flux_pipe.transformer)
 
 
 def test_a_file_whose_name_tells_nothing_needs_a_window(flux_pipe: Any, tmp_path: Path) -> None:

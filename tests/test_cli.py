@@ -16,7 +16,7 @@ from tiny import trained_adapter
 import interactdiff.commands.demo
 import interactdiff.stickworld
 from interactdiff.cli import main
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.picture import enlarged, read_record, save_picture
 from interactdiff.scene import Interaction, Scene
@@ -61,7 +61,7 @@ def test_generate_writes_a_picture_that_says_how_it_was_drawn(
     record = read_record("out.png")
     assert record.scene == Scene("a person", (Interaction.parse(RIDING),), seed=7, steps=2)
     assert record.model == str(models / "model")
-    assert record.adapter == str(models / "adapter")
+    assert record.adapters == {"interaction": str(models / "adapter")}
     assert Image.open("out.png").size == (16, 16)
     assert max(Image.open("out.overlay.png").size) >= 480
     assert sorted(path.name for path in Path().iterdir()) == ["out.overlay.png", "out.png"]
@@ -141,7 +141,7 @@ def test_the_bundled_scene_uses_words_of_stickworld() -> None:
 def test_packaged_names_last_and_take_their_adapter(packaged: Path) -> None:
     assert main(["generate", "a", "--interaction", RIDING, "--steps", "2"]) == 0
     record = read_record("out.png")
-    assert (record.model, record.adapter) == ("stickworld", "stickworld-interaction")
+    assert (record.model, record.adapters) == ("stickworld", {"interaction": "stickworld-interaction"})
 
 
 def test_an_incomplete_install_is_named(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,10 +345,10 @@ def test_help_needs_no_torch() -> None:
 def test_ctrl_c_is_quiet(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Drawer, "draw", interrupted)
+    monkeypatch.setattr(ScenePipeline, "generate", interrupted)
     assert generate(models, "a person") == 130
     assert capsys.readouterr() == ("", "")
     assert list(Path().iterdir()) == []

@@ -8,7 +8,7 @@ from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from tiny import BOXES_ONLY, FEEDING, RIDING, Calls, close, draw, trained_adapter
 from torch import nn
 
-from interactdiff.attach import attach
+from interactdiff.handle import attach
 from interactdiff.interaction.phrases import encode_phrases
 from interactdiff.interaction.tokens import scene_tensors
 
@@ -30,7 +30,7 @@ def test_fuser_acts_between_self_and_cross_attention(unet, adapter):
     expected = reference(x, 7, context, cross_attention_kwargs={"gligen": {"input": tokens}}).sample
     with attach(unet, adapter) as handle:
         base = unet(x, 7, context).sample
-        handle.set_tokens(tokens)
+        handle["interaction"].set_tokens(tokens)
         assert close(unet(x, 7, context).sample, expected)
     assert not close(base, expected)
 
@@ -65,9 +65,9 @@ def test_unconditional_half_reads_the_same_tokens_with_every_mask_0(pipe, adapte
     conditional = adapter(**tensors)
     unconditional = adapter(**{**tensors, "masks": torch.zeros(1, 3), "action_masks": torch.zeros(1, 3)})
     with torch.no_grad(), attach(pipe.unet, adapter) as handle:
-        handle.set_tokens(torch.cat([unconditional, conditional]))
+        handle["interaction"].set_tokens(torch.cat([unconditional, conditional]))
         assert close(pipe.unet(sample, timestep, kwargs["encoder_hidden_states"]).sample, noise)
-        handle.set_tokens(torch.cat([conditional, conditional]))
+        handle["interaction"].set_tokens(torch.cat([conditional, conditional]))
         assert not close(pipe.unet(sample, timestep, kwargs["encoder_hidden_states"]).sample, noise)
 
 
@@ -134,7 +134,7 @@ def test_grid_positions_follow_the_picture_s_shape(unet, adapter, size):
             lambda _, args, __, path=path: seen.update({path: args[0]})
         )
     with attach(unet, adapter) as handle:
-        handle.set_tokens(torch.randn(1, 9, 24))
+        handle["interaction"].set_tokens(torch.randn(1, 9, 24))
         for height, width in ((4, 4), size):
             unet(torch.randn(1, 4, height, width), 1, torch.randn(1, 5, 24))
     cells = {path: len(features) for path, features in seen.items()}
@@ -204,7 +204,7 @@ def test_schedule_follows_each_run_s_number_of_steps(pipe, adapter):
 def test_bare_unet_counts_steps_if_told_how_many(unet, adapter):
     fused = Calls(next(iter(adapter.fusers.values())).attn.to_q)
     with attach(unet, adapter) as handle:
-        handle.set_tokens(torch.randn(1, 9, 24), schedule=0.5, num_inference_steps=4)
+        handle["interaction"].set_tokens(torch.randn(1, 9, 24), schedule=0.5, num_inference_steps=4)
         for timestep in (900, 600, 300, 1):
             unet(torch.randn(1, 4, 8, 8), timestep, torch.randn(1, 5, 24))
     assert fused.count == 2
@@ -221,7 +221,7 @@ def loss_and_gradients(unet, adapter) -> tuple[float, dict[str, torch.Tensor]]:
     }
     x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 24, generator=generator)
     with attach(unet, adapter) as handle:
-        handle.set_tokens(adapter(**scene_tensors([[RIDING], [FEEDING]], phrases, 3)))
+        handle["interaction"].set_tokens(adapter(**scene_tensors([[RIDING], [FEEDING]], phrases, 3)))
         loss = unet(x, torch.tensor([5, 700]), context).sample.square().mean()
         adapter.zero_grad()
         loss.backward()
@@ -247,14 +247,14 @@ def test_an_untrained_adapter_changes_no_bit(unet, adapter, init):
     untrained = type(adapter).for_unet(unet, init=init, grid_positions=True)
     base = unet(x, 1, context).sample
     with attach(unet, untrained) as handle:
-        handle.set_tokens(torch.randn(1, 90, 24))
+        handle["interaction"].set_tokens(torch.randn(1, 90, 24))
         assert torch.equal(unet(x, 1, context).sample, base)
 
 
 def test_training_keeps_float32_weights_on_a_half_precision_base(unet, adapter):
     unet.to(torch.bfloat16)
     with attach(unet, adapter.train()) as handle, torch.autocast("cpu", dtype=torch.bfloat16):
-        handle.set_tokens(torch.randn(1, 9, 24, requires_grad=True))
+        handle["interaction"].set_tokens(torch.randn(1, 9, 24, requires_grad=True))
         x, context = torch.randn(1, 4, 8, 8).bfloat16(), torch.randn(1, 5, 24).bfloat16()
         out = unet(x, 1, context).sample
         out.float().sum().backward()

@@ -12,8 +12,8 @@ from containers import publish
 from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
 from torch import Tensor
 
-from interactdiff.attach import attach
 from interactdiff.checkpoint import AdapterError
+from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.pipelines import (
     InteractionStableDiffusionPipeline,

@@ -11,11 +11,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from world_truth import perfect
 
-from interactdiff.attach import attach
-from interactdiff.checkpoint import AdapterError
 from interactdiff.clear import ClearAdapter, ClearConfig
-from interactdiff.clear.handle import attached_clear
 from interactdiff.cli import main
+from interactdiff.errors import AdapterError
 from interactdiff.evaluation.sampling import (
     PictureRequest,
     Sampling,
@@ -28,7 +26,8 @@ from interactdiff.evaluation.sampling import (
 )
 from interactdiff.evaluation.table import format_table
 from interactdiff.evaluation.world import evaluate_world, packaged_detector, swap_scores
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
+from interactdiff.handle import attach, attached_bindings
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.models import ModelError
 from interactdiff.scene import SceneError
@@ -102,8 +101,8 @@ def test_rows_are_drawn_with_entities_beside_the_interactions() -> None:
 
 
 @pytest.fixture
-def drawer(pipe: StableDiffusionPipeline, adapter: InteractionAdapter) -> Drawer:
-    return Drawer(pipe, attach(pipe, adapter), "tiny", "tiny-adapter")
+def drawer(pipe: StableDiffusionPipeline, adapter: InteractionAdapter) -> ScenePipeline:
+    return ScenePipeline(pipe, attach(pipe, adapter), "tiny", {"interaction": "tiny-adapter"})
 
 
 @pytest.fixture
@@ -112,7 +111,7 @@ def detector() -> Detector:
     return Detector((8, 8, 8, 8), reader_widths=(8, 8, 8, 8)).eval()
 
 
-def test_evaluate_world_gives_the_whole_table(drawer: Drawer, detector: Detector) -> None:
+def test_evaluate_world_gives_the_whole_table(drawer: ScenePipeline, detector: Detector) -> None:
     table = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter"]
     scores = ["hoi_map", "box_acc", "action_acc", "colour_acc"]
@@ -134,7 +133,7 @@ def test_evaluate_world_gives_the_whole_table(drawer: Drawer, detector: Detector
     assert f"chance {100 * table['action_swap']['chance']:.1f}" in text
 
 
-def test_fast_control_has_a_row_of_its_own(drawer: Drawer, detector: Detector) -> None:
+def test_fast_control_has_a_row_of_its_own(drawer: ScenePipeline, detector: Detector) -> None:
     table = evaluate_world(
         "", "", 1, 5, 3, 3, "cpu", progress=False, fast=True, drawer=drawer, detector=detector
     )
@@ -142,23 +141,24 @@ def test_fast_control_has_a_row_of_its_own(drawer: Drawer, detector: Detector) -
     assert "adapter, fast" in format_table(table)
 
 
-def test_windows_have_a_row_of_their_own(drawer: Drawer, detector: Detector) -> None:
+def test_windows_have_a_row_of_their_own(drawer: ScenePipeline, detector: Detector) -> None:
     windows = ClearAdapter(ClearConfig(2)).eval()
     table = evaluate_world(
         "", "", 1, 5, 3, 3, "cpu", progress=False, drawer=drawer, detector=detector, clear=windows
     )
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_clear"]
     assert "adapter+clear" in format_table(table)
-    assert attached_clear(drawer.denoiser) is None
+    names = [binding.adapter.name for binding in attached_bindings(drawer.denoiser)]
+    assert names == ["interaction"]
 
 
 def test_without_an_adapter_there_are_the_rows_that_need_none(
-    pipe: StableDiffusionPipeline, drawer: Drawer, detector: Detector
+    pipe: StableDiffusionPipeline, drawer: ScenePipeline, detector: Detector
 ) -> None:
     full = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
     assert drawer.handle is not None
     drawer.handle.detach()
-    bare = Drawer(pipe, None, "tiny", None)
+    bare = ScenePipeline(pipe, None, "tiny")
     table = evaluate_world("", None, 2, 5, 2, 3, "cpu", progress=False, drawer=bare, detector=detector)
     assert table["action_swap"] is table["intervals"]["action_swap"] is table["adapter"] is None
     assert list(table) == list(full)
@@ -176,7 +176,7 @@ def test_without_an_adapter_there_are_the_rows_that_need_none(
 
 
 def test_pictures_are_drawn_at_a_size_and_averaged_down_to_the_detectors(
-    drawer: Drawer, detector: Detector
+    drawer: ScenePipeline, detector: Detector
 ) -> None:
     drawn = draw_pictures([PictureRequest(0, "a person")], drawer, 0, Sampling(1, size=24))
     assert drawn.shape == (1, 3, 24, 24)
@@ -194,7 +194,7 @@ def test_pictures_are_drawn_at_a_size_and_averaged_down_to_the_detectors(
         evaluate_world("", "", 1, 5, 1, 3, "cpu", size=20, drawer=drawer, detector=detector)
 
 
-def test_a_unet_is_called_as_it_always_was(drawer: Drawer, pipe: StableDiffusionPipeline) -> None:
+def test_a_unet_is_called_as_it_always_was(drawer: ScenePipeline, pipe: StableDiffusionPipeline) -> None:
     request = PictureRequest(3, "a person")
     got = draw_pictures([request], drawer, 2, Sampling(2, 3.0))
     noise = torch.Generator().manual_seed(HELD_OUT + 2_000_003)
@@ -250,7 +250,7 @@ def test_a_detector_brings_its_world(
     assert "expected 1 to 2 interactions a scene, got 3" in capsys.readouterr().err
 
 
-def test_scores_of_the_plain_world_are_those_of_before(drawer: Drawer) -> None:
+def test_scores_of_the_plain_world_are_those_of_before(drawer: ScenePipeline) -> None:
     """Of its own detector on two scenes: no identity, no appearance, and every box."""
     bare = replace(drawer, model="stickworld")
     table = evaluate_world("", "", 2, 5, 1, 3, "cpu", progress=False, drawer=bare)
@@ -260,7 +260,7 @@ def test_scores_of_the_plain_world_are_those_of_before(drawer: Drawer) -> None:
         evaluate_world("", "", 2, 5, 1, 3, "cpu", drawer=bare, word_iou=1)
 
 
-def test_pictures_do_not_depend_on_the_batch(drawer: Drawer) -> None:
+def test_pictures_do_not_depend_on_the_batch(drawer: ScenePipeline) -> None:
     scenes = held_out_scenes(3, seed=0)
     requests = [PictureRequest(n, scene.caption, scene.interactions()) for n, scene in enumerate(scenes)]
     together = draw_pictures(requests, drawer, seed=0, how=Sampling(2))
@@ -270,7 +270,7 @@ def test_pictures_do_not_depend_on_the_batch(drawer: Drawer) -> None:
 
 
 def test_the_base_row_is_the_base_and_the_others_are_not(
-    drawer: Drawer, pipe: StableDiffusionPipeline
+    drawer: ScenePipeline, pipe: StableDiffusionPipeline
 ) -> None:
     scene = held_out_scenes(1, seed=0)[0]
     controlled = draw_pictures(
@@ -280,13 +280,13 @@ def test_the_base_row_is_the_base_and_the_others_are_not(
     assert drawer.handle is not None
     drawer.handle.detach()
     without = draw_pictures(
-        [PictureRequest(0, scene.caption)], Drawer(pipe, None, "tiny", None), seed=0, how=Sampling(2)
+        [PictureRequest(0, scene.caption)], ScenePipeline(pipe, None, "tiny"), seed=0, how=Sampling(2)
     )
     assert torch.equal(uncontrolled, without)
     assert not torch.allclose(uncontrolled, controlled, atol=1e-3)
 
 
-def test_a_picture_requested_twice_is_drawn_once(drawer: Drawer, detector: Detector) -> None:
+def test_a_picture_requested_twice_is_drawn_once(drawer: ScenePipeline, detector: Detector) -> None:
     drawn = []
     hook = drawer.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: drawn.append(len(args[0])))
     requests = [PictureRequest(0, "a person"), PictureRequest(1, "a person"), PictureRequest(0, "a person")]
@@ -296,7 +296,7 @@ def test_a_picture_requested_twice_is_drawn_once(drawer: Drawer, detector: Detec
     assert set(found) == set(requests)
 
 
-def test_seed_out_of_range_is_refused(drawer: Drawer, detector: Detector) -> None:
+def test_seed_out_of_range_is_refused(drawer: ScenePipeline, detector: Detector) -> None:
     with pytest.raises(SceneError, match=r"expected a seed .* got -1"):
         evaluate_world("", "", 1, -1, 1, 1, "cpu", drawer=drawer, detector=detector)
 

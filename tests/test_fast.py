@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import FEEDING, RIDING, Calls, close, draw
 
-import interactdiff.interaction.control
-from interactdiff.attach import attach
+import interactdiff.interaction.active_scene
+from interactdiff.handle import attach
 from interactdiff.schedule import refreshes
 
 STEPS = 8
@@ -22,7 +22,7 @@ def test_computing_at_every_step_is_the_exact_way(pipe, adapter, monkeypatch):
         exact = draw(pipe, ["a dog", "a bike", "a child"], num_inference_steps=STEPS)
         handle.set_scene([[RIDING], [], [FEEDING]], fast=True)
         fast = draw(pipe, ["a dog", "a bike", "a child"], num_inference_steps=STEPS)
-        monkeypatch.setattr(interactdiff.interaction.control, "refreshes", lambda step: True)
+        monkeypatch.setattr(interactdiff.interaction.active_scene, "refreshes", lambda step: True)
         assert torch.equal(draw(pipe, ["a dog", "a bike", "a child"], num_inference_steps=STEPS), exact)
     assert torch.equal(fast[1], exact[1]), "an image without a scene changed"
     assert not torch.equal(fast, exact)

@@ -14,7 +14,7 @@ from test_support import PICTURE, controlnet, from_base
 from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from interactdiff.attach import attach
+from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.scene import Entity, Interaction, SceneError
 

@@ -14,16 +14,19 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from safetensors import safe_open
 from torch import Tensor
 
-from interactdiff.attach import attach
-from interactdiff.clear import ClearAdapter, ClearConfig
+from interactdiff.adapter import Host
+from interactdiff.clear import ClearAdapter, ClearBinding, ClearConfig
 from interactdiff.clear.adapter import SPATIAL_WEIGHT
+from interactdiff.clear.binding import WindowSite
 from interactdiff.clear.flex import can_run_flex
-from interactdiff.clear.processors import Layout, window_processor
+from interactdiff.families import FAMILIES
+from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.fuser import GatedSelfAttention
+from interactdiff.interaction.ldm import adapter_tensors_from_ldm, unet_from_ldm
 from interactdiff.interaction.tokens import InteractionTokenizer
-from interactdiff.ldm import adapter_tensors_from_ldm, unet_from_ldm
-from interactdiff.sites import AttentionSite
+from interactdiff.processors import keys_processor
+from interactdiff.sites import Site
 
 BACKENDS = ["auto", "reference", "tiles", "flex"]
 FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -121,7 +124,7 @@ def test_whole_unet_through_the_converter(golden: Golden):
     x, timesteps, context = (scene.pop(name) for name in ("x", "timesteps", "context"))
     with attach(unet, adapter) as handle:
         for scale, expected in golden.scaled_outputs("eps").items():
-            handle.set_tokens(adapter(**scene), strength=scale)
+            handle["interaction"].set_tokens(adapter(**scene), strength=scale)
             assert off_by(unet(x, timesteps, context).sample, expected) < 1e-3, f"scale {scale}"
 
 
@@ -142,8 +145,12 @@ def test_clear_attention(golden: Golden, name: str, case: dict[str, int], backen
     layer = flux_attention(state, case)
     pooling = {f"attn.{SPATIAL_WEIGHT}": state["spatial_weight"]} if "spatial_weight" in state else {}
     adapter = ClearAdapter(ClearConfig(case["window_size"], case["down_factor"]), pooling)
-    layout = Layout((case["height"], case["width"]), case["text_length"], backend, "proportional" in name)
-    layer.processor = window_processor(AttentionSite("attn", layer, "first"), adapter, layout)
+    layer.processor = keys_processor(site := Site("attn", layer, "joint", kind=FAMILIES[0].sites[0]))
+    binding = ClearBinding(adapter, Host(layer, (site,), None))  # type: ignore[arg-type]
+    binding.configure(backend=backend, proportional="proportional" in name)
+    window = WindowSite(site, binding)
+    window.grid, window.backend = (case["height"], case["width"]), backend
+    layer.processor.own, layer.processor.text_length = window.edits[0].fn, case["text_length"]  # type: ignore[union-attr]
     tables = inputs.pop("rope_cos"), inputs.pop("rope_sin")
     got = layer(**inputs, image_rotary_emb=tables)
     got = got if isinstance(got, tuple) else (got,)

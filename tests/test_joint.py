@@ -36,7 +36,7 @@ def reader(dtype: torch.dtype = torch.float32) -> JointCrossAttention:
 def test_reads_as_the_formula_says(structured: bool, dtype: torch.dtype) -> None:
     queries = torch.randn(2, HEADS, 24, 8, generator=torch.Generator().manual_seed(2))
     asked, module = scenes(torch.float64), reader(torch.float64)
-    seen, grid = asked.seen(GRID, structured), grid_features(*GRID)
+    seen, grid = asked.attn_mask(GRID, structured), grid_features(*GRID)
     assert seen is not None
     cells = seen[:, 0, :, :-1].expand(2, 24, 4)
     expected = joint_cross_attention_oracle(module, queries.double(), asked, grid.double(), 0.7, cells)
@@ -48,7 +48,7 @@ def test_reads_as_the_formula_says(structured: bool, dtype: torch.dtype) -> None
 
 
 def test_a_token_is_seen_by_the_cells_that_its_box_touches() -> None:
-    seen = scenes().seen(GRID, structured=True)
+    seen = scenes().attn_mask(GRID, structured=True)
     assert seen is not None
     cells = seen[0, 0].unflatten(0, GRID)
     assert cells[..., 0].nonzero().tolist() == [[y, x] for y in range(2) for x in range(3)]
@@ -61,8 +61,8 @@ def test_a_token_is_seen_by_the_cells_that_its_box_touches() -> None:
 
 def test_no_mask_is_made_where_all_see_all() -> None:
     whole = scenes()._replace(weights=torch.ones(2, 4))
-    assert whole.seen(GRID, structured=False) is None
-    seen = scenes().seen(GRID, structured=False)
+    assert whole.attn_mask(GRID, structured=False) is None
+    seen = scenes().attn_mask(GRID, structured=False)
     assert seen is not None
     assert seen.shape == (2, 1, 1, 5)
 
@@ -75,7 +75,7 @@ def test_a_cell_that_sees_nothing_is_left_alone() -> None:
         module.keys_values(only),
         module.positions(grid_features(*GRID)),
         1.0,
-        only.seen(GRID, structured=True),
+        only.attn_mask(GRID, structured=True),
     )
     outside = torch.ones(GRID, dtype=torch.bool)
     outside[:2, :3] = False

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from interactdiff.checkpoint import AdapterError
-from interactdiff.ldm import adapter_tensors_from_ldm, unet_config_from_ldm, unet_from_ldm
+from interactdiff.interaction.ldm import adapter_tensors_from_ldm, unet_config_from_ldm, unet_from_ldm
 from interactdiff.sites import Base
 
 LDM = {

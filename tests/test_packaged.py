@@ -15,7 +15,7 @@ from interactdiff.evaluation.captions import text_scores
 from interactdiff.evaluation.hoi import with_interval
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
 from interactdiff.evaluation.world import evaluate_world, packaged_detector
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.models import PACKAGED, default_adapter
 from interactdiff.picture import read_record
 from interactdiff.scene import Scene
@@ -49,7 +49,7 @@ def test_all_packaged_weights_are_of_40_mb_together() -> None:
     assert sum(path.stat().st_size for path in weights) <= 40_000_000
 
 
-def found_of_captions(drawer: Drawer) -> list[float]:
+def found_of_captions(drawer: ScenePipeline) -> list[float]:
     """Shares of what a few captions say that is found in the pictures: objects, actions, colours."""
     info = PACKAGED[drawer.model]
     scenes = held_out_scenes(12, 3, info.plain_world)
@@ -61,14 +61,14 @@ def found_of_captions(drawer: Drawer) -> list[float]:
 
 def test_the_transformer_draws_what_captions_say() -> None:
     """`evaluate --world --model stickworld-dit` has the whole score; this would catch weights mixed up."""
-    drawer = Drawer.load("stickworld-dit", device="cpu")
+    drawer = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
     assert type(drawer.pipeline) is FluxPipeline
     drawer.pipeline.set_progress_bar_config(disable=True)
     assert min(found_of_captions(drawer)) > 0.6
     layers = ClearAdapter.from_pretrained(model_path("stickworld-dit-clear"))
     with linearize(drawer.pipeline, weights=layers, min_tokens=0) as handle:
         assert min(found_of_captions(drawer)) > 0.55  # untrained windows: 0.47
-        assert handle.active
+        assert handle["clear"].active
 
 
 def test_the_base_is_a_stock_pipeline_without_a_safety_checker() -> None:
@@ -90,18 +90,18 @@ def test_the_demo_draws_offline(
 
 
 def test_guidance_is_what_suits_the_packaged_model() -> None:
-    drawer = Drawer.load(device="cpu")
+    drawer = ScenePipeline.from_pretrained(device="cpu")
     drawer.pipeline.set_progress_bar_config(disable=True)
-    own, asked, stock = (drawer.draw(Scene("a dog", steps=2, guidance_scale=g)) for g in (None, 2.0, 7.5))
+    own, asked, stock = (drawer.generate(Scene("a dog", steps=2, guidance_scale=g)) for g in (None, 2.0, 7.5))
     assert own.tobytes() == asked.tobytes() != stock.tobytes()
     elsewhere = replace(drawer, model="/a/folder")
-    assert elsewhere.draw(Scene("a dog", steps=2)).tobytes() == stock.tobytes()
+    assert elsewhere.generate(Scene("a dog", steps=2)).tobytes() == stock.tobytes()
 
 
 @pytest.mark.parametrize(("model", "boxes", "base"), [("stickworld", 0.6, 0.3), ("stickworld-dit", 0.9, 0.6)])
 def test_control_beats_the_caption(model: str, boxes: float, base: float) -> None:
     adapter = default_adapter(model)
-    drawer = Drawer.load(model, device="cpu")
+    drawer = ScenePipeline.from_pretrained(model, device="cpu")
     table = evaluate_world(
         model, adapter, scenes=6, seed=3, steps=8, batch_size=12, device="cpu", progress=False, drawer=drawer,
         guidance_scale=PACKAGED[model].guidance_scale,
@@ -112,9 +112,15 @@ def test_control_beats_the_caption(model: str, boxes: float, base: float) -> Non
     assert rows["adapter"]["action_acc"] > rows["boxes_only"]["action_acc"]
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package's public names alone."""
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    example = readme.split("```python\n")[1].split("```")[0]
+    blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:3]]
+    imported = {line.split()[1] for block in blocks for line in block.splitlines() if "import" in line}
+    assert imported == {"diffusers", "interactdiff"}
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)
     assert Image.open("out.png").size == (96, 96)
+    exec(compile(blocks[1], "README.md", "exec"), names)
+    assert read_record("out.png").model == "stickworld-dit"

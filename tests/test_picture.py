@@ -30,7 +30,7 @@ GREY = (128, 128, 128)
 @pytest.fixture
 def record() -> Record:
     """Of a scene whose words need more than ASCII."""
-    return Record(Scene("café ☕", (RIDING,), seed=2**40), "stickworld", None, "cpu", "float32")
+    return Record(Scene("café ☕", (RIDING,), seed=2**40), "stickworld", {}, "cpu", "float32")
 
 
 def test_the_record_is_read_back(record: Record, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from diffusers import (
 )
 from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
 
-from interactdiff.attach import attach
 from interactdiff.checkpoint import AdapterError
+from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.phrases import pipeline_phrases
 from interactdiff.pipelines import (

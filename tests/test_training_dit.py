@@ -87,9 +87,9 @@ def test_what_the_recipes_write_is_loaded_by_stock_classes(folder: Path) -> None
     layers = ClearAdapter.from_pretrained(folder / "clear")
     assert layers.config == ClearConfig(2, 2)
     with attach(pipe, layers) as handle:
-        handle.configure(min_tokens=0)
+        handle["clear"].configure(min_tokens=0)
         pipe("a person", output_type="np", **how)
-        assert handle.active
+        assert handle["clear"].active
 
 
 def test_an_interaction_adapter_trains_on_the_frozen_transformer(folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_interaction_adapter_trains_on_the_frozen_transformer(folder: Path) -
     assert all(torch.equal(after[name], tensor.float()) for name, tensor in base.items())
     adapter = InteractionAdapter.from_pretrained(folder / "interaction")
     assert adapter.config.feature_dim == 16
-    assert all(reader.to_v.weight.abs().sum() > 0 for reader in adapter.readers.values())
+    assert all(reader.to_v.weight.abs().sum() > 0 for reader in adapter.cross_attentions.values())
 
 
 def test_an_untrained_transformer_predicts_nothing_yet(folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_teacher_and_student_share_all_but_attention() -> None:
     student = sharing_copy(teacher)
     layers = ClearAdapter.for_denoiser(student, ClearConfig(2)).train()
     handle = attach(student, layers)
-    handle.configure(min_tokens=0)
+    handle["clear"].configure(min_tokens=0)
     latents = torch.randn(1, 4, 8, 8)
     flow = FlowBatch(latents, torch.randn(1, 3, 12), torch.randn(1, 16), torch.Generator().manual_seed(0))
     before = teacher(**flow.inputs).sample

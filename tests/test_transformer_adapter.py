@@ -17,7 +17,6 @@ from tiny_dit import (
 )
 
 from interactdiff import AdapterError, InteractionAdapter, SceneError, attach
-from interactdiff.interaction.transformer import JoinedSite
 from interactdiff.sites import Base, joint_sites
 
 
@@ -80,13 +79,13 @@ def test_gradients_reach_the_adapter_alone(dit_pipe: Any) -> None:
     width = adapter.config.feature_dim
     features = {phrase: torch.randn(width) for phrase in ("person", "riding", "bike")}
     with attach(transformer, adapter) as handle:
-        handle.set_tokens(adapter(**adapter.scene_tensors([[RIDING], []], features)))
+        handle["interaction"].set_tokens(adapter(**adapter.scene_tensors([[RIDING], []], features)))
         inputs = flux_inputs() if isinstance(transformer, type(tiny_flux())) else sd3_inputs()
         transformer(**inputs).sample.square().mean().backward()
         with pytest.raises(SceneError, match="expected tokens for 1 batch rows, got 2"):
             transformer(**{name: t[:1] if "ids" not in name else t for name, t in inputs.items()})
         with pytest.raises(SceneError, match="expected SceneTokens of width 8, got Tensor"):
-            handle.set_tokens(torch.zeros(2, 3, 8))
+            handle["interaction"].set_tokens(torch.zeros(2, 3, 8))
     unused = {"null_action_feature", "null_positive_feature", "null_position_feature"}
     silent = {n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()}
     assert {name.split(".")[-1] for name in silent} <= unused
@@ -108,7 +107,7 @@ def test_sites_of_every_kind_of_attention() -> None:
 def test_queries_are_read_the_same_normalised_or_not() -> None:
     """SD3's first models do not normalise: their queries come from the projection."""
     normalised, plain = tiny_sd3(), tiny_sd3(qk_norm=None)
-    sites = [JoinedSite(joint_sites(one)[0], None) for one in (normalised, plain)]  # type: ignore[arg-type]
+    sites = [joint_sites(one)[0] for one in (normalised, plain)]
     by_head = torch.randn(1, 2, 5, 8)
     flat = by_head.transpose(1, 2).flatten(2)
-    assert torch.equal(sites[0]._by_head(by_head), sites[1]._by_head(flat))
+    assert torch.equal(sites[0].by_head(by_head), sites[1].by_head(flat))

@@ -130,7 +130,7 @@ def test_a_batch_of_scenes_is_each_of_them_alone(dit_pipe: Any) -> None:
 def test_keys_and_values_are_computed_once_a_run(dit_pipe: Any) -> None:
     adapter = trained_joint_adapter(dit_pipe.transformer)
     calls: list[int] = []
-    for reader in adapter.readers.values():
+    for reader in adapter.cross_attentions.values():
         reader.to_k.register_forward_hook(lambda *_: calls.append(1))
     with attach(dit_pipe, adapter) as handle:
         handle.set_scene([RIDING])
@@ -153,8 +153,8 @@ def test_strength(dit_pipe: Any) -> None:
 
 def acting_calls(pipe: Any, handle: Any, **arguments: Any) -> list[bool]:
     """Of each of a run's calls whether the adapter acts in it."""
-    site, acts = handle._place.sites[0], []
-    hook = pipe.transformer.register_forward_pre_hook(lambda *_: acts.append(site.call is not None))
+    site, acts = handle["interaction"].sites[0], []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: acts.append(site.state is not None))
     draw(pipe, **arguments)
     hook.remove()
     return acts
@@ -174,7 +174,7 @@ def test_fast_reads_at_some_steps(dit_pipe: Any) -> None:
     adapter = trained_joint_adapter(dit_pipe.transformer)
     asked = guided(dit_pipe) | {"num_inference_steps": 4}
     reads: list[int] = []
-    reader = next(iter(adapter.readers.values()))
+    reader = next(iter(adapter.cross_attentions.values()))
     reader.register_forward_hook(lambda *_: reads.append(1))
     with attach(dit_pipe, adapter) as handle:
         handle.set_scene([RIDING])
@@ -220,10 +220,10 @@ def test_a_base_in_half_precision(dit_pipe: Any) -> None:
     features = {phrase: torch.randn(adapter.config.feature_dim) for phrase in ("person", "riding", "bike")}
     inputs = flux_inputs() if "Flux" in type(dit_pipe).__name__ else sd3_inputs()
     with attach(transformer, adapter) as handle:
-        handle.set_tokens(adapter(**adapter.scene_tensors([[RIDING]] * 2, features)))
+        handle["interaction"].set_tokens(adapter(**adapter.scene_tensors([[RIDING]] * 2, features)))
         half = {n: t if "ids" in n or n == "timestep" else t.bfloat16() for n, t in inputs.items()}
         transformer(**half).sample.float().square().mean().backward()
-    assert all(reader.to_v.weight.grad is not None for reader in adapter.readers.values())
+    assert all(reader.to_v.weight.grad is not None for reader in adapter.cross_attentions.values())
 
 
 def test_processors_that_make_no_queries_are_named(sd3_pipe: Any) -> None:
@@ -366,7 +366,7 @@ def test_interactions_follow_every_stage_of_a_large_picture(dit_pipe: Any) -> No
     with attach(dit_pipe, adapter) as handle:
         handle.set_scene([RIDING], schedule=0.5)
         draw(dit_pipe, **guided(dit_pipe))
-        hook = next(iter(adapter.readers.values())).register_forward_hook(lambda *_: read.append(0))
+        hook = next(iter(adapter.cross_attentions.values())).register_forward_hook(lambda *_: read.append(0))
         enlarge = HighResolution(
             dit_pipe, scales=(1, 2), steps=4, strength=0.7, guidance_scale=3.0, progress=False
         )

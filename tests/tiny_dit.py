@@ -200,7 +200,7 @@ def trained_joint_adapter(transformer: Any, **joint: Any) -> InteractionAdapter:
         transformer, max_interactions=3, hidden=16, **{"token_dim": 8, "parts": 2} | joint
     )
     shaken(adapter, 8)
-    for reader in adapter.readers.values():
+    for reader in adapter.cross_attentions.values():
         reader.alpha.data.fill_(1.0)
         reader.to_v.weight.data *= 5
     return adapter

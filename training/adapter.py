@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from interactdiff import attach
-from interactdiff.generate import call_arguments, load_pipeline
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.phrases import pipeline_phrases
 from interactdiff.interaction.tokens import scene_phrases
 from interactdiff.picture import overlay
+from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.stickworld.captions import describe_object, describe_person, named_attributes, phrase
 from interactdiff.stickworld.layouts import sample_scene
@@ -152,7 +153,7 @@ class AdapterRecipe(Recipe):
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         tensors = in_random_slots(self._scene_tensors(batch["items"]), generator)
-        self.handle.set_tokens(self.model(**tensors))
+        self.handle["interaction"].set_tokens(self.model(**tensors))
         loss = self._loss_in_unet if self.in_unet else self._loss_in_transformer
         return loss(batch["latents"], batch["prompts"], generator)
 
@@ -173,7 +174,7 @@ class AdapterRecipe(Recipe):
         if new:
             with torch.autocast(self.device.type, enabled=False):
                 self.features |= self.encode(new)
-        return self.handle.adapter.scene_tensors(scenes, self.features)
+        return self.handle["interaction"].adapter.scene_tensors(scenes, self.features)
 
     @torch.no_grad()
     def sample(self) -> Image.Image:

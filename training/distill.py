@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from interactdiff.attach import attach
 from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
 from interactdiff.files import write_aside
-from interactdiff.generate import call_arguments
+from interactdiff.handle import attach
+from interactdiff.pipeline_calls import call_arguments
 from interactdiff.sites import attention_sites
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.world import HELD_OUT
@@ -43,7 +43,7 @@ class AttentionOutputs:
     def __init__(self, transformer: FluxTransformer2DModel):
         self.seen: list[Tensor] = []
         for site in attention_sites(transformer):
-            site.attention.register_forward_hook(self._keep)
+            site.module.register_forward_hook(self._keep)
         transformer.register_forward_pre_hook(lambda *_: self.seen.clear())
 
     def _keep(self, module: nn.Module, args: object, output: Any) -> None:
@@ -77,7 +77,7 @@ class DistillRecipe(Recipe):
                 got = f"layers for {trained.config}"
                 raise RecipeError(f"expected layers of which {adapter.config} can go on, got {got}")
         self.handle = attach(self.student, adapter.train())
-        self.handle.configure(min_tokens=0)
+        self.handle["clear"].configure(min_tokens=0)
         self.outputs = AttentionOutputs(self.teacher), AttentionOutputs(self.student)
         self.data = self_generated(self.pipe, config["data"], config["seed"])
         self.empty = encoded(self.pipe, [""])

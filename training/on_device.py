@@ -292,7 +292,9 @@ def evaluate(runs: Path, scenes: int, steps: int) -> dict[str, Any]:
         if (runs / "detector").exists():
             command += ["--detector", str(runs / "detector")]
         if (runs / f"{base}-interaction").exists():
-            command += ["--adapter", str(runs / f"{base}-interaction")]
+            command += ["--adapter", f"interaction={runs / f'{base}-interaction'}"]
+            if (runs / f"{base}-clear").exists():
+                command += ["--adapter", f"clear={runs / f'{base}-clear'}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         print(done.stdout[-3000:], done.stderr[-2000:] if done.returncode else "", flush=True)
         report[base] = json.loads(file.read_text()) if file.exists() else done.stderr[-2000:]

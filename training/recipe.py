@@ -24,11 +24,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from interactdiff.errors import RecipeError
+
 CHECKPOINT = "checkpoint-"
-
-
-class RecipeError(ValueError):
-    """A configuration that cannot be run; the message is one sentence with expected and got."""
 
 
 def checkpoints(folder: Path) -> list[Path]:

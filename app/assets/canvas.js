@@ -1,7 +1,7 @@
 // The canvas: boxes with names, and links between them with actions. What it shows is `props.value`:
-//   things [{id, phrase, box: [x0, y0, x1, y1], strength}], links [{id, subject, object, action, strength, region}],
+//   boxes [{id, phrase, box: [x0, y0, x1, y1], strength}], links [{id, subject, object, action, strength, region}],
 //   aspect (width over height), picture (an address, or null), revision (a later one is never replaced by an earlier).
-// Every edit of the user is one entry of the history and one 'input' event; Python hears nothing of its own changes.
+// Every edit of the user is one entry of the history and one 'input' event; changes that come from Python cause none.
 const LEAST = 0.02; // share of the picture that a box's side has at least
 const CLICK = 5; // pixels of a movement that is still a click
 const find = (selector) => element.querySelector(selector);
@@ -11,20 +11,20 @@ const round = (x) => Math.round(x * 10000) / 10000;
 
 let doc = filled(props.value);
 let past = [], future = [];
-let selected = null; // {kind: 'thing' or 'link', id}
+let selected = null; // {kind: 'box' or 'link', id}
 let drag = null; // what the pointer is doing
 let linking = null; // the subject whose arrow was clicked
 
 function filled(value) {
-  return Object.assign({ things: [], links: [], aspect: 1, picture: null, revision: 0 }, copy(value || {}));
+  return Object.assign({ boxes: [], links: [], aspect: 1, picture: null, revision: 0 }, copy(value || {}));
 }
 
-const thing = (id) => doc.things.find((one) => one.id === id);
+const boxOf = (id) => doc.boxes.find((one) => one.id === id);
 const link = (id) => doc.links.find((one) => one.id === id);
 const isSelected = (kind, id) => selected !== null && selected.kind === kind && selected.id === id;
 
 function fresh(prefix) {
-  const taken = new Set([...doc.things, ...doc.links].map((one) => one.id));
+  const taken = new Set([...doc.boxes, ...doc.links].map((one) => one.id));
   let number = 1;
   while (taken.has(prefix + number)) number++;
   return prefix + number;
@@ -43,10 +43,10 @@ function edit(change) {
   if (JSON.stringify(before) === JSON.stringify(doc)) return render();
   past.push(before);
   future = [];
-  tell();
+  publish();
 }
 
-function tell() {
+function publish() {
   doc.revision++;
   props.value = copy(doc);
   trigger('input');
@@ -58,7 +58,7 @@ function travel(from, to) {
   const { revision, aspect } = doc; // the shape is the size's, not the canvas's
   to.push(copy(doc));
   doc = Object.assign(from.pop(), { revision, aspect });
-  tell();
+  publish();
 }
 
 function remove() {
@@ -68,7 +68,7 @@ function remove() {
   edit(() => {
     if (kind === 'link') doc.links = doc.links.filter((one) => one.id !== id);
     else {
-      doc.things = doc.things.filter((one) => one.id !== id);
+      doc.boxes = doc.boxes.filter((one) => one.id !== id);
       doc.links = doc.links.filter((one) => one.subject !== id && one.object !== id);
     }
   });
@@ -76,7 +76,7 @@ function remove() {
 
 function connect(subject, object) {
   linking = null;
-  if (subject === object || !thing(subject) || !thing(object)) return render();
+  if (subject === object || !boxOf(subject) || !boxOf(object)) return render();
   const same = doc.links.find((one) => one.subject === subject && one.object === object);
   const id = same ? same.id : fresh('l');
   selected = { kind: 'link', id };
@@ -98,12 +98,12 @@ const inside = ([x, y], [x0, y0, x1, y1]) => x >= x0 && x <= x1 && y >= y0 && y 
 const middle = ([x0, y0, x1, y1]) => [(x0 + x1) / 2, (y0 + y1) / 2];
 
 function under(point) {
-  return doc.things.filter((one) => inside(point, one.box)).sort((a, b) => area(a.box) - area(b.box))[0];
+  return doc.boxes.filter((one) => inside(point, one.box)).sort((a, b) => area(a.box) - area(b.box))[0];
 }
 
 // Where the action is: the middle two of four edges along each axis, or the box around both.
 function region(one) {
-  const s = thing(one.subject).box, o = thing(one.object).box;
+  const s = boxOf(one.subject).box, o = boxOf(one.object).box;
   const [a, b, c, d] = [s[0], s[2], o[0], o[2]].sort((x, y) => x - y);
   const [e, f, g, h] = [s[1], s[3], o[1], o[3]].sort((x, y) => x - y);
   return one.region === 'union' ? [a, e, d, h] : [b, f, c, g];
@@ -128,8 +128,8 @@ function resized(box, edges, [x, y]) {
 function start(event) {
   const target = event.target, stage = find('.stage');
   if (event.button > 0 || !stage.contains(target)) return;
-  const point = place(event), holder = target.closest('[data-thing]'), verb = target.closest('[data-link]');
-  const id = holder && holder.dataset.thing;
+  const point = place(event), holder = target.closest('[data-box]'), verb = target.closest('[data-link]');
+  const id = holder && holder.dataset.box;
   event.preventDefault();
   stage.focus({ preventScroll: true });
   stage.setPointerCapture(event.pointerId);
@@ -138,9 +138,9 @@ function start(event) {
   else if (target.matches('.linker')) Object.assign(drag, { kind: 'link', id });
   else if (target.matches('.handle')) Object.assign(drag, { kind: 'resize', id, edges: target.dataset.edges });
   else if (holder) Object.assign(drag, { kind: 'move', id });
-  else if (selected && selected.kind === 'thing' && inside(point, thing(selected.id).box))
+  else if (selected && selected.kind === 'box' && inside(point, boxOf(selected.id).box))
     Object.assign(drag, { kind: 'move', id: selected.id, click: (under(point) || {}).id });
-  if (drag.id && drag.kind !== 'verb') drag.box = [...thing(drag.id).box];
+  if (drag.id && drag.kind !== 'verb') drag.box = [...boxOf(drag.id).box];
 }
 
 function far(event) {
@@ -161,7 +161,7 @@ function move(event) {
     put(draft, drag.draft);
     find('.empty').hidden = true;
   } else if (drag.kind === 'move' || drag.kind === 'resize') {
-    if (!isSelected('thing', drag.id)) selected = { kind: 'thing', id: drag.id };
+    if (!isSelected('box', drag.id)) selected = { kind: 'box', id: drag.id };
     const box = drag.kind === 'move'
       ? moved(drag.box, point[0] - drag.point[0], point[1] - drag.point[1])
       : resized(drag.box, drag.edges, point);
@@ -176,7 +176,7 @@ function move(event) {
 }
 
 function other(point, id) {
-  const found = doc.things.filter((one) => one.id !== id && inside(point, one.box));
+  const found = doc.boxes.filter((one) => one.id !== id && inside(point, one.box));
   return (found.sort((a, b) => area(a.box) - area(b.box))[0] || {}).id;
 }
 
@@ -191,10 +191,10 @@ function end(event) {
     const box = done.draft;
     if (box[2] - box[0] < LEAST || box[3] - box[1] < LEAST) return render();
     const id = fresh('t');
-    selected = { kind: 'thing', id };
-    edit(() => doc.things.push({ id, phrase: '', box, strength: 1 }));
+    selected = { kind: 'box', id };
+    edit(() => doc.boxes.push({ id, phrase: '', box, strength: 1 }));
     focusName();
-  } else if (done.now) edit(() => { thing(done.id).box = done.now; });
+  } else if (done.now) edit(() => { boxOf(done.id).box = done.now; });
   else if (done.kind === 'link') done.over ? connect(done.id, done.over) : render();
 }
 
@@ -203,12 +203,12 @@ function click(done) {
   if (done.kind === 'verb') selected = { kind: 'link', id: done.id };
   else if (done.kind === 'link') linking = linking ? null : done.id;
   else if (hit && linking) return connect(linking, linking === hit ? other(done.point, linking) || hit : hit);
-  else if (hit && done.shift && selected && selected.kind === 'thing') {
+  else if (hit && done.shift && selected && selected.kind === 'box') {
     const object = hit === selected.id ? other(done.point, hit) : hit;
     if (object) return connect(selected.id, object);
   } else {
     linking = null;
-    selected = hit ? { kind: 'thing', id: hit } : null;
+    selected = hit ? { kind: 'box', id: hit } : null;
   }
   render();
 }
@@ -232,9 +232,9 @@ function key(event) {
   else if (event.key === 'Delete' || event.key === 'Backspace') remove();
   else if (event.key === 'Escape') { drag = linking = selected = null; find('.draft').hidden = true; render(); }
   else if (event.key === 'Enter' && event.target.matches('.stage') && selected) focusName();
-  else if (event.key in NUDGES && selected && selected.kind === 'thing') {
+  else if (event.key in NUDGES && selected && selected.kind === 'box') {
     const [dx, dy] = NUDGES[event.key].map((way) => way * (event.shiftKey ? 0.05 : 0.01));
-    edit(() => { const one = thing(selected.id); one.box = moved(one.box, dx, dy); });
+    edit(() => { const one = boxOf(selected.id); one.box = moved(one.box, dx, dy); });
   } else return;
   event.preventDefault();
 }
@@ -260,14 +260,14 @@ element.addEventListener('click', (event) => {
   if (button.dataset.do === 'redo') travel(future, past);
   if (button.dataset.do === 'remove') remove();
   if (button.dataset.do === 'plain') edit(() => { doc.picture = null; });
-  if (button.dataset.do === 'clear') { selected = null; edit(() => { doc.things = []; doc.links = []; }); }
+  if (button.dataset.do === 'clear') { selected = null; edit(() => { doc.boxes = []; doc.links = []; }); }
 });
 watch('value', () => {
   const value = filled(props.value);
   if (JSON.stringify(value) === JSON.stringify(doc)) return;
   // An answer to what the user has edited since, or the empty canvas of a page that is still loading.
-  if (value.revision <= doc.revision) return tell();
-  const layout = ({ things, links, picture }) => JSON.stringify([things, links, picture]);
+  if (value.revision <= doc.revision) return publish();
+  const layout = ({ boxes, links, picture }) => JSON.stringify([boxes, links, picture]);
   if (layout(value) !== layout(doc)) { past.push(copy(doc)); future = []; }
   doc = value;
   render();

@@ -7,10 +7,10 @@ function put(node, [x0, y0, x1, y1]) {
 }
 
 function show(id, box) {
-  const kept = thing(id).box;
-  thing(id).box = box;
+  const kept = boxOf(id).box;
+  boxOf(id).box = box;
   paint();
-  thing(id).box = kept;
+  boxOf(id).box = kept;
 }
 
 function node(kind, className, text = '') {
@@ -35,19 +35,19 @@ function paint() {
     'orient="auto-start-reverse"><path d="M0 0L10 5L0 10z"/></marker></defs>';
   const arrow = ([a, b], [c, d]) =>
     `<line x1="${100 * a}%" y1="${100 * b}%" x2="${100 * c}%" y2="${100 * d}%" marker-end="url(#tip)"/>`;
-  const shown = [...doc.things].sort((a, b) => area(b.box) - area(a.box));
+  const shown = [...doc.boxes].sort((a, b) => area(b.box) - area(a.box));
   for (const one of shown) {
     const box = node('div', 'box ' + role(one.id));
-    box.dataset.thing = one.id;
+    box.dataset.box = one.id;
     put(box, one.box);
     box.classList.toggle('high', one.box[1] < 0.06);
     box.classList.toggle('left', one.box[0] < 0.15);
     box.classList.toggle('right', one.box[2] > 0.85);
     box.classList.toggle('target', !!drag && drag.over === one.id);
-    const name = tag(one.phrase, 'name it');
-    name.dataset.focus = 'thing ' + one.id;
+    const name = tag(one.phrase, 'phrase?');
+    name.dataset.focus = 'box ' + one.id;
     box.append(name);
-    if (isSelected('thing', one.id)) {
+    if (isSelected('box', one.id)) {
       box.classList.add('selected');
       for (const edges of ['n', 's', 'w', 'e', 'nw', 'ne', 'sw', 'se']) {
         const handle = node('div', 'handle');
@@ -67,8 +67,8 @@ function paint() {
     const where = region(one), spot = node('div', 'region');
     put(spot, where);
     regions.append(spot);
-    drawn += arrow(middle(thing(one.subject).box), middle(thing(one.object).box));
-    const verb = tag(one.action, 'does what?');
+    drawn += arrow(middle(boxOf(one.subject).box), middle(boxOf(one.object).box));
+    const verb = tag(one.action, 'action?');
     verb.classList.add('verb');
     verb.classList.toggle('selected', isSelected('link', one.id));
     verb.dataset.link = one.id;
@@ -77,7 +77,7 @@ function paint() {
     Object.assign(verb.style, { left: 100 * clamp(x, 0.08, 0.92) + '%', top: 100 * clamp(y, 0.04, 0.96) + '%' });
     boxes.append(verb);
   }
-  if (drag && drag.to) drawn += arrow(middle(thing(drag.id).box), drag.to);
+  if (drag && drag.to) drawn += arrow(middle(boxOf(drag.id).box), drag.to);
   lines.innerHTML = drawn;
   if (focus) {
     const again = [...boxes.querySelectorAll('[data-focus]')].find((one) => one.dataset.focus === focus);
@@ -86,26 +86,26 @@ function paint() {
 }
 
 function hint() {
-  if (linking) return 'Now click what it acts on';
-  if (!doc.things.length) return '';
+  if (linking) return 'Now click the object';
+  if (!doc.boxes.length) return '';
   if (!selected) return doc.links.length ? '' : 'Click a box to select it';
-  return selected.kind === 'thing' && doc.things.length > 1 && !doc.links.some((one) => one.subject === selected.id)
-    ? 'Drag the arrow onto what it acts on' : '';
+  return selected.kind === 'box' && doc.boxes.length > 1 && !doc.links.some((one) => one.subject === selected.id)
+    ? 'Drag the arrow onto the object' : '';
 }
 
 function render() {
-  if (linking && !thing(linking)) linking = null;
-  if (selected && !(selected.kind === 'thing' ? thing : link)(selected.id)) selected = null;
+  if (linking && !boxOf(linking)) linking = null;
+  if (selected && !(selected.kind === 'box' ? boxOf : link)(selected.id)) selected = null;
   const stage = find('.stage'), picture = find('.picture');
   stage.style.aspectRatio = String(doc.aspect);
   stage.style.setProperty('--aspect', doc.aspect);
   picture.hidden = find('[data-do="plain"]').hidden = !doc.picture;
   if (doc.picture && picture.getAttribute('src') !== doc.picture) picture.src = doc.picture;
-  find('.empty').hidden = doc.things.length > 0 || !!doc.picture;
+  find('.empty').hidden = doc.boxes.length > 0 || !!doc.picture;
   find('[data-do="undo"]').disabled = !past.length;
   find('[data-do="redo"]').disabled = !future.length;
   find('[data-do="remove"]').disabled = !selected;
-  find('[data-do="clear"]').disabled = !doc.things.length;
+  find('[data-do="clear"]').disabled = !doc.boxes.length;
   find('.hint').textContent = hint();
   paint();
   inspect();
@@ -146,27 +146,27 @@ function inspect() {
   bar.dataset.of = JSON.stringify(selected);
   bar.replaceChildren();
   if (!selected) {
-    if (doc.things.length) bar.append('Select a box or an action to name it.');
+    if (doc.boxes.length) bar.append('Select a box or an action to name it.');
     return;
   }
   const label = (kind, id, text) => {
     const found = [...element.querySelectorAll('.tag')].find((one) => one.dataset.focus === kind + ' ' + id);
-    if (found) found.textContent = text || (kind === 'thing' ? 'name it' : 'does what?');
+    if (found) found.textContent = text || (kind === 'box' ? 'phrase?' : 'action?');
   };
-  if (selected.kind === 'thing') {
-    const one = thing(selected.id);
+  if (selected.kind === 'box') {
+    const one = boxOf(selected.id);
     bar.append(options(prefix + 'names', props.names));
-    const is = { subject: 'Who acts', object: 'What it is done to', both: 'Acts and is acted on', entity: 'Thing' }[role(one.id)];
+    const is = { subject: 'Subject', object: 'Object', both: 'Subject and object', entity: 'Entity' }[role(one.id)];
     bar.append(field(is, one.phrase, prefix + 'names',
-      (text) => edit(() => { thing(one.id).phrase = text; }), (text) => label('thing', one.id, text)));
-    if (role(one.id) === 'entity') bar.append(strength(one, thing));
+      (text) => edit(() => { boxOf(one.id).phrase = text; }), (text) => label('box', one.id, text)));
+    if (role(one.id) === 'entity') bar.append(strength(one, boxOf));
   } else {
     const one = link(selected.id);
     bar.append(options(prefix + 'actions', props.actions));
-    bar.append(node('b', '', thing(one.subject).phrase || 'this'));
+    bar.append(node('b', '', boxOf(one.subject).phrase || 'this'));
     bar.append(field('', one.action, prefix + 'actions',
       (text) => edit(() => { link(one.id).action = text; }), (text) => label('link', one.id, text)));
-    bar.append(node('b', '', thing(one.object).phrase || 'that'));
+    bar.append(node('b', '', boxOf(one.object).phrase || 'that'));
     const where = document.createElement('select'), holder = node('label', '', 'region');
     for (const [text, value] of [["adapter's own", ''], ['between', 'between'], ['union', 'union']])
       where.append(new Option(text, value, false, (one.region || '') === value));

@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from interactdiff.checkpoint import AdapterError, save_adapter_files
-from interactdiff.clear.pattern import ClearError, Pattern
+from interactdiff.adapter import Adapter, Binding, Host
+from interactdiff.checkpoint import save_adapter_files
+from interactdiff.clear.pattern import Pattern
+from interactdiff.errors import AdapterError, ClearError
 from interactdiff.module_paths import checked_path, submodule_at
-from interactdiff.sites import AttentionSite, Denoiser, attention_sites
+from interactdiff.sites import Denoiser, Site, attention_sites
 from interactdiff.sources import Source, file_or_source, is_saved_adapter, read_weights, saved_adapter
 
 METHOD, VERSION = "clear", 1
@@ -28,7 +30,7 @@ class ClearConfig:
 
     Attributes:
         window: radius r in tokens, from 1 up: dy^2 + dx^2 < r^2.
-        down_factor: keys and values pooled d x d are seen from everywhere; 1: there are none.
+        down_factor: every token attends to keys and values pooled d x d too; 1: there are none.
         shape: "circle", as published, or "square".
         dilation: tokens per step of the window (arXiv 2209.15001).
 
@@ -47,7 +49,7 @@ class ClearConfig:
             self.pattern((side, side))
 
     def pattern(self, grid: tuple[int, int], text_length: int = 0, text_first: bool = True) -> Pattern:
-        """Who sees whom on a grid."""
+        """Which token attends to which on a grid."""
         return Pattern(
             grid, text_length, self.window, self.down_factor, self.shape, self.dilation, text_first
         )
@@ -57,7 +59,7 @@ class ClearConfig:
         return f"window {self.window} and down factor {self.down_factor}"
 
 
-class ClearAdapter(nn.Module):
+class ClearAdapter(Adapter):
     """The projections that attention was given for windows, and the weights of pooling.
 
     `state_dict` has the published names, which are the base's own
@@ -69,6 +71,9 @@ class ClearAdapter(nn.Module):
         tensors: under those names.
     """
 
+    name = METHOD
+    order = 0
+
     def __init__(self, config: ClearConfig, tensors: Mapping[str, Tensor] | None = None):
         super().__init__()
         self.config = config
@@ -77,13 +82,15 @@ class ClearAdapter(nn.Module):
             submodule_at(self, path).register_parameter(leaf, nn.Parameter(tensor))
 
     @classmethod
-    def for_denoiser(cls, denoiser: Denoiser, config: ClearConfig) -> "ClearAdapter":
+    def for_denoiser(cls, denoiser: Denoiser, config: ClearConfig | None = None) -> "ClearAdapter":
         """Where distillation starts: copies of the base's projections in float32, pooling by the mean.
 
         Args:
             denoiser: the base.
-            config: the window.
+            config: the window; None is that of `ClearConfig()` with the base's own layers, and no copies.
         """
+        if config is None:
+            return cls(ClearConfig())
         copies = {
             name: torch.full_like(tensor, 1 / config.down_factor**2)
             if name.endswith(SPATIAL_WEIGHT)
@@ -102,7 +109,7 @@ class ClearAdapter(nn.Module):
         down_factor: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> "ClearAdapter":
-        """Load published layers or ours, in eval mode; whether they fit a base is asked when they attach.
+        """Load published layers or ours, in eval mode; attaching checks whether they fit a base.
 
         Args:
             path_or_id: a file such as clear_local_16_down_4.safetensors, a folder that `save_pretrained`
@@ -117,13 +124,13 @@ class ClearAdapter(nn.Module):
         """
         source, name = file_or_source(path_or_id, weight_name)
         known, tensors = _opened(source, name or _published_name(source, window, down_factor))
-        for what, asked in (("window", window), ("down_factor", down_factor)):
-            if asked is not None and known.get(what, asked) != asked:
+        for what, value in (("window", window), ("down_factor", down_factor)):
+            if value is not None and known.get(what, value) != value:
                 wanted = ClearConfig(window or known["window"], down_factor or known["down_factor"])
                 file = name or source.where
                 raise AdapterError(f"expected layers for {wanted}, got {file}, which is for {_config(known)}")
-        asked = {"window": window, "down_factor": down_factor}
-        known = {name: value for name, value in asked.items() if value is not None} | known
+        given = {"window": window, "down_factor": down_factor}
+        known = {name: value for name, value in given.items() if value is not None} | known
         if "window" not in known:
             file = name or source.where
             raise AdapterError(f"expected a file that tells its window by its name, or a window, got {file}")
@@ -150,7 +157,7 @@ class ClearAdapter(nn.Module):
         if not got:
             return
         for site in attention_sites(denoiser):
-            if any(getattr(module, "merged", False) for module in site.attention.modules()):
+            if any(getattr(module, "merged", False) for module in site.module.modules()):
                 raise AdapterError(
                     f"expected LoRAs beside the projections that trained layers replace, got a fused one at "
                     f"{site.path}: unfuse it first"
@@ -168,6 +175,12 @@ class ClearAdapter(nn.Module):
                 f"expected the layers of {self.config} for {type(denoiser).__name__} with {name} {wanted}, "
                 f"got {found}{more}"
             )
+
+    def bind(self, host: Host) -> Binding:
+        """What one attachment needs."""
+        from interactdiff.clear.binding import ClearBinding
+
+        return ClearBinding(self, host)
 
     def of_site(self, path: str) -> dict[str, nn.Parameter]:
         """What a site is given, by the names below its path; nothing where the base's own layers stay."""
@@ -192,7 +205,7 @@ def expected_tensors(denoiser: Denoiser, config: ClearConfig) -> dict[str, Tenso
     return tensors
 
 
-def site_parameters(site: AttentionSite) -> dict[str, nn.Parameter]:
+def site_parameters(site: Site) -> dict[str, nn.Parameter]:
     """The base's own projections at a site, by their names below its path; a LoRA's stay on top of them."""
     return {
         f"{name}.{leaf}": parameter
@@ -201,11 +214,11 @@ def site_parameters(site: AttentionSite) -> dict[str, nn.Parameter]:
     }
 
 
-def site_layers(site: AttentionSite) -> Iterable[tuple[str, nn.Module]]:
+def site_layers(site: Site) -> Iterable[tuple[str, nn.Module]]:
     """The projections at a site, by name; those that a LoRA has wrapped themselves."""
     for name in PROJECTIONS:
         try:
-            layer = site.attention.get_submodule(name)
+            layer = site.module.get_submodule(name)
         except AttributeError:  # Flux's single blocks have no output projection
             continue
         yield name, cast(nn.Module, getattr(layer, "base_layer", layer))
@@ -227,8 +240,8 @@ def _opened(source: Source, name: str | None) -> tuple[dict[str, Any], Mapping[s
         name = files[0]
     weights = read_weights(source, name)
     known: dict[str, Any] = {"down_factor": 1}
-    if told := PUBLISHED_NAME.search(Path(name).stem):
-        known |= {"window": int(told[1]), "down_factor": int(told[2] or 1)}
+    if match := PUBLISHED_NAME.search(Path(name).stem):
+        known |= {"window": int(match[1]), "down_factor": int(match[2] or 1)}
     for tensor, value in weights.tensors.items():
         if tensor.endswith(SPATIAL_WEIGHT) and len(value.shape) == 7:
             known["down_factor"] = value.shape[3]

@@ -1,15 +1,19 @@
 """CLEAR's local attention (arXiv 2412.16112): check, choose a backend, one call per backend."""
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from interactdiff.adapter import KeyBlock
 from interactdiff.clear.flex import can_run_flex, flex_attention
-from interactdiff.clear.pattern import ClearError, Pattern, pool
+from interactdiff.clear.pattern import Pattern, pool
 from interactdiff.clear.reference import reference_attention
 from interactdiff.clear.tiles import can_run_tiles, tiles_attention
+from interactdiff.errors import ClearError
+from interactdiff.merge import needs_gradients
 
 BACKENDS = ("reference", "tiles", "flex")
 DENSE_TOKENS = 224
@@ -33,10 +37,11 @@ def local_attention(
     dilation: int = 1,
     backend: str = "auto",
     text_first: bool = True,
+    extra: Sequence[KeyBlock] = (),
 ) -> Tensor:
     """Joint attention in which image tokens see a window of the image and all of the text (CLEAR, section 3).
 
-    `Pattern` says exactly who sees whom. Every backend computes the same, to rounding.
+    `Pattern` says exactly which token attends to which. Every backend computes the same, to rounding.
 
     Args:
         q: queries [B, heads, L, D] after norm and rotary embedding, L = text_length + H * W, in raster order.
@@ -44,7 +49,7 @@ def local_attention(
         v: values [B, heads, L, D].
         grid: H and W of the image tokens, any from 1 up.
         text_length: text tokens, from 0 up.
-        window: radius r, from 1 up: image tokens at a distance below r are seen.
+        window: radius r, from 1 up: image tokens attend to those at a distance below r.
         down_factor: d above 1 lets image tokens also see all d x d means of image keys and values.
         spatial_weight: the means' weights [1, 1, 1, d, 1, d, 1], learned; default 1 / d^2 throughout.
         scale: of the scores; default 1 / sqrt(D). `proportional_scale` gives that of high resolution.
@@ -52,6 +57,7 @@ def local_attention(
         dilation: image tokens per step of the window, from 1 up.
         backend: "reference", "tiles", "flex", or "auto": see `choose_backend`.
         text_first: text tokens come first (Flux), or the image's (SD3).
+        extra: further keys that image tokens attend to, in the same softmax.
 
     Returns:
         [B, heads, L, D]
@@ -64,10 +70,10 @@ def local_attention(
     _check(q, k, v, pattern, spatial_weight)
     if torch.is_autocast_enabled(q.device.type):  # to the type that SDPA would take there
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (q, k, v, spatial_weight) if t is not None
-    )
+    grad = needs_gradients(q, k, v, spatial_weight, extra)
     name = _backend(backend, pattern, q.device, q.dtype, grad)
+    if grad and extra:
+        name = "reference"  # merging has no gradients
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):
         pooled = None
@@ -75,7 +81,7 @@ def local_attention(
             of_image = (t[:, :, pattern.image] for t in (k, v))
             pooled_k, pooled_v = (pool(t, pattern, spatial_weight) for t in of_image)
             pooled = (pooled_k, pooled_v)
-        return _RUN[name](q, k, v, pooled, pattern, scale)
+        return _RUN[name](q, k, v, pooled, pattern, scale, extra)
 
 
 def least_tokens(window: int, device: torch.device | str = "cpu") -> int:
@@ -98,10 +104,10 @@ def choose_backend(
     """The backend that `local_attention` takes by itself, and why.
 
     Args:
-        pattern: who sees whom.
+        pattern: which token attends to which.
         device: of q, k and v.
         dtype: of q, k and v.
-        grad: whether gradients will be asked for.
+        grad: whether gradients will be needed.
 
     Returns:
         Its name, and the reason in words.

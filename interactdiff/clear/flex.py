@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interactdiff.adapter import KeyBlock
 from interactdiff.clear.pattern import Pattern
+from interactdiff.merge import NO_KEY, for_queries
 
 TILE = {"cpu": (4, 8), "cuda": (16, 8)}
 """Rows and columns of image tokens in a block: small blocks fit a window best, CUDA's kernel wants 128."""
@@ -43,7 +45,13 @@ class Layout(NamedTuple):
 
 
 def flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, pooled: tuple[Tensor, Tensor] | None, pattern: Pattern, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled: tuple[Tensor, Tensor] | None,
+    pattern: Pattern,
+    scale: float,
+    extra: Sequence[KeyBlock] = (),
 ) -> Tensor:
     """`local_attention` by a kernel that torch.compile makes at the first use; time and memory grow as H * W.
 
@@ -52,16 +60,36 @@ def flex_attention(
         k: keys [B, heads, L, D].
         v: values [B, heads, L, D].
         pooled: pooled keys and values, each [B, heads, P, D].
-        pattern: who sees whom.
+        pattern: which token attends to which.
         scale: of the scores.
+        extra: further keys of the image's tokens. They come after the pooled ones and into the same softmax,
+            since on a CPU the kernel returns no log-sum-exps to merge by.
     """
-    layout = layout_of(pattern, q.device)
-    if pooled is not None:
-        k, v = torch.cat((k, pooled[0]), 2), torch.cat((v, pooled[1]), 2)
+    blocks = [for_queries(block, q) for block in extra]
+    layout = layout_of(pattern, q.device, sum(keys.shape[2] for keys, _, _ in blocks))
+    k, v = (
+        torch.cat([own, *([] if pooled is None else [pooled[n]]), *(block[n] for block in blocks)], 2)
+        for n, own in enumerate((k, v))
+    )
+    options = {"score_mod": _weighted(layout, k, blocks)} if blocks else {}
     of_queries = layout.keys[: layout.queries]
     arranged = (q.index_select(2, of_queries), k.index_select(2, layout.keys), v.index_select(2, layout.keys))
-    kernel = _kept(q.shape, len(layout.keys), q.dtype, q.device, scale, torch.is_grad_enabled())
-    return kernel(*arranged, block_mask=layout.block_mask, scale=scale).index_select(2, layout.places)
+    kernel = _kept(q.shape, len(layout.keys), q.dtype, q.device, scale, torch.is_grad_enabled(), bool(blocks))
+    out = kernel(*arranged, block_mask=layout.block_mask, scale=scale, **options)
+    return out.index_select(2, layout.places)
+
+
+def _weighted(layout: Layout, k: Tensor, blocks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Any:
+    """Adds to each score what its key's block weighs."""
+    rows, count = len(k), sum(keys.shape[2] for keys, _, _ in blocks)
+    weights = [weight[:, 0, 0].expand(rows, keys.shape[2]) for keys, _, weight in blocks]
+    bias = torch.cat([weights[0].new_zeros(rows, k.shape[2] - count), *weights], 1).clamp(min=NO_KEY)
+    bias = bias.index_select(1, layout.keys).contiguous()
+
+    def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[row, key]
+
+    return score_mod
 
 
 def compiled_flex() -> Callable[..., Tensor]:
@@ -89,7 +117,7 @@ def can_run_flex(device: torch.device, dtype: torch.dtype, grad: bool = False) -
     Args:
         device: where.
         dtype: of q, k and v.
-        grad: whether gradients will be asked for.
+        grad: whether gradients will be needed.
     """
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
         return f"torch {torch.__version__} has no FlexAttention"
@@ -118,8 +146,8 @@ def _flex() -> Any:
 
 
 @lru_cache(maxsize=LAYOUTS)
-def layout_of(pattern: Pattern, device: torch.device) -> Layout:
-    """The layout of a pattern, kept for the next call."""
+def layout_of(pattern: Pattern, device: torch.device, extra: int = 0) -> Layout:
+    """The layout of a pattern with a number of further keys, kept for the next call."""
     text = torch.arange(pattern.length)[pattern.text]
     sheet = torch.arange(pattern.length)[pattern.image].view(pattern.grid)
     step = pattern.dilation
@@ -133,10 +161,11 @@ def layout_of(pattern: Pattern, device: torch.device) -> Layout:
         rows.append(top)
         columns.append(left)
         of_class.append(torch.full_like(top, number))
-    pooled = torch.arange(pattern.length, pattern.length + pattern.pooled_length)
+    shared = pattern.pooled_length + extra
+    pooled = torch.arange(pattern.length, pattern.length + shared)
     queries = sum(len(part) for part in parts)
     tokens = torch.cat([*parts, _padded(pooled, size)])
-    places = torch.empty(pattern.length + pattern.pooled_length, dtype=torch.int64)
+    places = torch.empty(pattern.length + shared, dtype=torch.int64)
     places[tokens[tokens >= 0]] = torch.arange(len(tokens))[tokens >= 0]
     blocks = _Blocks(tile, len(parts[0]) // size, torch.cat(rows), torch.cat(columns), torch.cat(of_class))
     mask = _block_mask(pattern, tokens, queries, blocks, device)
@@ -174,17 +203,17 @@ def _tiled(sheet: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor
 
 
 def _block_mask(pattern: Pattern, tokens: Tensor, queries: int, blocks: _Blocks, device: torch.device) -> Any:
-    """Which blocks are seen in part and in full, by the tiles' distances: no pair of tokens is looked at."""
+    """Which blocks are attended to in part and in full, by the distances of tiles alone."""
     near, whole = _tile_pairs(pattern, blocks)
     text, image, size = blocks.text, slice(blocks.text, queries // blocks.size), blocks.size
-    seen = torch.zeros(queries // size, len(tokens) // size, dtype=torch.bool)
-    seen[:text, : queries // size] = True
-    seen[image, :text] = True
-    seen[image, queries // size :] = True
-    full = seen.clone()
-    seen[image, image], full[image, image] = near, whole
+    attended = torch.zeros(queries // size, len(tokens) // size, dtype=torch.bool)
+    attended[:text, : queries // size] = True
+    attended[image, :text] = True
+    attended[image, queries // size :] = True
+    full = attended.clone()
+    attended[image, image], full[image, image] = near, whole
     full &= (tokens.view(-1, size) >= 0).all(1)
-    partial = seen & ~full
+    partial = attended & ~full
     kinds = [t.to(device) for m in (partial, full) for t in _listed(m)]
     return _flex().BlockMask.from_kv_blocks(
         *kinds,
@@ -195,7 +224,7 @@ def _block_mask(pattern: Pattern, tokens: Tensor, queries: int, blocks: _Blocks,
 
 
 def _tile_pairs(pattern: Pattern, blocks: _Blocks) -> tuple[Tensor, Tensor]:
-    """Pairs of tiles of which some, and of which all tokens see each other."""
+    """Pairs of tiles of which some, and of which all tokens attend to each other."""
     apart = [(t[:, None] - t).abs() for t in (blocks.rows, blocks.columns)]
     least = [(gap - size + 1).clamp(min=0) for gap, size in zip(apart, blocks.tile, strict=True)]
     most = [gap + size - 1 for gap, size in zip(apart, blocks.tile, strict=True)]
@@ -212,7 +241,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(
     pattern: Pattern, tokens: Tensor, queries: int, blocks: _Blocks, device: torch.device
 ) -> Callable[..., Tensor]:
-    """Which pairs of places are seen."""
+    """Which pairs of places attend to each other."""
     first, inside = blocks.text * blocks.size, torch.arange(blocks.size)
     apart = pattern.grid[0] + blocks.tile[0] + pattern.window  # rows from one residue class to the next
     row, column = torch.full((len(tokens),), -FAR), torch.zeros(len(tokens))
@@ -224,9 +253,9 @@ def _mask_mod(
     shared = ((place < first) | (place >= queries)).to(device)
     real, row, column = (tokens >= 0).to(device), row.to(device), column.to(device)
 
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attended(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = pattern.within(row[query] - row[key], column[query] - column[key])
         anywhere = torch.where(shared[query], key < queries, shared[key])
         return real[key] & (near | anywhere)
 
-    return seen
+    return attended

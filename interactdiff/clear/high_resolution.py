@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -24,35 +24,15 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interactdiff.attach import attached_handle
-from interactdiff.clear.pattern import ClearError
 from interactdiff.clear.saved_run import SavedRun
+from interactdiff.clear.stage import Stage
+from interactdiff.errors import ClearError
 
 FAMILIES = ((FluxPipeline, FluxImg2ImgPipeline), (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline))
 TILE_SETTINGS = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "spatial_scale_factor")
 CALLBACKS = ("callback_on_step_end", "callback_on_step_end_tensor_inputs")  # they watch a run
 OF_A_STAGE = ("image", "generator", "strength", "num_inference_steps", "guidance_scale", "latents", "sigmas")
 OF_ONE_PICTURE = ("output_type", "return_dict", "num_images_per_prompt")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One picture of a run.
-
-    Attributes:
-        index: 0 is drawn from text, each other one from the picture before it.
-        height: in pixels.
-        width: in pixels.
-        grid: rows and columns of image tokens. Twice the size are 4 times as many tokens, for which full
-            attention takes 16 times as long.
-        steps: denoising steps that are taken.
-    """
-
-    index: int
-    height: int
-    width: int
-    grid: tuple[int, int]
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -234,16 +214,14 @@ class HighResolution:
                     start_decoding()
                 return tensors if watch is None else watch(pipeline, step, time, tensors)
 
-            adapter = attached_handle(pipeline.transformer)
             try:
-                with nullcontext() if adapter is None else adapter.following(pipeline):
-                    drawn = pipeline(
-                        height=stage.height,
-                        width=stage.width,
-                        num_inference_steps=stage.steps if stage.index == 0 else self.steps,
-                        callback_on_step_end=after_step,
-                        **{name: value for name, value in arguments.items() if name in taken},
-                    )
+                drawn = pipeline(
+                    height=stage.height,
+                    width=stage.width,
+                    num_inference_steps=stage.steps if stage.index == 0 else self.steps,
+                    callback_on_step_end=after_step,
+                    **{name: value for name, value in arguments.items() if name in taken},
+                )
             finally:
                 self.pipeline.maybe_free_model_hooks()  # what is offloaded is the caller's pipeline's to free
         return None if pipeline.interrupt else drawn.images[0]
@@ -251,7 +229,7 @@ class HighResolution:
     def _stage_pipeline(self, stage: Stage) -> Any:
         """A pipeline of the same modules with a scheduler and settings of its own.
 
-        Not by `from_pipe`, which casts the shared modules to float32 unless told their dtype.
+        Not by `from_pipe`, which casts the shared modules to float32 unless given their dtype.
         """
         scheduler = self.pipeline.scheduler
         if stage.index == 0:

@@ -1,4 +1,4 @@
-"""Which token sees which: CLEAR's windows (arXiv 2412.16112, section 3), checked, masked and counted."""
+"""Which token attends to which: CLEAR's windows (arXiv 2412.16112, section 3)."""
 
 import math
 from collections.abc import Iterator
@@ -8,30 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interactdiff.errors import ClearError
+
 SHAPES = ("circle", "square")
 TRAINED_LENGTH = 64**2 + 512  # keys of a 1024 px picture of FLUX.1-dev, for which its scale is right
 
 
-class ClearError(ValueError):
-    """Attention that cannot be computed as asked; the message is one sentence."""
-
-
 @dataclass(frozen=True)
 class Pattern:
-    """Who sees whom among the text tokens and the H x W image tokens, in raster order.
+    """Which token attends to which, among the text tokens and the H x W image tokens, in raster order.
 
-    Image token (y, x) sees the image tokens at (y + dilation * dy, x + dilation * dx) that lie on the grid
-    and have dy^2 + dx^2 < window^2 (circle) or max(|dy|, |dx|) < window (square), and every text token. Text
-    tokens see every text and image token. With `down_factor` d > 1 image tokens also see every pooled token.
+    Image token (y, x) attends to the image tokens at (y + dilation * dy, x + dilation * dx) that lie on the
+    grid and have dy^2 + dx^2 < window^2 (circle) or max(|dy|, |dx|) < window (square), and to every text
+    token. Text tokens attend to every text and image token. With `down_factor` d > 1 image tokens also attend
+    to every pooled token.
     At the edge of the grid a window is cut off, as published; NATTEN's windows move inwards instead.
 
     Dilation is that of Dilated Neighborhood Attention (arXiv 2209.15001): the window keeps its number of keys
-    and spans `dilation` times as far, and tokens see their own residue class of rows and columns alone.
+    and spans `dilation` times as far, and tokens attend to their own residue class of rows and columns alone.
 
     Attributes:
         grid: rows H and columns W of the image tokens, each from 1 up.
         text_length: text tokens T, from 0 up.
-        window: radius r in steps, from 1 (a token sees itself) up.
+        window: radius r in steps, from 1 (a token attends to itself) up.
         down_factor: d; keys and values of d x d image tokens are pooled into one. 1: none are.
         shape: "circle" or "square".
         dilation: image tokens per step, from 1 up.
@@ -82,7 +81,7 @@ class Pattern:
 
     @property
     def reach(self) -> int:
-        """The farthest that a window sees along an axis, in steps."""
+        """The farthest that a window reaches along an axis, in steps."""
         return self.window - 1
 
     @property
@@ -102,7 +101,7 @@ class Pattern:
         return (abs(dy) < self.window) & (abs(dx) < self.window)
 
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """True where a token (row) sees a key (column): bool [L, L + pooled], L^2 bytes."""
+        """True where a token (row) attends to a key (column): bool [L, L + pooled], L^2 bytes."""
         height, width = self.grid
         y, x = torch.arange(height, device=device), torch.arange(width, device=device)
         rows, columns = y[:, None] - y, x[:, None] - x
@@ -116,7 +115,7 @@ class Pattern:
         return mask
 
     def pairs(self) -> int:
-        """Queries times the keys that each of them sees: the least work there is."""
+        """Queries times the keys that each of them attends to: the least work there is."""
         height, width = self.grid
         near = sum(
             max(height - abs(dy) * self.dilation, 0) * max(width - abs(dx) * self.dilation, 0)

@@ -8,18 +8,16 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
-from interactdiff.clear.pattern import ClearError
+from interactdiff.clear.stage import Stage
+from interactdiff.errors import ClearError
 from interactdiff.files import why_unwritable, write_aside
-
-if TYPE_CHECKING:
-    from interactdiff.clear.high_resolution import Stage
 
 STATE_FILE = "high_resolution.json"
 

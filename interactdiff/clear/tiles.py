@@ -1,18 +1,18 @@
 """Windows by halo tiles (blocked local attention, HaloNet, arXiv 2103.12731) in plain PyTorch, on any device.
 
-A tile of queries sees one rectangle of keys, its own place and a halo around it, and the exact window is a
-bias inside the rectangle, the same for every tile away from the edges. What every image token sees (text and
-pooled keys) is a part of its own, merged by log-sum-exp.
+A tile of queries attends to one rectangle of keys, its own place and a halo around it, and the exact window
+is a bias inside the rectangle, the same for every tile away from the edges. What every image token attends to
+(text and pooled keys) is a part of its own, merged by log-sum-exp.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from interactdiff.clear.partial import attend, attend_backward, merge
+from interactdiff.adapter import KeyBlock
 from interactdiff.clear.pattern import Pattern
 from interactdiff.clear.tiling import (
     Tiling,
@@ -25,13 +25,20 @@ from interactdiff.clear.tiling import (
     split,
     tile_shape,
 )
+from interactdiff.merge import attend, attend_backward, merge_extra, merge_into
 
 STRIP_BYTES = 16e6  # of key and value strips at a time; beyond, fewer heads, then fewer columns
 GRADIENT_BYTES = 256e6  # of the tiles' own key and value gradients at a time, before they are added up
 
 
 def tiles_attention(
-    q: Tensor, k: Tensor, v: Tensor, pooled: tuple[Tensor, Tensor] | None, pattern: Pattern, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled: tuple[Tensor, Tensor] | None,
+    pattern: Pattern,
+    scale: float,
+    extra: Sequence[KeyBlock] = (),
 ) -> Tensor:
     """`local_attention` by tiles; time and memory grow with H * W.
 
@@ -42,13 +49,21 @@ def tiles_attention(
         k: keys [B, heads, L, D].
         v: values [B, heads, L, D].
         pooled: pooled keys and values, each [B, heads, P, D].
-        pattern: who sees whom.
+        pattern: which token attends to which.
         scale: of the scores.
+        extra: further keys of the image's tokens.
     """
     pooled_k, pooled_v = pooled or (k[:, :, :0], v[:, :, :0])
     p = pattern
     flags = [p.text_length, p.window, p.shape == "square", p.dilation, p.text_first]
-    return _forward(q, k, v, pooled_k, pooled_v, [*p.grid], [int(flag) for flag in flags], scale)[0]
+    out, lse = _forward(q, k, v, pooled_k, pooled_v, [*p.grid], [int(flag) for flag in flags], scale)
+    if not extra:
+        return out
+    parts = [
+        out[:, :, p.text],
+        merge_extra(out[:, :, p.image], lse[:, :, p.image], q[:, :, p.image], extra, scale),
+    ]
+    return torch.cat(parts[:: 1 if p.text_first else -1], 2)
 
 
 def can_run_tiles(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -182,7 +197,7 @@ def _heads(k: Tensor, pattern: Pattern) -> Iterator[tuple[int, slice]]:
 
 
 def _residues(pattern: Pattern) -> Iterator[tuple[slice, slice, slice]]:
-    """The tokens that see each other under dilation: each such grid has windows without dilation."""
+    """The tokens that attend to each other under dilation: each such grid has windows without dilation."""
     step = pattern.dilation
     for row, column in product(range(min(step, pattern.grid[0])), range(min(step, pattern.grid[1]))):
         yield slice(None), slice(row, None, step), slice(column, None, step)
@@ -211,12 +226,12 @@ def _window(sheets: list[Tensor], tiling: Tiling, scale: float) -> None:
         of_q = tiling.query_strips("q", q, group)
         of_k, of_v = tiling.key_strips("k", k, group), tiling.key_strips("v", v, group)
         for at in product(tiling.rows, group):
-            seen = rectangles(of_k, *at), rectangles(of_v, *at)
-            part, part_lse = attend(queries(of_q, *at), *seen, tiling.bias(*at), scale)
+            keys_values = rectangles(of_k, *at), rectangles(of_v, *at)
+            part, part_lse = attend(queries(of_q, *at), *keys_values, tiling.bias(*at), scale)
             parts = [(placed(part, *at), placed(part_lse, *at))]
             if shared:
                 parts.insert(0, (place(shared[0], *at), place(shared[1], *at)))
-            merge(parts, place(out, *at), place(lse, *at))
+            merge_into(parts, place(out, *at), place(lse, *at))
 
 
 def _window_backward(sheets: list[Tensor], tiling: Tiling, scale: float) -> None:
@@ -241,9 +256,9 @@ def _window_backward(sheets: list[Tensor], tiling: Tiling, scale: float) -> None
                 at = rows, columns
                 of_tiles = queries(above, *at).clone()
                 of_tiles[:, :, : rows.again * columns.size] = 0
-                seen = rectangles(of_k, *at), rectangles(of_v, *at)
+                keys_values = rectangles(of_k, *at), rectangles(of_v, *at)
                 bias, results = tiling.bias(rows, whole), (queries(t, *at) for t in merged)
-                parts = attend_backward(of_tiles, queries(of_q, *at), *seen, bias, scale, *results)
+                parts = attend_backward(of_tiles, queries(of_q, *at), *keys_values, bias, scale, *results)
                 place(to_q, *at).add_(placed(parts[0], *at))
                 add_rectangles(to_keys, parts[1], *at)
                 add_rectangles(to_values, parts[2], *at)

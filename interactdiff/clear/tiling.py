@@ -83,7 +83,7 @@ class Tiling:
         yield group
 
     def bias(self, rows: Run, columns: Run) -> Tensor:
-        """0 where a tile's query sees a key of its rectangle, -inf elsewhere: [1, tiles or 1, Q, K]."""
+        """0 where a tile's query attends to a key of its rectangle, -inf elsewhere: [1, tiles or 1, Q, K]."""
         kind = (rows, columns.key_start - columns.start)
         if kind not in self._biases:
             dy, dx = rows.offsets().float(), columns.offsets().float()[0]
@@ -184,7 +184,7 @@ def add_rectangles(strips: Tensor, parts: Tensor, rows: Run, columns: Run) -> No
 
 
 def _row_runs(height: int, size: int, reach: int) -> list[Run]:
-    """Tiles from the top down, alike in one run; some at an edge in one, with what any of them sees.
+    """Tiles from the top down, alike in one run; some at an edge in one, with what any of them attends to.
 
     The last moves inwards to end with the grid, over queries of the one before.
 

@@ -4,7 +4,15 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from interactdiff.commands.arguments import Commands, UsageError, add_models, positive, quiet_libraries, whole
+from interactdiff.commands.arguments import (
+    Commands,
+    UsageError,
+    adapters_of,
+    add_models,
+    positive,
+    quiet_libraries,
+    whole,
+)
 
 LIMITS = {
     "steps": "denoising steps of a picture",
@@ -71,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.hub is not None:
         given["hub"] = args.hub
     limits = replace(limits, **given)
-    studio = make_studio(limits, args.model or MODEL, args.adapter, args.device or "auto", args.dtype)
+    studio = make_studio(limits, args.model or MODEL, adapters_of(args), args.device or "auto", args.dtype)
     try:
         studio.blocks.launch(
             server_name=args.host,
@@ -80,5 +88,8 @@ def _run(args: argparse.Namespace) -> None:
             inbrowser=args.open,
             **LAUNCH,
         )
+    except OSError as error:
+        at = args.host if args.port is None else f"{args.host}:{args.port}"
+        raise UsageError(f"expected an address that can be served at, got {at}: {error}") from None
     finally:
-        studio.artist.close()
+        studio.worker.close()

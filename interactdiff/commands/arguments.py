@@ -6,15 +6,17 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
+from interactdiff.errors import InteractdiffError
 from interactdiff.files import why_unwritable
-from interactdiff.models import MODEL, MODELS
+from interactdiff.models import MODEL, PACKAGED
+from interactdiff.registry import methods
 from interactdiff.scene_checks import Schedule
 
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns, for which argparse has no public name
 
 
-class UsageError(ValueError):
-    """A command line that asks for nothing that can be done; the message is one sentence."""
+class UsageError(InteractdiffError):
+    """A command line that cannot be carried out."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,17 +27,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    """Flags that name the model, the adapter and the device."""
+    """Flags that name the model, the adapters and the device."""
     elsewhere = "folder or Hugging Face Hub id"
     parser.add_argument(
-        "--model", metavar="PATH_OR_ID", help=f"{', '.join(MODELS)}, {elsewhere} (default: {MODEL})"
+        "--model", metavar="PATH_OR_ID", help=f"{', '.join(PACKAGED)}, {elsewhere} (default: {MODEL})"
     )
     parser.add_argument(
         "--adapter",
-        metavar="PATH_OR_ID",
-        help=f"packaged name, {elsewhere} (default: a packaged model's own, if it has one)",
+        action="append",
+        metavar="[METHOD=]PATH_OR_ID",
+        help=f"packaged name, {elsewhere}, of interactions or of another method "
+        f"({', '.join(adapter_methods())}); may be repeated (default: a packaged model's own, if it has one)",
     )
     parser.add_argument("--device", help="auto, cpu, cuda, mps (default: auto)")
+
+
+def adapter_methods() -> list[str]:
+    """The names of the methods that have adapters."""
+    return [name for name, spec in methods().items() if spec.adapter is not None]
+
+
+def adapters_of(args: argparse.Namespace) -> dict[str, str]:
+    """What `--adapter` names, by the name of the method; of two for one method the last."""
+    chosen: dict[str, str] = {}
+    for text in args.adapter or []:
+        method, equals, path = text.partition("=")
+        name, at = (method, path) if equals and method in adapter_methods() else ("interaction", text)
+        chosen[name] = at
+    return chosen
 
 
 def check_picture_name(path: Path) -> None:

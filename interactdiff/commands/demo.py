@@ -1,4 +1,4 @@
-"""interactdiff demo: draw a bundled scene, beside what was asked."""
+"""interactdiff demo: generate a bundled scene, and show it with and without its boxes."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ DEMO = Scene(
 
 def add_to(commands: Commands) -> None:
     """Add `demo`."""
-    parser = commands.add_parser("demo", help="draw a bundled scene, beside what was asked")
+    parser = commands.add_parser("demo", help="generate a bundled scene")
     parser.set_defaults(run=_run)
     parser.add_argument(
         "--out", type=Path, metavar="PNG", default=Path("out/demo.png"), help="default: %(default)s"
@@ -37,11 +37,11 @@ def _run(args: argparse.Namespace) -> None:
     else:
         check_picture_name(args.out)
     quiet_libraries()
-    from interactdiff.generate import Drawer
+    from interactdiff.generation import ScenePipeline
 
-    drawer = Drawer.load()
-    image = drawer.draw(DEMO)
+    pipeline = ScenePipeline.from_pretrained()
+    image = pipeline.generate(DEMO)
     pair = side_by_side(enlarged(image), overlay(image, DEMO.interactions))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(pair, args.out, drawer.record(DEMO))
+    save_picture(pair, args.out, pipeline.record(DEMO))
     print(args.out)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from interactdiff.commands.arguments import Commands, add_models, quiet_libraries
+from interactdiff.commands.arguments import Commands, adapters_of, add_models, quiet_libraries
 
 
 def add_to(commands: Commands) -> None:
@@ -21,9 +21,11 @@ def _run(args: argparse.Namespace) -> None:
     from interactdiff.doctor import doctor
 
     pipeline = None
-    if args.model or args.adapter:
-        from interactdiff.generate import Drawer
+    adapters = adapters_of(args)
+    if args.model or adapters:
+        from interactdiff.generation import ScenePipeline
         from interactdiff.models import MODEL
 
-        pipeline = Drawer.load(args.model or MODEL, args.adapter, args.device or "auto").pipeline
+        model, device = args.model or MODEL, args.device or "auto"
+        pipeline = ScenePipeline.from_pretrained(model, adapters, device).pipeline
     print(doctor(pipeline), end="")

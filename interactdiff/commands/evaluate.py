@@ -1,12 +1,15 @@
-"""interactdiff evaluate: score how well the adapter is followed."""
+"""interactdiff evaluate: score a model and its adapters."""
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from interactdiff.commands.arguments import (
     Commands,
     UsageError,
+    adapters_of,
     add_models,
     number,
     positive,
@@ -14,20 +17,28 @@ from interactdiff.commands.arguments import (
     whole,
 )
 from interactdiff.files import why_unwritable, write_aside
-from interactdiff.models import GUIDANCE_SCALES, MODEL, default_adapter
-from interactdiff.scene_checks import checked_side
+from interactdiff.models import MODEL, default_adapter, model_info
+from interactdiff.registry import EvaluationOptions, load_attribute, methods
+from interactdiff.scene import MAX_GUIDANCE, MAX_STEPS
+from interactdiff.scene_checks import checked_number, checked_side, checked_whole
 
 
 def add_to(commands: Commands) -> None:
     """Add `evaluate`."""
     parser = commands.add_parser(
         "evaluate",
-        help="score how well the adapter is followed",
-        description="Score how well the adapter is followed, and the caption without it; a model that has no "
-        "adapter is scored by its captions alone.",
+        help="score a model and its adapters",
+        description="Score a model and its adapters: --world on scenes with interactions, with the adapter "
+        "and from the caption alone; any other by the scores of its method.",
     )
-    parser.set_defaults(run=_run)
-    parser.add_argument("--world", action="store_true", required=True, help="on held-out stickworld scenes")
+    parser.set_defaults(run=_run, method=None)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--world", action="store_true", help="on held-out stickworld scenes")
+    for name, spec in methods().items():
+        if spec.scores is not None:
+            what.add_argument(
+                f"--{name}", dest="method", action="store_const", const=name, help=f"scores of {spec.title}"
+            )
     parser.add_argument("--scenes", type=positive, default=50, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=whole, default=0, help="which ones, and their noise (default: 0)")
     parser.add_argument("--steps", type=positive, default=20, help="denoising steps (default: %(default)s)")
@@ -35,7 +46,7 @@ def add_to(commands: Commands) -> None:
         "--guidance-scale",
         type=number,
         metavar="X",
-        help=f"default: what suits a packaged model, else {GUIDANCE_SCALES[MODEL]:g}",
+        help=f"default: what suits a packaged model, else {model_info(MODEL).guidance_scale:g}",
     )
     parser.add_argument(
         "--size", type=positive, metavar="N", help="pixels, a multiple of 8 (default: the model's own size)"
@@ -65,18 +76,34 @@ def add_to(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     if args.json is not None and (reason := why_unwritable(args.json)):
         raise UsageError(f"--json: expected a file that can be written, got {args.json}: {reason}")
-    model = args.model or MODEL
-    if args.fast and (args.adapter or default_adapter(model)) is None:
+    model, adapters = args.model or MODEL, adapters_of(args)
+    if args.fast and "interaction" not in adapters and default_adapter(model) is None:
         raise UsageError(f"--fast: expected --adapter for the model {model}, got none")
     checked_side("--size", args.size)
+    checked_whole("--seed", args.seed, 0, 2**32 - 1)
+    checked_whole("--steps", args.steps, 1, MAX_STEPS)
+    if args.guidance_scale is not None:
+        checked_number("--guidance-scale", args.guidance_scale, 0.0, MAX_GUIDANCE)
     quiet_libraries()
+    table = _world(args, model, adapters) if args.method is None else _method(args, model, adapters)
+    if args.json is not None:
+        text = json.dumps(table, indent=2) + "\n"
+        write_aside(args.json, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def _world(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> dict[str, Any]:
+    from interactdiff.clear import ClearAdapter
     from interactdiff.evaluation.table import format_table
     from interactdiff.evaluation.world import evaluate_world, load_detector
-    from interactdiff.generate import usable_device
+    from interactdiff.pipeline_loading import usable_device
 
+    if unknown := set(adapters) - {"interaction", "clear"}:
+        raise UsageError(
+            f"--adapter: expected one of interactions or of clear for --world, got {', '.join(unknown)}"
+        )
     table = evaluate_world(
         model,
-        args.adapter,
+        adapters.get("interaction"),
         scenes=args.scenes,
         seed=args.seed,
         steps=args.steps,
@@ -89,8 +116,25 @@ def _run(args: argparse.Namespace) -> None:
         n_interactions=args.interactions,
         word_iou=args.word_iou,
         detector=None if args.detector is None else load_detector(args.detector),
+        clear=ClearAdapter.from_pretrained(adapters["clear"]) if "clear" in adapters else None,
     )
     print(format_table(table))
-    if args.json is not None:
-        text = json.dumps(table, indent=2) + "\n"
-        write_aside(args.json, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return table
+
+
+def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> dict[str, Any]:
+    """The scores that a method brings with it."""
+    from interactdiff.generation import ScenePipeline
+
+    spec = methods()[args.method]
+    assert spec.scores is not None
+    pipeline = ScenePipeline.from_pretrained(model, adapters, args.device or "auto", methods={spec.name: {}})
+    pipeline.check_side("--size", args.size)
+    options = EvaluationOptions(
+        args.scenes, args.seed, args.steps, args.batch_size, args.guidance_scale, args.size
+    )
+    scores = load_attribute(spec.scores)(pipeline, options)
+    width = max(map(len, scores), default=0)
+    print("\n".join(f"{name:{width}}  {value:.3f}" for name, value in scores.items()))
+    run = {**asdict(options), "model": pipeline.model, "adapters": dict(pipeline.adapters)}
+    return {"method": spec.name, "scores": scores, **run}

@@ -24,10 +24,7 @@ def _run(args: argparse.Namespace) -> None:
         if "=" not in pair:
             raise UsageError(f"--set: expected key=value, got {pair!r}")
     try:
-        from interactdiff.training.run import RecipeError, run
+        from interactdiff.training.run import run
     except ModuleNotFoundError as error:
         raise UsageError(f"expected the packages of interactdiff[train], got no {error.name}") from None
-    try:
-        run(args.config, args.set, args.resume_from_checkpoint)
-    except RecipeError as error:
-        raise UsageError(str(error)) from None
+    run(args.config, args.set, args.resume_from_checkpoint)

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from interactdiff.clear import ClearAdapter, linearize
-from interactdiff.generate import Drawer, call_arguments
+from interactdiff.generation import ScenePipeline
+from interactdiff.pipeline_calls import call_arguments
 from interactdiff.scene import Entity, Interaction
 from interactdiff.stickworld.detector import Detections, Detector
 from interactdiff.stickworld.layouts import sample_scene
@@ -121,7 +122,7 @@ def action_swap(number: int, scene: WorldScene, seed: int) -> ActionSwap:
 
 def detect_pictures(
     requests: Sequence[PictureRequest],
-    drawer: Drawer,
+    drawer: ScenePipeline,
     detector: Detector,
     seed: int,
     how: Sampling,
@@ -148,7 +149,9 @@ def detect_pictures(
     return found
 
 
-def draw_pictures(requests: Sequence[PictureRequest], drawer: Drawer, seed: int, how: Sampling) -> Tensor:
+def draw_pictures(
+    requests: Sequence[PictureRequest], drawer: ScenePipeline, seed: int, how: Sampling
+) -> Tensor:
     """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1].
 
     All of them are drawn in one way.

@@ -24,8 +24,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor
 
-from interactdiff.generate import call_arguments
 from interactdiff.models import ModelError
+from interactdiff.pipeline_calls import call_arguments
 from interactdiff.sites import denoiser_of
 from interactdiff.stickworld.captions import Described
 from interactdiff.stickworld.render import render

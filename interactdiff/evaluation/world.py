@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from interactdiff.checkpoint import AdapterError
 from interactdiff.clear import ClearAdapter
+from interactdiff.errors import AdapterError
 from interactdiff.evaluation.attributes import identity
 from interactdiff.evaluation.captions import text_scores
 from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, with_interval
@@ -23,7 +23,7 @@ from interactdiff.evaluation.sampling import (
 )
 from interactdiff.evaluation.table import ROWS
 from interactdiff.evaluation.words import word_iou as measured_word_iou
-from interactdiff.generate import Drawer
+from interactdiff.generation import ScenePipeline
 from interactdiff.models import MODEL, PACKAGED, ModelError, default_adapter, model_info
 from interactdiff.scene import SceneError
 from interactdiff.scene_checks import checked_side
@@ -51,7 +51,7 @@ def evaluate_world(
     fast: bool = False,
     n_interactions: int | None = None,
     word_iou: int = 0,
-    drawer: Drawer | None = None,
+    drawer: ScenePipeline | None = None,
     detector: Detector | None = None,
     clear: ClearAdapter | None = None,
 ) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def evaluate_world(
     if not 0 <= seed < 2**32:
         raise SceneError(f"expected a seed in [0, 2**32), got {seed}")
     checked_side("size", size)
-    drawer = drawer if drawer is not None else Drawer.load(model, adapter, device)
+    drawer = drawer if drawer is not None else ScenePipeline.from_pretrained(model, adapter, device)
     drawer.check_side("size", size)
     if fast and drawer.handle is None:
         raise AdapterError(f"expected an adapter for the row of fast control, got none for {drawer.model}")
@@ -124,6 +124,8 @@ def evaluate_world(
     layers = default_adapter(drawer.model, "clear")
     if clear is None and drawer.handle is not None and layers is not None:
         clear = ClearAdapter.from_pretrained(model_path(layers))
+    if clear is not None:
+        drawer.check_side("size", size, clear)
     requests = row_requests(world, drawer.handle is not None, fast, clear is not None)
     swaps = []
     if drawer.handle is not None:

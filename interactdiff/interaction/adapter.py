@@ -10,21 +10,23 @@ from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from interactdiff.adapter import Adapter, Binding, Host
 from interactdiff.checkpoint import check_tensors, save_adapter_files
-from interactdiff.interaction.config import InteractionConfig, JointConfig
+from interactdiff.interaction.config import METHOD, InteractionConfig, JointConfig
 from interactdiff.interaction.fuser import GatedSelfAttention, Init
 from interactdiff.interaction.joint import JointCrossAttention, SceneTokens, TokenParts
 from interactdiff.interaction.loading import open_adapter, published_config
+from interactdiff.interaction.published import find_adapter
 from interactdiff.interaction.tokens import InteractionTokenizer, Item, scene_tensors
 from interactdiff.lazy_tensors import LazyTensor
 from interactdiff.module_paths import submodule_at
-from interactdiff.published import find_adapter
-from interactdiff.sites import Base, Transformer
+from interactdiff.scene import Entity, Interaction
+from interactdiff.sites import Base, Denoiser, known_family
 
 
-class InteractionAdapter(nn.Module):
+class InteractionAdapter(Adapter):
     """InteractDiffusion's weights: `position_net`, and below each site's path what acts there.
 
     Module names follow the base's, so `state_dict` has the published names
@@ -35,6 +37,10 @@ class InteractionAdapter(nn.Module):
         config: the shapes.
         init: where training starts from, see `GatedSelfAttention` and `JointCrossAttention`.
     """
+
+    name = METHOD
+    items = (Interaction, Entity)
+    order = 10
 
     def __init__(self, config: InteractionConfig, init: Init = "published"):
         super().__init__()
@@ -51,8 +57,8 @@ class InteractionAdapter(nn.Module):
                 fuser = GatedSelfAttention(dim, width, heads, config.grid_positions, init)
                 submodule_at(self, path).add_module("fuser", fuser)
             else:
-                reader = JointCrossAttention(dim, width, heads, init)
-                submodule_at(self, path).add_module("cross_attention", reader)
+                attention = JointCrossAttention(dim, width, heads, init)
+                submodule_at(self, path).add_module("cross_attention", attention)
 
     @property
     def fusers(self) -> dict[str, GatedSelfAttention]:
@@ -61,7 +67,7 @@ class InteractionAdapter(nn.Module):
         return {path: cast(GatedSelfAttention, self.get_submodule(f"{path}.fuser")) for path in paths}
 
     @property
-    def readers(self) -> dict[str, JointCrossAttention]:
+    def cross_attentions(self) -> dict[str, JointCrossAttention]:
         """The cross-attention of each site of a transformer, by the site's path."""
         paths = self.config.base.sites
         return {
@@ -88,6 +94,30 @@ class InteractionAdapter(nn.Module):
         each = self.token_parts.parts
         weights, boxes = (t.repeat_interleave(each, 1) for t in (weights.repeat(1, 3), boxes))
         return SceneTokens(tokens.flatten(1, 2), weights, boxes)
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Make sure that a denoiser is the base that the adapter is made for.
+
+        Raises:
+            AdapterError: it is another.
+        """
+        self.config.base.check(denoiser)
+
+    def bind(self, host: Host) -> Binding:
+        """What one attachment needs.
+
+        Raises:
+            AdapterError: the pipeline's text encoders give features of another width.
+        """
+        from interactdiff.interaction.binding import InteractionBinding
+
+        return InteractionBinding(self, host)
+
+    @classmethod
+    def for_denoiser(cls, denoiser: Denoiser, **options: Any) -> "InteractionAdapter":
+        """An untrained adapter for a U-Net or a transformer; the options are those of the two below."""
+        make = cls.for_unet if isinstance(denoiser, UNet2DConditionModel) else cls.for_transformer
+        return make(denoiser, **options)
 
     @classmethod
     def for_unet(
@@ -117,26 +147,31 @@ class InteractionAdapter(nn.Module):
     @classmethod
     def for_transformer(
         cls,
-        transformer: Transformer,
+        transformer: Denoiser,
         *,
         max_interactions: int = 30,
         hidden: int = 512,
         init: Init = "published",
+        feature_dim: int | None = None,
         **joint: Any,
     ) -> "InteractionAdapter":
         """An untrained adapter for a transformer, in float32 and train mode; attaching it changes no picture.
 
-        Phrase features are what the transformer's pipeline pools of them with CLIP.
+        Phrase features are what the family's text encoders make of them, see `phrases`.
 
         Args:
-            transformer: the base, of Flux or SD3.
+            transformer: the base, of a family in `interactdiff.families`.
             max_interactions: the most interactions that an image can have.
             hidden: width inside the tokenizer.
             init: where training starts from, see `JointCrossAttention`.
+            feature_dim: width of the phrase features; the family's if not given.
             **joint: fields of `JointConfig`.
         """
-        base, width = Base.of(transformer), cast(Any, transformer.config).pooled_projection_dim
-        config = InteractionConfig(base, width, max_interactions, hidden, joint=JointConfig(**joint))
+        base, family = Base.of(transformer), known_family(transformer)
+        width = family.feature_width(transformer.config) if feature_dim is None else feature_dim
+        config = InteractionConfig(
+            base, width, max_interactions, hidden, joint=JointConfig(**joint), phrases=family.phrases
+        )
         return cls(config, init)
 
     @classmethod

@@ -1,14 +1,15 @@
 """What decides an InteractDiffusion adapter's shapes, and how its file says so."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from interactdiff.checkpoint import AdapterError
+from interactdiff.errors import AdapterError
 from interactdiff.module_paths import checked_path
 from interactdiff.scene import ACTION_REGIONS, ActionRegion
 from interactdiff.sites import UNET, Base
 
 METHOD, VERSION = "interaction", 1
+PhraseFeatures = Literal["pooled", "mean"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class JointConfig:
     Attributes:
         token_dim: width of the interaction tokens.
         parts: of each token, each with keys of its own.
-        structured: whether a token is seen by the image tokens of its box alone.
+        structured: whether only the image tokens in a token's box attend to it.
         action_region: where an action is that does not say.
 
     The defaults are what trains best (docs/interaction.md has the ablation).
@@ -47,6 +48,8 @@ class InteractionConfig:
         hidden: width inside the tokenizer.
         grid_positions: whether fusers tell visual tokens where they are.
         joint: of a transformer; None of a U-Net.
+        phrases: what a phrase's feature is: "pooled" by CLIP encoders, or the "mean" of the last hidden
+            states of the only encoder over the phrase's tokens.
     """
 
     base: Base
@@ -55,6 +58,7 @@ class InteractionConfig:
     hidden: int = 512
     grid_positions: bool = False
     joint: JointConfig | None = None
+    phrases: PhraseFeatures = "pooled"
 
     @property
     def token_dim(self) -> int:
@@ -75,6 +79,8 @@ class InteractionConfig:
         if self.joint is not None:
             data["base"]["denoiser"] = self.base.denoiser
             data["joint"] = asdict(self.joint)
+        if self.phrases != "pooled":
+            data["phrases"] = self.phrases
         return data
 
     @classmethod
@@ -93,7 +99,9 @@ class InteractionConfig:
                 for path, (dim, heads) in data["base"]["sites"].items()
             }
             denoiser = str(data["base"].get("denoiser", UNET))
-            joint = data.get("joint")
+            joint, phrases = data.get("joint"), data.get("phrases", "pooled")
+            if phrases not in get_args(PhraseFeatures):
+                raise ValueError(f"phrases {phrases!r}")
             if (joint is None) != (denoiser == UNET):
                 raise ValueError(f"{denoiser} with joint {joint}")
             return cls(
@@ -103,6 +111,7 @@ class InteractionConfig:
                 hidden=_size(data["hidden"]),
                 grid_positions=bool(data["grid_positions"]),
                 joint=None if joint is None else JointConfig(**joint),
+                phrases=phrases,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterError(

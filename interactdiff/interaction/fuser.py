@@ -131,7 +131,7 @@ class GatedSelfAttention(nn.Module):
         scale: Tensor | float,
         positions: Tensor | float,
     ) -> Tensor:
-        """Let visual tokens read interaction tokens, within a block that adds what its self-attention says.
+        """Let visual tokens read interaction tokens, within a block that adds its self-attention's output.
 
         Gates are multiplied and added in one pass over memory, where a fuser can lose time; where they
         are 0, not a bit changes. The feed-forward network, eight times as wide, acts on some tokens
@@ -140,7 +140,7 @@ class GatedSelfAttention(nn.Module):
 
         Args:
             x: [B, L, dim], the block's input.
-            attended: [B, L, dim], what its self-attention says: the fuser acts on x + attended.
+            attended: [B, L, dim], its self-attention's output: the fuser acts on x + attended.
             objects: the interaction tokens' keys and values, from `keys_values`.
             scale: s, a float32 scalar.
             positions: from `positions`.

@@ -7,9 +7,8 @@ the image becomes
     o <- o + s * tanh(alpha) * softmax1((q + P) K^T / sqrt(d)) V
 
 before the attention's own output projection. softmax1 has a key of zeros, whose value is zero, so that a
-token to which nothing is said is left alone. Nothing depends on the attention's own keys: how many of them
-an image token sees, all or those in a window, is the base's business. Cost and memory are linear in image
-tokens.
+query may attend to nothing. Nothing depends on the attention's own keys: how many of them an image token
+attends to, all or those in a window, is the base's business. Cost and memory are linear in image tokens.
 """
 
 from typing import NamedTuple
@@ -35,15 +34,15 @@ class SceneTokens(NamedTuple):
     weights: Tensor
     boxes: Tensor
 
-    def seen(self, grid: tuple[int, int], structured: bool) -> Tensor | None:
-        """Which tokens each cell of a grid sees: those that there are, and, structured, whose box touches it.
+    def attn_mask(self, grid: tuple[int, int], structured: bool) -> Tensor | None:
+        """Which tokens each cell of a grid may attend to: those that there are, whose box touches the cell.
 
         Args:
             grid: H rows and W columns.
-            structured: whether boxes count.
+            structured: whether boxes count; else all that there are.
 
         Returns:
-            [S, 1, H * W or 1, M + 1] bool, the last one for the key of zeros; None where all see all.
+            [S, 1, H * W or 1, M + 1] bool, the last one for the key of zeros; None where all attend to all.
         """
         there = self.weights[:, None, None] != 0
         if structured:
@@ -124,7 +123,7 @@ class JointCrossAttention(nn.Module):
         scenes: KeysValues,
         positions: Tensor,
         scale: Tensor | float,
-        seen: Tensor | None = None,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
         """What is added to what the attention gathers for the image's tokens.
 
@@ -133,14 +132,14 @@ class JointCrossAttention(nn.Module):
             scenes: keys and values, a row for each row of the queries, from `keys_values`.
             positions: from `positions`.
             scale: s, a float32 scalar.
-            seen: as from `SceneTokens.seen`, a row for each row of the queries.
+            attn_mask: as from `SceneTokens.attn_mask`, a row for each row of the queries.
 
         Returns:
             [R, L, dim].
         """
         keys, values = scenes
         values = values * (scale * self.alpha.tanh()).to(values.dtype)
-        read = F.scaled_dot_product_attention(queries + positions, keys, values, attn_mask=seen)
+        read = F.scaled_dot_product_attention(queries + positions, keys, values, attn_mask=attn_mask)
         return read.transpose(1, 2).flatten(2)
 
     def _by_head(self, states: Tensor) -> Tensor:
@@ -153,7 +152,7 @@ def joint_cross_attention_oracle(
     scenes: SceneTokens,
     grid: Tensor,
     scale: float,
-    seen: Tensor,
+    attn_mask: Tensor,
 ) -> Tensor:
     """The formula as it is written, one scene after the other and only the tokens that there are: slow, for
     tests to compare with.
@@ -164,7 +163,7 @@ def joint_cross_attention_oracle(
         scenes: the tokens.
         grid: [L, 64] features of the image tokens' cells.
         scale: s.
-        seen: [S, L, M] bool.
+        attn_mask: [S, L, M] bool.
 
     Returns:
         [S, L, dim].
@@ -176,7 +175,7 @@ def joint_cross_attention_oracle(
             q = queries[n, h] + grid @ module.grid_positions.weight[part].T
             k = module.norm_k(tokens @ module.to_k.weight[part].T)
             v = tokens @ module.to_v.weight[part].T * scenes.weights[n][:, None]
-            powers = (q @ k.T / q.shape[-1] ** 0.5).exp() * (seen[n] & (scenes.weights[n] != 0))
+            powers = (q @ k.T / q.shape[-1] ** 0.5).exp() * (attn_mask[n] & (scenes.weights[n] != 0))
             columns.append(powers @ v / (1 + powers.sum(-1, keepdim=True)))
         rows.append(torch.cat(columns, -1))
     return scale * module.alpha.tanh() * torch.stack(rows)

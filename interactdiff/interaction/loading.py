@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from interactdiff.interaction.config import InteractionConfig
+from interactdiff.interaction.published import base_of, find_adapter, tokenizer_sizes
 from interactdiff.lazy_tensors import LazyTensor
-from interactdiff.published import base_of, find_adapter, tokenizer_sizes
 from interactdiff.sources import (
     Source,
     choose,

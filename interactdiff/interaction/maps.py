@@ -1,11 +1,11 @@
-"""Where a picture looked at what was asked: attention of the image's tokens to the interaction tokens.
+"""Attention maps: how much the image's tokens attend to each item of a scene.
 
 Recorded beside the adapter by hooks of their own, from the queries and keys that it computes anyway; what is
 drawn stays the same. Where `fast` reuses what was added before, or a schedule is over, there is nothing to
 record.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interactdiff.interaction.fuser import KeysValues, SelfAttention
-from interactdiff.interaction.transformer import InTransformer, JoinedSite
-from interactdiff.interaction.unet import FusedSite, InUNet
+from interactdiff.interaction.transformer import CrossAttentionSite
+from interactdiff.interaction.unet import FuserSite
 
 ROLES = ("subject", "action", "object")
 FINEST = 64  # rows or columns of a map at most: more is more than an eye needs
@@ -61,13 +61,15 @@ class AttentionRecorder:
     """Records while pictures are drawn, one at a time; of a batch the last row.
 
     Args:
-        place: where an adapter acts.
+        sites: where interactions act.
         parts: keys of each token.
         slots: how many of the slots to keep, from the first; None for all.
     """
 
-    def __init__(self, place: InUNet | InTransformer, parts: int, slots: int | None = None):
-        self._place, self._parts, self._slots = place, parts, slots
+    def __init__(
+        self, sites: Sequence[FuserSite] | Sequence[CrossAttentionSite], parts: int, slots: int | None = None
+    ):
+        self._sites, self._parts, self._slots = sites, parts, slots
         self._timesteps: list[float] = []
         self._sums: dict[int, dict[tuple[int, int], tuple[Tensor, int]]] = {}  # by step and grid
 
@@ -90,35 +92,31 @@ class AttentionRecorder:
         self._sums.clear()
 
     @contextmanager
-    def recording(self, denoiser: nn.Module) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Hook the recorder in until the block is left."""
-        hooks = [denoiser.register_forward_pre_hook(self._step, with_kwargs=True, prepend=True)]
+        hooks = [
+            _attention_of(site).register_forward_pre_hook(partial(self._record, site)) for site in self._sites
+        ]
         try:
-            hooks += [
-                _watched(site).register_forward_pre_hook(partial(self._record, site))
-                for site in self._place.sites
-            ]
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Calls of one timestep in a row are one step."""
-        timestep = self._place.read(args, kwargs).timestep
-        now = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-        if not self._timesteps or self._timesteps[-1] != now:
-            self._timesteps.append(now)
+    def begin(self, timestep: float) -> None:
+        """Before each denoiser call: calls of one timestep in a row are one step."""
+        if not self._timesteps or self._timesteps[-1] != timestep:
+            self._timesteps.append(timestep)
 
     @torch.no_grad()
-    def _record(self, site: FusedSite | JoinedSite, module: nn.Module, args: tuple[Any, ...]) -> None:
-        call = site.call
-        if call is None:
+    def _record(self, site: FuserSite | CrossAttentionSite, module: nn.Module, args: tuple[Any, ...]) -> None:
+        state = site.state
+        if state is None:
             return
-        if isinstance(site, FusedSite):
-            weights, (rows, columns) = fuser_attention(module, *args), site.site.grid(*call.size)
+        if isinstance(site, FuserSite):
+            weights, (rows, columns) = fuser_attention(module, *args), site.site.grid(*state.grid)
         else:
-            weights, (rows, columns) = joint_attention(module, *args), call.size
+            weights, (rows, columns) = joint_attention(module, *args), state.grid
         by_token = weights.unflatten(1, (len(ROLES), -1, self._parts)).sum(-1)[
             :, :, : self._slots
         ]  # [L, 3, N]
@@ -146,7 +144,7 @@ def fuser_attention(attention: Any, queries: Tensor, keys: Tensor, _: Tensor) ->
 
 
 def joint_attention(
-    _: Any, queries: Tensor, scenes: KeysValues, positions: Tensor, __: Any, seen: Tensor | None = None
+    _: Any, queries: Tensor, scenes: KeysValues, positions: Tensor, __: Any, attn_mask: Tensor | None = None
 ) -> Tensor:
     """[L, M], of the last batch row: what each image token reads of each interaction token.
 
@@ -154,11 +152,11 @@ def joint_attention(
         queries: [R, heads, L, D].
         scenes: keys [R, heads, M + 1, D], the last one zeros.
         positions: what is added to the queries.
-        seen: as from `SceneTokens.seen`, or None.
+        attn_mask: as from `SceneTokens.attn_mask`, or None.
     """
     scores = _scores(queries[-1] + positions, scenes.keys[-1])
-    if seen is not None:
-        scores = scores.masked_fill(~seen[-1], -torch.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask[-1], -torch.inf)
     return scores.softmax(-1)[..., :-1].mean(0)
 
 
@@ -170,6 +168,6 @@ def _softmax(queries: Tensor, keys: Tensor) -> Tensor:
     return _scores(queries, keys).softmax(-1)
 
 
-def _watched(site: FusedSite | JoinedSite) -> nn.Module:
+def _attention_of(site: FuserSite | CrossAttentionSite) -> nn.Module:
     """The module whose arguments hold queries and keys."""
-    return site.fuser.attn if isinstance(site, FusedSite) else site.reader
+    return site.fuser.attn if isinstance(site, FuserSite) else site.cross_attention

@@ -101,7 +101,7 @@ OBJECT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 
 def _second_colour(colour: str, rng: random.Random) -> str:
-    """One that stands out from the first; yellow on blue is there, so that blue on yellow would be the same."""
+    """One that stands out from the first; blue on yellow would be yellow on blue."""
 
     def contrast(second: str) -> float:
         pairs = zip(COLOURS[colour], SECOND_COLOURS[second], strict=True)

@@ -1,4 +1,4 @@
-"""How the page looks: calm, light or dark."""
+"""Theme, styles and small pieces of HTML of the page."""
 
 import html
 
@@ -19,10 +19,10 @@ CSS = """
 .gradio-container > main { width: 100%; max-width: none; }
 #title h1 { margin: 0; font-size: 22px; }
 #title p { margin: 0; color: var(--body-text-color-subdued); }
-.refusal { border-left: 3px solid #d03050; padding: 2px 10px; }
-.refusal p { margin: 0; color: #c02040; }
-.refusal .refusal { border: 0; padding: 0; }
-.dark .refusal p { color: #ff8fa3; }
+.error { border-left: 3px solid #d03050; padding: 2px 10px; }
+.error p { margin: 0; color: #c02040; }
+.error .error { border: 0; padding: 0; }
+.dark .error p { color: #ff8fa3; }
 #gallery img, #preview img { image-rendering: pixelated; }
 #status { min-height: 44px; }
 #status .track { height: 6px; border-radius: 3px; overflow: hidden; background: var(--border-color-primary); }
@@ -67,16 +67,16 @@ DROP = """
 """
 
 
-def refusal(words: str) -> str:
+def error_html(message: str) -> str:
     """A message beside a field: text alone, whatever is quoted in it."""
-    return f"<p>{html.escape(words)}</p>"
+    return f"<p>{html.escape(message)}</p>"
 
 
-def bar(words: str, share: float | None = None, left: float | None = None) -> str:
-    """A line about what is going on, under a bar if there is a share of it."""
-    if left is not None and 0.0 < (share or 0) < 1:
-        words += f" · {left:.0f} s left" if left >= 1 else " · nearly done"
+def progress_html(message: str, fraction: float | None = None, seconds_left: float | None = None) -> str:
+    """A line about what is going on, under a progress bar if there is a fraction of it."""
+    if seconds_left is not None and 0.0 < (fraction or 0) < 1:
+        message += f" · {seconds_left:.0f} s left" if seconds_left >= 1 else " · nearly done"
     track = ""
-    if share is not None:
-        track = f'<div class="track"><div class="done" style="width: {100 * share:.0f}%"></div></div>'
-    return f"{track}<p>{html.escape(words)}</p>"
+    if fraction is not None:
+        track = f'<div class="track"><div class="done" style="width: {100 * fraction:.0f}%"></div></div>'
+    return f"{track}<p>{html.escape(message)}</p>"

@@ -16,10 +16,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from interactdiff.checkpoint import AdapterError
+from interactdiff.errors import AdapterError
+from interactdiff.interaction.ldm import adapter_tensors_from_ldm, layers_per_block_from_ldm
 from interactdiff.interaction.tokens import InteractionTokenizer
 from interactdiff.lazy_tensors import LazyTensor
-from interactdiff.ldm import adapter_tensors_from_ldm, layers_per_block_from_ldm
 from interactdiff.sites import KINDS, Base
 
 LDM_BLOCKS, DIFFUSERS_BLOCKS = "input_blocks|middle_block|output_blocks", "down_blocks|mid_block|up_blocks"
@@ -116,7 +116,7 @@ def base_of(
 
     Args:
         tensors: the adapter's.
-        unet: the base, if it is there to be asked.
+        unet: the base, if it is at hand.
         unet_config: what the folder of the weights says of its U-Net.
 
     Raises:

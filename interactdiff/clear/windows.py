@@ -3,7 +3,7 @@
 import os
 
 from interactdiff.clear.adapter import ClearAdapter, ClearConfig
-from interactdiff.clear.handle import ClearHandle, attach_clear
+from interactdiff.handle import Handle, attach
 
 
 def linearize(
@@ -16,21 +16,21 @@ def linearize(
     min_tokens: int | None = None,
     proportional: bool = False,
     ntk_factor: float = 1.0,
-) -> ClearHandle:
-    """Let image tokens attend within windows (CLEAR, arXiv 2412.16112), until the handle detaches.
+) -> Handle:
+    """Attach windows (CLEAR, arXiv 2412.16112) in one call: image tokens attend within them.
 
     The grid is taken from each call, so one pipeline may draw pictures of many sizes and shapes.
 
     Args:
         pipeline_or_denoiser: a pipeline, or a Flux or SD3 transformer or U-Net.
         window: radius r in tokens, from 1 up.
-        down_factor: keys and values pooled d x d are seen from everywhere; 1: there are none.
+        down_factor: every token attends to keys and values pooled d x d too; 1: there are none.
         weights: layers trained for this window and factor: a published file, a folder or a repository on the
             Hub; None attends within windows with the base's own layers.
         backend: of `local_attention`.
-        min_tokens: as in `ClearHandle.configure`; None is as many as windows need to be faster.
-        proportional: as in `ClearHandle.configure`.
-        ntk_factor: as in `ClearHandle.configure`.
+        min_tokens: as in `ClearBinding.configure`; None is as many as windows need to be faster.
+        proportional: as in `ClearBinding.configure`.
+        ntk_factor: as in `ClearBinding.configure`.
 
     Raises:
         ClearError: window or down_factor is out of range.
@@ -42,9 +42,9 @@ def linearize(
         adapter = weights
     else:
         adapter = ClearAdapter.from_pretrained(weights, window=window, down_factor=down_factor)
-    handle = attach_clear(pipeline_or_denoiser, adapter)
+    handle = attach(pipeline_or_denoiser, adapter)
     try:
-        handle.configure(
+        handle["clear"].configure(
             backend=backend, min_tokens=min_tokens, proportional=proportional, ntk_factor=ntk_factor
         )
     except Exception:

@@ -1,4 +1,4 @@
-"""What a canvas is made of: boxes, links between them, and rows of both together."""
+"""What a canvas is made of: boxes, links between them, and the rows of its table."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from interactdiff.scene_checks import Box, SceneError, checked_box, checked_numb
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A box and its name; an empty one is still to be named."""
+class CanvasBox:
+    """A box and its phrase; an empty one is still to be typed."""
 
     id: str
     phrase: str
@@ -22,8 +22,8 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Link:
-    """Who (the id of a thing) does what to what; an empty action leaves it open."""
+class CanvasLink:
+    """An interaction between the boxes of two ids; an empty action leaves it open."""
 
     id: str
     subject: str
@@ -40,8 +40,8 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Row:
-    """An interaction, or a thing without one (then there is no object), before it has to be complete."""
+class CanvasRow:
+    """An interaction, or a box without one (then there is no object), which may be incomplete."""
 
     subject: str
     subject_box: Box

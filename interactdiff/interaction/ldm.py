@@ -13,7 +13,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
 from torch import Tensor
 
-from interactdiff.checkpoint import AdapterError, check_tensors
+from interactdiff.checkpoint import check_tensors
+from interactdiff.errors import AdapterError
 
 ADAPTER_KEY = re.compile(r"(position_net|.*\.fuser)\.")
 Weight = TypeVar("Weight")  # a tensor, or where one can be read
@@ -89,7 +90,7 @@ def adapter_tensors_from_ldm(tensors: Mapping[str, Weight], layers_per_block: in
 
 
 def layers_per_block_from_ldm(names: Collection[str]) -> int:
-    """How many layers a level of the U-Net has, told by where the fusers are.
+    """How many layers a level of the U-Net has, from where the fusers are.
 
     The numbers of a level's layers follow each other, and after each level one is for the resampling.
 

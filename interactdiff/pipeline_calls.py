@@ -1,0 +1,72 @@
+"""What differs between pipelines in how they take prompts and guidance."""
+
+from inspect import signature
+from typing import Any, cast
+
+from interactdiff.sites import denoiser_of
+
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # the last one's limit is the longest
+
+
+def call_arguments(
+    pipeline: Any,
+    prompt: str | list[str],
+    negative_prompt: str | list[str] | None = None,
+    guidance_scale: float | None = None,
+) -> dict[str, Any]:
+    """Prompts and guidance scale as arguments of a pipeline's call, whatever its kind.
+
+    Flux has two kinds of guidance. A guidance-distilled model takes the scale as an input (`guidance_embeds`
+    in its configuration) and has no use for a negative prompt. Any other has classifier-free guidance as
+    Stable Diffusion has, which its pipelines call true CFG and do only where there is a negative prompt too.
+
+    Args:
+        pipeline: from text, with a U-Net or a transformer.
+        prompt: one, or one for each picture.
+        negative_prompt: likewise; None is an empty one.
+        guidance_scale: up to 1 is off; None is the pipeline's default.
+
+    Returns:
+        Keyword arguments of the pipeline's call: those for what was given, and, where its text encoder takes
+        fewer tokens than it would pad prompts to, `max_sequence_length`.
+    """
+    arguments: dict[str, Any] = {"prompt": prompt}
+    if negative_prompt is not None:
+        arguments["negative_prompt"] = negative_prompt
+    parameters = signature(pipeline.__call__).parameters
+    if guidance_scale is not None:
+        distilled = denoiser_config(pipeline).get("guidance_embeds")
+        true_cfg = "true_cfg_scale" in parameters and not distilled
+        arguments["true_cfg_scale" if true_cfg else "guidance_scale"] = guidance_scale
+        if true_cfg and negative_prompt is None:
+            arguments["negative_prompt"] = "" if isinstance(prompt, str) else [""] * len(prompt)
+    if (padded := _padded_length(pipeline)) is not None:
+        arguments["max_sequence_length"] = padded
+    return arguments
+
+
+def text_limits(pipeline: Any) -> list[tuple[Any, int]]:
+    """The tokenizers that have to take a whole prompt, and how many tokens of it the pipeline lets through.
+
+    Beside T5, CLIP reads the beginning alone, as is usual with Flux and SD3: there only T5 counts.
+    """
+    if (padded := _padded_length(pipeline)) is not None:
+        return [(_tokenizers(pipeline)[-1], padded)]
+    return [(one, one.model_max_length) for one in _tokenizers(pipeline) if one is not None]
+
+
+def denoiser_config(pipeline: Any) -> dict[str, Any]:
+    """The configuration of a pipeline's U-Net or transformer."""
+    return cast(Any, denoiser_of(pipeline)).config
+
+
+def _padded_length(pipeline: Any) -> int | None:
+    """To how many tokens the last text encoder's prompts are padded or cut, where the call decides it."""
+    argument = signature(pipeline.__call__).parameters.get("max_sequence_length")
+    last = _tokenizers(pipeline)[-1]
+    return None if argument is None or last is None else min(argument.default, last.model_max_length)
+
+
+def _tokenizers(pipeline: Any) -> list[Any]:
+    """Those that the pipeline's class has; None for one that was not loaded."""
+    return [getattr(pipeline, name) for name in TOKENIZERS if hasattr(pipeline, name)]

@@ -1,0 +1,74 @@
+"""Loads diffusers pipelines from text, onto a device of this machine."""
+
+from inspect import signature
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from interactdiff.errors import AdapterError, ModelError
+from interactdiff.models import check_model_folder
+from interactdiff.sites import denoiser_of
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def checked_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a name; "auto" is float16 on cuda, else float32.
+
+    Raises:
+        ModelError: there is no such dtype.
+    """
+    precision = name if name != "auto" else "float16" if device.type == "cuda" else "float32"
+    if precision not in DTYPES:
+        raise ModelError(f"expected a dtype of {', '.join(DTYPES)} or auto, got {precision!r}")
+    return DTYPES[precision]
+
+
+def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load a diffusers pipeline from a folder or the Hub; from safetensors only, so that no pickle is run.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        check_model_folder(folder)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path_or_id, use_safetensors=True).to(device, dtype)
+    except Exception as error:  # loaders of a dozen kinds of files raise as many kinds of errors
+        reason = shorten(str(error), 160, placeholder=" ...")
+        raise ModelError(
+            f"expected a diffusers model at {path_or_id}, got {type(error).__name__}: {reason}"
+        ) from error
+    kind = type(pipeline).__name__
+    for part in ("tokenizer", "text_encoder"):
+        if getattr(pipeline, part, None) is None:
+            raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {kind} without a {part}")
+    if "image" in signature(pipeline.__call__).parameters:
+        raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {kind}")
+    try:
+        denoiser_of(pipeline)
+    except AdapterError as error:
+        raise ModelError(f"{path_or_id}: {error}") from None
+    return pipeline
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device of a name, or for "auto" the best there is: cuda, mps, cpu.
+
+    Raises:
+        ModelError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):  # unknown, absent, without storage
+        raise ModelError(f"expected a device of this machine such as cpu or cuda, got {name!r}") from None
+    return device
