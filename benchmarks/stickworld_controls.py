@@ -29,6 +29,7 @@ from interactdiff.evaluation.hoi import at_box, iou, picture_scores, with_interv
 from interactdiff.evaluation.sampling import held_out_scenes
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
+from interactdiff.interaction import active_scene
 from interactdiff.interaction.fuser import GatedSelfAttention, KeysValues
 from interactdiff.scene import Box, Entity
 from interactdiff.schedule import refreshes
