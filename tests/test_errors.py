@@ -77,7 +77,7 @@ def test_all_errors_of_the_package_have_one_parent() -> None:
             "--seed: expected a whole number from 0 to 4294967295",
         ),
         (["evaluate", "--world", "--guidance-scale", "nan"], "--guidance-scale: expected a number from 0 to"),
-        (["evaluate", "--world", "--adapter", "clear=x"], "--adapter: expected one of interactions for"),
+        (["evaluate", "--world", "--adapter", "clear=x"], "expected an adapter's folder or the id of one"),
         (["train", VAE, "--set", "steps=abc"], "steps: expected a whole number from 1 up, got 'abc'"),
         (["train", VAE, "--set", "batch_size=-1"], "batch_size: expected a whole number from 1 up, got -1"),
         (
