@@ -106,6 +106,7 @@ class Controller:
     def leave(self, bindings: Iterable[Binding]) -> None:
         """Let bindings go; the denoiser is its own again after the last one."""
         leaving = set(map(id, bindings))
+        self._release()
         self._give_back()
         self.bindings = [binding for binding in self.bindings if id(binding) not in leaving]
         self._laid_out = None
