@@ -34,6 +34,7 @@ from interactdiff.scene import Scene
 from interactdiff.sites import denoiser_of
 
 OnStep = Callable[[int, Callable[[], Image.Image | None]], None]  # the step, from 0, and what makes a preview
+DEFAULT_SAMPLE_SIZE = 128  # latents a side, of pipelines that say nothing of it (Z-Image): 1024 px
 PATCH = 2  # latents, high and wide, that a diffusion transformer takes as one token
 
 
@@ -190,7 +191,8 @@ class ScenePipeline:
         """Height and width in pixels of the pictures that the model generates by default."""
         if (own := model_info(self.model).size) is not None:
             return own
-        latents = denoiser_config(self.pipeline).get("sample_size") or self.pipeline.default_sample_size
+        latents = denoiser_config(self.pipeline).get("sample_size")
+        latents = latents or getattr(self.pipeline, "default_sample_size", DEFAULT_SAMPLE_SIZE)
         return latents * self.pipeline.vae_scale_factor
 
     def unsupported(self, name: str) -> str | None:
