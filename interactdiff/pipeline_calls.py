@@ -41,9 +41,7 @@ def call_arguments(
         arguments["negative_prompt"] = negative_prompt
     elif any(negative_prompt or ()):  # Flux2
         kind = type(pipeline).__name__
-        raise SceneError(
-            f"negative_prompt: expected none, as {kind} takes none, got {shown(negative_prompt)}"
-        )
+        raise SceneError(f"negative_prompt: expected none for {kind}, got {shown(negative_prompt)}")
     if guidance_scale is not None:
         distilled = denoiser_config(pipeline).get("guidance_embeds")
         true_cfg = "true_cfg_scale" in parameters and not distilled
