@@ -7,11 +7,11 @@ import torch
 from tiny import RIDING, trained_adapter
 
 import interactdiff.bench.interaction
-from interactdiff.handle import attach
 from interactdiff.bench.interaction import BASES, Bench, BenchBase, bench_interaction, operations
 from interactdiff.bench.memory import peak_memory
 from interactdiff.cli import main
 from interactdiff.doctor import backends, doctor
+from interactdiff.handle import attach
 from interactdiff.sites import KINDS
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from containers import edit, publish, write_unet_folder
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from tiny import RIDING, close, draw, trained_adapter
 
-from interactdiff.handle import attach
 from interactdiff.checkpoint import AdapterError
+from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.pipelines import InteractionStableDiffusionPipeline, InteractionStableDiffusionXLPipeline
 from interactdiff.pipelines.hub import is_published_folder, load_hub_folder

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from interactdiff.checkpoint import AdapterError
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.lazy_tensors import LazyTensor
 from interactdiff.interaction.published import base_of, find_adapter
+from interactdiff.lazy_tensors import LazyTensor
 from interactdiff.sites import Base
 from interactdiff.sources import Source
 

@@ -10,8 +10,8 @@ import torch
 from tiny import FEEDING, RIDING, close, trained_adapter
 from torch import Tensor
 
-from interactdiff.handle import attach
 from interactdiff.checkpoint import AdapterError
+from interactdiff.handle import attach
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
