@@ -103,8 +103,8 @@ def test_a_published_script_in_half_precision(published_folder):
     publish(folder, pipe, adapter, variant="fp16")
     options = {"trust_remote_code": True, "variant": "fp16", "torch_dtype": torch.float16}
     pipeline = ours.from_pretrained(folder, **options)
-    attached = pipeline.interaction["interaction"].adapter
-    assert {t.dtype for t in attached.state_dict().values()} == {torch.float16}
+    loaded = pipeline.interaction["interaction"].adapter
+    assert {t.dtype for t in loaded.state_dict().values()} == {torch.float16}
     pipeline.set_progress_bar_config(disable=True)
     half, base = draw(pipeline, **published(RIDING)), draw(pipeline)
     assert half.dtype == torch.float16

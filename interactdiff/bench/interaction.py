@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from interactdiff.handle import Handle, attach
 from interactdiff.bench.memory import peak_memory
+from interactdiff.handle import Handle, attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.scene import Interaction
 from interactdiff.schedule import refreshes

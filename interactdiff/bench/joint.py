@@ -10,10 +10,10 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from interactdiff.handle import attach
 from interactdiff.bench.interaction import SCENE
 from interactdiff.bench.memory import peak_memory
 from interactdiff.clear import linearize
+from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
 
 
