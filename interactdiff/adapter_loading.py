@@ -10,10 +10,12 @@ from interactdiff.registry import MethodSettings, methods
 from interactdiff.scene_checks import shown
 
 AdapterChoice = str | Adapter | None  # a name, a path or a Hub id; loaded; None: made without weights
+GivenAdapters = Mapping[str, AdapterChoice] | Sequence[Adapter] | Adapter | str | None
+UNNAMED = "an adapter given in Python"  # how a record names weights that it cannot find again
 
 
 def chosen_adapters(
-    model: str, given: Any = None, used: MethodSettings | None = None
+    model: str, given: GivenAdapters = None, used: MethodSettings | None = None
 ) -> dict[str, AdapterChoice]:
     """Which adapters a model is to have, by the name of their method.
 
@@ -49,7 +51,7 @@ def chosen_adapters(
     return chosen
 
 
-def named_adapters(given: Any) -> dict[str, AdapterChoice]:
+def named_adapters(given: GivenAdapters) -> dict[str, AdapterChoice]:
     """Adapters by the name of their method, whichever way they are given.
 
     Raises:

@@ -6,13 +6,13 @@ from torch import nn
 from interactdiff.sites import held_denoiser
 
 
-def forget_compiled(denoiser: nn.Module, given: object) -> None:
+def forget_compiled(denoiser: nn.Module, *given: object) -> None:
     """Forget compiled code of a denoiser, which does not look for new hooks (torch skips those guards).
 
     Args:
         denoiser: the module.
-        given: the pipeline or denoiser that the caller holds, whose module may be a compiled wrapper.
+        *given: pipelines or denoisers that callers hold, whose modules may be compiled wrappers.
     """
-    wrapped = hasattr(held_denoiser(given), "_orig_mod")
+    wrapped = any(hasattr(held_denoiser(one), "_orig_mod") for one in given)
     if wrapped or any(m._compiled_call_impl is not None for m in denoiser.modules()):
         torch.compiler.reset()

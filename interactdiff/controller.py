@@ -42,8 +42,9 @@ class Controller:
         bindings: in the order in which their edits are chained.
     """
 
-    def __init__(self, denoiser: Denoiser, given: object):
-        self.denoiser, self._given = denoiser, given
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        self._given: list[object] = []  # to attach: some hold the denoiser within a compiled wrapper
         self.calls = CallReader(denoiser, None)
         self.sites = tuple(find_sites(denoiser))
         self.bindings: list[Binding] = []
@@ -89,8 +90,16 @@ class Controller:
             if isinstance(edit, Parameter) and isinstance(edit.value, Tensor):
                 _check_in_memory(getattr(edit.module, edit.name))
 
-    def join(self, bindings: Sequence[Binding], pipeline: Any) -> None:
-        """Take further bindings, which have been checked."""
+    def join(self, bindings: Sequence[Binding], given: object, pipeline: Any) -> None:
+        """Take further bindings, which have been checked.
+
+        Args:
+            bindings: the bindings.
+            given: the pipeline or denoiser that `attach` was given.
+            pipeline: the same if it is a pipeline, else None.
+        """
+        if not any(one is given for one in self._given):
+            self._given.append(given)
         if pipeline is not None or not self.bindings:
             self.calls.pipeline = pipeline
         self.bindings = sorted([*self.bindings, *bindings], key=_order)
@@ -101,15 +110,16 @@ class Controller:
             if key not in self._places:
                 self._places[key] = make()
             self._places[key].hook()
-        forget_compiled(self.denoiser, self._given)
+        forget_compiled(self.denoiser, *self._given)
 
     def leave(self, bindings: Iterable[Binding]) -> None:
         """Let bindings go; the denoiser is its own again after the last one."""
         leaving = set(map(id, bindings))
+        self._release()
         self._give_back()
         self.bindings = [binding for binding in self.bindings if id(binding) not in leaving]
         self._laid_out = None
-        forget_compiled(self.denoiser, self._given)
+        forget_compiled(self.denoiser, *self._given)
         needed = _places(self.bindings)
         for key in [key for key in self._places if key not in needed]:
             self._places.pop(key).unhook()

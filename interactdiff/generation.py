@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from interactdiff.adapter import Adapter
-from interactdiff.adapter_loading import AdapterChoice, chosen_adapters, load_adapters
+from interactdiff.adapter_loading import UNNAMED, AdapterChoice, GivenAdapters, chosen_adapters, load_adapters
 from interactdiff.errors import InteractdiffError, SceneError
 from interactdiff.handle import Handle, attach
 from interactdiff.models import MODEL, absolute_name, default_adapter, model_info, resolve
@@ -34,6 +34,7 @@ from interactdiff.scene import Scene
 from interactdiff.sites import denoiser_of
 
 OnStep = Callable[[int, Callable[[], Image.Image | None]], None]  # the step, from 0, and what makes a preview
+DEFAULT_SAMPLE_SIZE = 128  # latents a side, of pipelines that say nothing of it (Z-Image): 1024 px
 PATCH = 2  # latents, high and wide, that a diffusion transformer takes as one token
 
 
@@ -62,7 +63,7 @@ def generate(
     scene: Scene,
     *,
     model: str = MODEL,
-    adapters: Any = None,
+    adapters: GivenAdapters = None,
     methods: MethodSettings | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -96,7 +97,8 @@ class ScenePipeline:
             as Flux and Stable Diffusion 3 have.
         handle: of the attached adapters, or None if there are none.
         model: name, absolute folder or Hub id of the model.
-        adapters: the same of the adapters, by the name of their method; None for one without a file.
+        adapters: the same of the adapters, by the name of their method; None for one without weights,
+            `UNNAMED` for one that was loaded already.
     """
 
     pipeline: Any
@@ -108,7 +110,7 @@ class ScenePipeline:
     def from_pretrained(
         cls,
         model: str = MODEL,
-        adapters: Any = None,
+        adapters: GivenAdapters = None,
         device: str = "auto",
         dtype: str = "auto",
         *,
@@ -162,7 +164,10 @@ class ScenePipeline:
             if name not in loaded:
                 loaded[name] = methods()[name].load_adapter_class().for_denoiser(denoiser_of(pipeline)).eval()
         handle = attach(pipeline, *loaded.values()) if loaded else None
-        names = {n: absolute_name(at) if isinstance(at, str) else None for n, at in chosen.items()}
+        names = {
+            name: absolute_name(at) if isinstance(at, str) else None if at is None else UNNAMED
+            for name, at in chosen.items()
+        }
         return cls(pipeline, handle, absolute_name(model), names)
 
     def detached(self) -> "ScenePipeline":
@@ -186,7 +191,8 @@ class ScenePipeline:
         """Height and width in pixels of the pictures that the model generates by default."""
         if (own := model_info(self.model).size) is not None:
             return own
-        latents = denoiser_config(self.pipeline).get("sample_size") or self.pipeline.default_sample_size
+        latents = denoiser_config(self.pipeline).get("sample_size")
+        latents = latents or getattr(self.pipeline, "default_sample_size", DEFAULT_SAMPLE_SIZE)
         return latents * self.pipeline.vae_scale_factor
 
     def unsupported(self, name: str) -> str | None:

@@ -152,6 +152,8 @@ class Handle:
         for item in (item for prompt in prompts or () for item in prompt):
             if not isinstance(item, kinds) and (method := _method_of(type(item))):
                 have = " and ".join(self._bindings)
+                if any(method == other.adapter.name for other in self._controller.bindings):
+                    have += f"; {method} was attached by another handle, which takes them"
                 raise SceneError(
                     f"expected an attached adapter of {method} for {type(item).__name__} items, got {have}"
                 )
@@ -190,7 +192,7 @@ def attach(
     if not adapters:
         raise AdapterError("expected at least one adapter, got none")
     denoiser = denoiser_of(pipeline_or_denoiser)
-    controller = Controller.of(denoiser) or Controller(denoiser, pipeline_or_denoiser)
+    controller = Controller.of(denoiser) or Controller(denoiser)
     names = [binding.adapter.name for binding in controller.bindings]
     for adapter in adapters:
         adapter.check(denoiser)
@@ -209,7 +211,7 @@ def attach(
         if not binding.adapter.training:
             binding.adapter.to(denoiser.dtype)  # every weight: a file may hold several dtypes
         binding.follow(device)
-    controller.join(bindings, pipeline)
+    controller.join(bindings, pipeline_or_denoiser, pipeline)
     return Handle(controller, bindings, pipeline_or_denoiser)
 
 

@@ -3,6 +3,8 @@
 from inspect import signature
 from typing import Any, cast
 
+from interactdiff.errors import SceneError
+from interactdiff.scene_checks import shown
 from interactdiff.sites import denoiser_of
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # the last one's limit is the longest
@@ -29,11 +31,17 @@ def call_arguments(
     Returns:
         Keyword arguments of the pipeline's call: those for what was given, and, where its text encoder takes
         fewer tokens than it would pad prompts to, `max_sequence_length`.
+
+    Raises:
+        SceneError: there is a negative prompt, and the pipeline takes none.
     """
     arguments: dict[str, Any] = {"prompt": prompt}
-    if negative_prompt is not None:
-        arguments["negative_prompt"] = negative_prompt
     parameters = signature(pipeline.__call__).parameters
+    if negative_prompt is not None and "negative_prompt" in parameters:
+        arguments["negative_prompt"] = negative_prompt
+    elif any(negative_prompt or ()):  # Flux2
+        kind = type(pipeline).__name__
+        raise SceneError(f"negative_prompt: expected none for {kind}, got {shown(negative_prompt)}")
     if guidance_scale is not None:
         distilled = denoiser_config(pipeline).get("guidance_embeds")
         true_cfg = "true_cfg_scale" in parameters and not distilled
@@ -64,7 +72,9 @@ def _padded_length(pipeline: Any) -> int | None:
     """To how many tokens the last text encoder's prompts are padded or cut, where the call decides it."""
     argument = signature(pipeline.__call__).parameters.get("max_sequence_length")
     last = _tokenizers(pipeline)[-1]
-    return None if argument is None or last is None else min(argument.default, last.model_max_length)
+    if argument is None or argument.default is None or last is None:
+        return None
+    return min(argument.default, last.model_max_length)
 
 
 def _tokenizers(pipeline: Any) -> list[Any]:

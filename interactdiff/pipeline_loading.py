@@ -14,6 +14,8 @@ from interactdiff.sites import denoiser_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+IMAGE_OPTIONAL = ("Flux2Pipeline", "Flux2KleinPipeline")  # from text, and from pictures if there are any
+
 
 def checked_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a name; "auto" is float16 on cuda, else float32.
@@ -47,7 +49,7 @@ def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> 
     for part in ("tokenizer", "text_encoder"):
         if getattr(pipeline, part, None) is None:
             raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {kind} without a {part}")
-    if "image" in signature(pipeline.__call__).parameters:
+    if "image" in signature(pipeline.__call__).parameters and kind not in IMAGE_OPTIONAL:
         raise ModelError(f"expected a pipeline from text at {path_or_id}, got a {kind}")
     try:
         denoiser_of(pipeline)

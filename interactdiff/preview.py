@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
@@ -18,16 +18,19 @@ def preview(pipeline: Any, latents: Tensor, height: int, width: int) -> Image.Im
     A VAE that is not a tiny one decodes at most `SIDE` latents a side, which is quick and less sharp.
 
     Args:
-        pipeline: from text, of Stable Diffusion, Flux or SD3.
+        pipeline: from text.
         latents: of one picture, as the pipeline's callback gives them.
         height: of the picture in pixels.
         width: likewise.
 
     Returns:
-        The picture; None for a VAE that diffusers would have to cast first (SDXL's in float16).
+        The picture; None for a VAE of another kind (Flux2's, Qwen-Image's), or one that diffusers would have
+        to cast first (SDXL's in float16).
     """
     vae: Any = pipeline.vae
     config: Any = vae.config
+    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny)):
+        return None
     if vae.dtype == torch.float16 and getattr(config, "force_upcast", False):
         return None
     if hasattr(pipeline, "_unpack_latents"):  # Flux calls tokens what others call latents

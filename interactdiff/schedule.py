@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def scheduled(step: int, steps: int, shares: tuple[float, float, float]) -> float:
-    """The schedule's value s at a step, in [0, 1].
+    """The schedule's value s at a step, in [0, 1]. Of few steps a share above 0 has the first one at least.
 
     Args:
         step: which step, from 0.
@@ -16,6 +16,10 @@ def scheduled(step: int, steps: int, shares: tuple[float, float, float]) -> floa
         shares: [on, decay, off].
     """
     on, decay = (math.floor(share * steps + 1e-6) for share in shares[:2])  # 0.29 * 100 is 28.999999999999996
+    if shares[0] > 0:
+        on = max(on, 1)
+    elif shares[1] > 0:
+        decay = max(decay, 2)
     if step < on:
         return 1.0
     return max(0.0, 1 - (step - on + 1) / decay) if decay else 0.0

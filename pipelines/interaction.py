@@ -76,12 +76,12 @@ class InteractionMixin(DiffusionPipeline):
         if not isinstance(adapter, InteractionAdapter):
             unet, dtype = getattr(self, "unet", None), denoiser_of(self).dtype
             adapter = InteractionAdapter.from_pretrained(adapter, unet=unet, dtype=dtype)
-        before = self.interaction
+        before = None if self.interaction is None else self.interaction["interaction"].adapter
         self.unload_interaction_adapter()
         try:
             self.interaction = attach(self, adapter)
         except Exception:  # another base; or no memory for it
-            self.interaction = attach(self, before["interaction"].adapter) if before is not None else None
+            self.interaction = attach(self, before) if before is not None else None
             raise
 
     def unload_interaction_adapter(self) -> None:

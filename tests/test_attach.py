@@ -9,7 +9,9 @@ from torch import nn
 
 from interactdiff.checkpoint import AdapterError
 from interactdiff.handle import Handle, attach
-from interactdiff.scene import SceneError
+from interactdiff.scene import Entity, Scene, SceneError
+
+DOG = Entity("dog", (0.1, 0.1, 0.5, 0.5))
 
 
 def state_of(module: nn.Module) -> dict:
@@ -107,7 +109,7 @@ def test_a_base_that_differs_in_its_heads_alone_is_told_apart(pipe, adapter):
 def test_a_name_is_no_adapter(pipe):
     with pytest.raises(
         AdapterError,
-        match=r"expected adapters, such as InteractionAdapter.from_pretrained loads, got .stickworld-inter",
+        match=r"expected adapters, such as .*, got .stickworld-inter",
     ):
         attach(pipe, "stickworld-interaction")
 
@@ -145,6 +147,18 @@ def test_a_text_encoder_of_another_width_is_refused(pipe, unet):
     pipe.text_encoder.config.hidden_size = 32
     with pytest.raises(AdapterError, match=r"expected a text encoder of width 24, .* got width 32"):
         attach(pipe, adapter)
+
+
+def test_a_whole_scene_is_its_items_and_how_they_act(pipe, adapter):
+    with attach(pipe, adapter) as handle:
+        handle.set_scene([RIDING, DOG], strength=0.5, schedule=0.7, fast=True)
+        expected = draw(pipe)
+        scene = Scene("a dog", interactions=(RIDING,), entities=(DOG,), strength=0.5, schedule=0.7, fast=True)
+        handle.set_scene(scene)
+        assert torch.equal(draw(pipe), expected)
+        assert handle.describe() == "interaction: 1 scene at strength 0.5, schedule [0.7, 0, 0.3], fast"
+        handle.clear()
+        assert handle.describe() == ""
 
 
 # --- devices, dtypes, other adapters ---
@@ -248,11 +262,11 @@ def test_a_pipeline_that_does_not_tell_of_guidance_has_to_be_told(pipe, adapter)
         (([RIDING], 1.0, 1.5), "^schedule: expected a share in"),
         (
             (["person|riding|bike"],),
-            "^expected items of Interaction or Entity, or a sequence of them for each prompt, got",
+            "^expected items of Interaction or Entity, or a sequence of them for each prompt, ",
         ),
         (
             ([RIDING, [FEEDING]],),
-            "^expected items of Interaction or Entity, or a sequence of them for each prompt, got",
+            "^expected items of Interaction or Entity, or a sequence of them for each prompt, ",
         ),
         (
             (None,),

@@ -52,10 +52,8 @@ def test_maps_are_means_over_sites_on_the_finest_grid(pipe: Any, monkeypatch: py
 
     monkeypatch.setattr(maps_module, "fuser_attention", keeping)
     monkeypatch.setattr(maps_module, "FINEST", 4)
-    with (
-        attach(pipe, trained_adapter(pipe.unet)) as handle,
-        handle["interaction"].record_attention() as recorder,
-    ):
+    adapter = trained_adapter(pipe.unet)
+    with attach(pipe, adapter) as handle, handle["interaction"].record_attention() as recorder:
         handle.set_scene([RIDING])
         draw_unet(pipe, num_inference_steps=1)
     maps = recorder.maps()

@@ -160,7 +160,7 @@ def test_observers_see_queries_and_keys_and_change_nothing(
         base = denoiser(**inputs).sample
         with attach(denoiser, observing("one"), observing("two")):
             assert torch.equal(denoiser(**inputs).sample, base)
-    sites = [site for site in Controller(denoiser, None).sites if site.role == role]
+    sites = [site for site in Controller(denoiser).sites if site.role == role]
     assert len(seen["one"]) == len(seen["two"]) == len(sites)
     first, module = seen["one"][0], sites[0].module
     batch = len(next(iter(inputs.values())))
@@ -361,6 +361,31 @@ def test_items_that_nobody_takes_name_the_missing_adapter(pipe: Any) -> None:
         pytest.raises(AdapterError, match="expected options of fast, schedule, strength, got slow"),
     ):
         handle.set_scene([RIDING], slow=True)
+
+
+def test_items_for_another_handle_say_so(pipe: Any) -> None:
+    with attach(pipe, trained_adapter(pipe.unet)), linearize(pipe) as windows:  # noqa: SIM117
+        with pytest.raises(SceneError, match="interaction was attached by another handle, which takes them"):
+            windows.set_scene([RIDING])
+
+
+def test_a_wrapper_compiled_after_an_adapter_was_attached_to_the_bare_denoiser(flux_pipe: Any) -> None:
+    torch.compiler.reset()
+    transformer, graphs = flux_pipe.transformer, []
+    plain = draw_dit(flux_pipe)
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with attach(transformer, scaling(1.0, 0.0, "bare", 1)):
+        flux_pipe.transformer = torch.compile(transformer, backend=count, fullgraph=True)
+        assert torch.allclose(draw_dit(flux_pipe), plain, atol=1e-4)
+        with attach(flux_pipe, scaling(1.0, 0.5, "later", 2)):
+            assert not torch.allclose(draw_dit(flux_pipe), plain, atol=1e-2)
+        assert torch.allclose(draw_dit(flux_pipe), plain, atol=1e-4)
+    assert len(graphs) == 3
+    torch.compiler.reset()
 
 
 def test_what_is_no_adapter_is_refused(pipe: Any) -> None:

@@ -103,7 +103,8 @@ def test_a_published_script_in_half_precision(published_folder):
     publish(folder, pipe, adapter, variant="fp16")
     options = {"trust_remote_code": True, "variant": "fp16", "torch_dtype": torch.float16}
     pipeline = ours.from_pretrained(folder, **options)
-    assert {t.dtype for t in pipeline.interaction.adapter.state_dict().values()} == {torch.float16}
+    loaded = pipeline.interaction["interaction"].adapter
+    assert {t.dtype for t in loaded.state_dict().values()} == {torch.float16}
     pipeline.set_progress_bar_config(disable=True)
     half, base = draw(pipeline, **published(RIDING)), draw(pipeline)
     assert half.dtype == torch.float16
@@ -115,7 +116,7 @@ def test_another_adapter_takes_the_place_of_the_published_one(published_folder):
     ours, folder, pipe, _ = published_folder
     other = trained_adapter(pipe.unet)
     pipeline = ours.from_pretrained(folder, adapter=other)
-    assert pipeline.interaction.adapter is other
+    assert pipeline.interaction["interaction"].adapter is other
     pipeline.set_progress_bar_config(disable=True)
     assert torch.equal(draw(pipeline), draw(pipe))
 

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from methods import EditsAdapter
+from tiny_bases import draw as draw_base
+from tiny_bases import tiny_base
 from tiny_dit import draw, flux_inputs, tiny_flux
 from torch import Tensor
 
@@ -134,7 +136,7 @@ def extra(block: KeyBlock, *roles: str, acts: bool = True) -> EditsAdapter:
     """The same further keys at every attention of some roles, as many heads and as wide as it has."""
 
     def blocks_of(site: Site) -> list[KeyBlock]:
-        heads, width = site.heads, site.module.to_k.out_features // site.heads
+        heads, width = site.heads, site.dim // site.heads
         keys, values = (t[:, :1, :, :1].expand(-1, heads, -1, width) for t in block[:2])
         return [KeyBlock(keys, values, block.log_weight)] if acts else []
 
@@ -164,6 +166,22 @@ def test_extra_keys_act_in_every_denoiser_and_leave_nothing(
         assert all(denoiser.attn_processors[name] is own for name, own in processors.items())
     assert not torch.allclose(drawn, expected, atol=1e-3)
     assert torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("name", ["Flux2 dev", "Qwen-Image", "Z-Image"])
+def test_extra_keys_in_the_newer_bases(name: str) -> None:
+    pipe = tiny_base(name)
+    expected = draw_base(pipe)
+    with attach(pipe, extra(BLOCK, *ROLES, acts=False)):
+        assert torch.equal(draw_base(pipe), expected)
+    with attach(pipe, extra(KeyBlock(BLOCK.keys, BLOCK.values, -INF), *ROLES)):
+        assert torch.allclose(draw_base(pipe), expected, atol=1e-4)
+    with attach(pipe, extra(BLOCK, *ROLES)):
+        drawn = draw_base(pipe)
+    with attach(pipe, extra(BLOCK, *ROLES), ClearAdapter(ClearConfig(100)).eval()) as handle:
+        handle["clear"].configure(min_tokens=0)
+        assert torch.allclose(draw_base(pipe), drawn, atol=1e-3)
+    assert not torch.allclose(drawn, expected, atol=1e-3)
 
 
 def test_attention_slicing_changes_nothing(pipe: Any) -> None:

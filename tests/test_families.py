@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from interactdiff import AdapterError, Interaction, InteractionAdapter, SceneError, attach
-from interactdiff.adapter import Residual, SiteInputs
+from interactdiff.adapter import Guidance, Residual, SiteInputs
 from interactdiff.clear import ClearConfig, ClearError, linearize
 from interactdiff.families import FAMILIES
 from interactdiff.interaction.phrases import mean_states
@@ -150,6 +150,17 @@ def test_another_base_is_refused_by_name(pipe: Any) -> None:
     family = next(f for f in FAMILIES if f.denoiser == type(pipe.transformer).__name__)
     assert f"got {family.name} " in str(error.value)
     assert Base.of(pipe.transformer).cross_attention_dim == pipe.transformer.config[family.text_width]
+
+
+def test_one_prediction_in_both_halves_makes_the_scale_of_guidance_nothing(pipe: Any, name: str) -> None:
+    chosen = 0.3 * torch.randn(64 * 16, generator=torch.Generator().manual_seed(1))
+    guidance = Guidance(prediction=lambda call, out: chosen.view(1, *out.shape[1:]).expand_as(out))
+    scale = next(n for n in GUIDED[name] if n.endswith("scale"))
+    expected = draw(pipe, **GUIDED[name])
+    with attach(pipe, EditsAdapter(lambda host: [guidance])):
+        drawn = [draw(pipe, **GUIDED[name] | {scale: value}) for value in (2.0, 7.0)]
+    assert torch.equal(*drawn)
+    assert not torch.allclose(drawn[0], expected, atol=1e-2)
 
 
 # --- windows ---

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline
 from PIL import Image
 from tiny import RIDING, trained_adapter
+from tiny_bases import BASES, tiny_base
 from tiny_dit import TEXT_LENGTH, tiny_flux_pipeline, trained_joint_adapter, trained_layers
 from transformers import CLIPTokenizer
 
@@ -132,6 +134,25 @@ def test_what_the_pipeline_would_cut_or_round_is_refused(drawer: ScenePipeline, 
     drawer.set_scene(Scene("a", width=32))
     with pytest.raises(SceneError, match=r"^height: expected a multiple of 16 pixels, got 40$"):
         drawer.set_scene(Scene("a", height=40))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_newer_bases_take_what_they_are_given(name: str) -> None:
+    pipeline = ScenePipeline(tiny_base(name), None, "tiny")
+    scene = Scene("a dog", steps=1, width=32, height=32, guidance_scale=2.0)
+    kwargs = pipeline.pipeline_kwargs(scene)
+    signature(pipeline.pipeline.__call__).bind(**kwargs)
+    assert pipeline.size % 8 == 0
+    if "Flux2" in name:  # whose text encoder is larger than any of ours
+        with pytest.raises(SceneError, match=r"negative_prompt: expected none for Flux2\w*Pipeline"):
+            pipeline.pipeline_kwargs(replace(scene, negative_prompt="rain"))
+        return
+    previews: list[Any] = []
+    image = pipeline.generate(scene, lambda step, preview: previews.append(preview()))
+    assert image.size == (32, 32)
+    assert [None if one is None else one.size for one in previews] == [
+        None if name == "Qwen-Image" else (32, 32)
+    ]
 
 
 def test_interactions_need_an_adapter(drawer: ScenePipeline) -> None:

@@ -141,8 +141,8 @@ def test_scenes_are_counted_by_prompts(ours):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"interactions": RIDING}, "expected Interactions or Entities, or a sequence"),
-        ({"interactions": ["riding"]}, "expected Interactions or Entities, or a sequence"),
+        ({"interactions": RIDING}, "expected items of Interaction or Entity, or a sequence"),
+        ({"interactions": ["riding"]}, "expected items of Interaction or Entity, or a sequence"),
         ({"interactions": [RIDING] * 4}, "expected at most 3 interactions an image, got 4"),
         ({"interaction_strength": 2.1}, "strength: expected a number from 0 to 2, got 2.1"),
         ({"interaction_schedule": (0.5, 0.6, 0.1)}, "schedule: expected a share in"),
@@ -203,7 +203,7 @@ def test_loading_another_adapter_replaces_the_first(ours, stock):
     with pytest.raises(AdapterError, match="expected the base that"):
         ours.load_interaction_adapter(misfit)
     assert ours.interaction is not None
-    assert ours.interaction.adapter is other
+    assert ours.interaction["interaction"].adapter is other
 
 
 def test_interactions_need_an_adapter(ours, stock):

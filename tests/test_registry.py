@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from interactdiff import Entity, InteractdiffError, Interaction, Scene, SceneError, generate
+from interactdiff.adapter_loading import UNNAMED
 from interactdiff.app.canvas_items import CanvasBox
 from interactdiff.app.document import Document
 from interactdiff.app.form import error_place, filled, request_of, with_layout
@@ -123,6 +124,9 @@ def test_attached_and_not_asked_for_it_changes_no_bit(badge: Any, badge_weights:
         replace(scene, extra_items=(badge.parse(BADGE),)), adapters=[adapter(3.0).eval()], device="cpu"
     )
     assert given.image.tobytes() != plain.image.tobytes()
+    assert given.record.adapters["badge"] == UNNAMED
+    with pytest.raises(InteractdiffError, match=r"expected as adapter .*got 'an adapter given"):
+        generate(scene, adapters=given.record.adapters, device="cpu")
     with pytest.raises(InteractdiffError, match="expected an adapter of clear, interaction, badge, got"):
         generate(scene, adapters={"x": None})
 

@@ -33,8 +33,22 @@ def test_values(schedule, values):
     assert [scheduled(step, 5, shares) for step in range(5)] == pytest.approx(values)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps", "values"),
+    [
+        (0.9, 1, [1]),
+        (0.2, 4, [1, 0, 0, 0]),
+        ((0, 0.5, 0.5), 1, [0.5]),
+        (0.0, 1, [0]),
+        ((0, 0.1, 0.9), 4, [0.5, 0, 0, 0]),
+    ],
+)
+def test_of_few_steps_a_share_above_0_has_one(schedule, steps, values):
+    assert [scheduled(step, steps, checked_schedule(schedule)) for step in range(steps)] == values
+
+
 def test_shares_survive_floating_point():
-    """0.29 * 100 is 28.999999999999996, and 29 steps were asked for."""
+    """0.29 * 100 is 28.999999999999996, which stands for 29 steps."""
     assert sum(scheduled(step, 100, checked_schedule(0.29)) for step in range(100)) == 29
 
 

@@ -134,10 +134,16 @@ def test_teacher_and_student_share_all_but_attention() -> None:
     latents = torch.randn(1, 4, 8, 8)
     flow = FlowBatch(latents, torch.randn(1, 3, 12), torch.randn(1, 16), torch.Generator().manual_seed(0))
     before = teacher(**flow.inputs).sample
+    own, apart = {id(p) for p in teacher.parameters()}, set()
+
+    def look(*_: object) -> None:
+        apart.update(name for name, p in student.named_parameters() if id(p) not in own)
+
+    hook = student.norm_out.register_forward_hook(look)
     F.mse_loss(student(**flow.inputs).sample, before).backward()
-    own = {id(p) for p in teacher.parameters()}
-    apart = {name for name, p in student.named_parameters() if id(p) not in own}
+    hook.remove()
     assert apart == layers.state_dict().keys()
+    assert {id(p) for p in student.parameters()} == own, "layers stay in the student between calls"
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layers.parameters() if p.ndim > 1)
     assert all(p.grad is None for p in teacher.parameters())
     assert torch.equal(teacher(**flow.inputs).sample, before)

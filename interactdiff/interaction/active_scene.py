@@ -42,7 +42,8 @@ class ActiveScene:
 
     def __str__(self) -> str:
         """In words."""
-        scenes = "tokens" if self._table.by_row else f"{self._table.scenes} scenes"
+        count = self._table.scenes
+        scenes = "tokens" if self._table.by_row else f"{count} scene{'s' * (count != 1)}"
         shares = ", ".join(f"{share:g}" for share in self._shares)
         fast = ", fast" if self._fast else ""
         return f"{scenes} at strength {self._strength:g}, schedule [{shares}]{fast}"
