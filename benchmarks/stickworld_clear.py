@@ -35,11 +35,13 @@ BATCH = 20
 
 
 def pictures(
-    drawer: ScenePipeline, orders: list[PictureRequest], seed: int, how: Sampling, title: str
+    scene_pipeline: ScenePipeline, requests: list[PictureRequest], seed: int, how: Sampling, title: str
 ) -> Tensor:
     """[N, 3, H, W] in [0, 1]."""
-    firsts = tqdm(range(0, len(orders), BATCH), desc=title, unit="batch", leave=False)
-    return torch.cat([draw_pictures(orders[first : first + BATCH], drawer, seed, how) for first in firsts])
+    firsts = tqdm(range(0, len(requests), BATCH), desc=title, unit="batch", leave=False)
+    return torch.cat(
+        [draw_pictures(requests[first : first + BATCH], scene_pipeline, seed, how) for first in firsts]
+    )
 
 
 def main() -> None:
@@ -53,11 +55,11 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="also write the first pictures of each row, a row each")
     args = parser.parse_args()
     quiet_libraries()
-    drawer, detector = ScenePipeline.from_pretrained(MODEL, device="cpu"), packaged_detector()
-    drawer.pipeline.set_progress_bar_config(disable=True)
+    scene_pipeline, detector = ScenePipeline.from_pretrained(MODEL, device="cpu"), packaged_detector()
+    scene_pipeline.pipeline.set_progress_bar_config(disable=True)
     scenes = held_out_scenes(args.scenes, args.seed, detector.plain)
-    orders = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]
-    size = args.size or drawer.size
+    requests = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]
+    size = args.size or scene_pipeline.size
     how = Sampling(args.steps, GUIDANCE_SCALES[MODEL], size)
     layers = [ClearAdapter.from_pretrained(f) for f in args.layers or [model_path(f"{MODEL}-clear")]]
     rows: dict[str, Any] = {"teacher": None, "window, untrained": ClearAdapter(layers[0].config).eval()}
@@ -69,10 +71,12 @@ def main() -> None:
     sheet, wanted = [], None
     for title, adapter in rows.items():
         attached = (
-            nullcontext() if adapter is None else linearize(drawer.pipeline, weights=adapter, min_tokens=0)
+            nullcontext()
+            if adapter is None
+            else linearize(scene_pipeline.pipeline, weights=adapter, min_tokens=0)
         )
         with attached:
-            drawn = pictures(drawer, orders, args.seed, how, title)
+            drawn = pictures(scene_pipeline, requests, args.seed, how, title)
         small = F.interpolate(drawn, (detector.size, detector.size), mode="area")
         wanted = (drawn, small) if wanted is None else wanted
         sheet.append(drawn[:8])

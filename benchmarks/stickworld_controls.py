@@ -49,31 +49,31 @@ class World:
     """
 
     def __init__(self, scenes: int, seed: int, steps: int):
-        self.drawer, self.detector = ScenePipeline.from_pretrained(device="cpu"), packaged_detector()
-        self.drawer.pipeline.set_progress_bar_config(disable=True)
+        self.scene_pipeline, self.detector = ScenePipeline.from_pretrained(device="cpu"), packaged_detector()
+        self.scene_pipeline.pipeline.set_progress_bar_config(disable=True)
         self.scenes, self.seed, self.steps = held_out_scenes(scenes, seed, self.detector.plain), seed, steps
 
-    def look(self, asked: list[list[Any]], fast: bool = False) -> list[Detections]:
-        """What is seen where these interactions and entities were asked for, one list for each scene."""
-        assert self.drawer.handle is not None
-        seen: list[Detections] = []
-        for first in tqdm(range(0, len(asked), BATCH), unit="batch", leave=False):
-            numbers = range(first, min(first + BATCH, len(asked)))
-            self.drawer.handle.set_scene([asked[n] for n in numbers], fast=fast)
+    def detect(self, items: list[list[Any]], fast: bool = False) -> list[Detections]:
+        """Generate the scenes with these items, one list for each, and detect what is in the pictures."""
+        assert self.scene_pipeline.handle is not None
+        detections: list[Detections] = []
+        for first in tqdm(range(0, len(items), BATCH), unit="batch", leave=False):
+            numbers = range(first, min(first + BATCH, len(items)))
+            self.scene_pipeline.handle.set_scene([items[n] for n in numbers], fast=fast)
             noise = [HELD_OUT + self.seed * 1_000_000 + n for n in numbers]
-            pictures = self.drawer.pipeline(
+            pictures = self.scene_pipeline.pipeline(
                 prompt=[self.scenes[n].caption for n in numbers],
                 generator=[torch.Generator().manual_seed(s) for s in noise],
                 num_inference_steps=self.steps,
                 guidance_scale=2.0,
                 output_type="pt",
             ).images
-            seen += self.detector.detect(pictures.float().clamp(0, 1))
-        return seen
+            detections += self.detector.detect(pictures.float().clamp(0, 1))
+        return detections
 
-    def show(self, title: str, seen: list[Detections]) -> None:
+    def show(self, title: str, detections: list[Detections]) -> None:
         """Print the scores of a row."""
-        scores = picture_scores(seen, self.scenes)
+        scores = picture_scores(detections, self.scenes)
         cells = []
         for name, score in scores.items():
             value, (low, high) = with_interval(score, len(self.scenes))
@@ -81,7 +81,7 @@ class World:
         print(f"{title:28}" + "  ".join(cells), flush=True)
 
     @property
-    def asked(self) -> list[list[Any]]:
+    def items(self) -> list[list[Any]]:
         """What the scenes ask for."""
         return [list(scene.interactions()) for scene in self.scenes]
 
@@ -99,7 +99,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def refresh(world: World) -> None:
     """Fast control with several plans of when to compute anew."""
-    world.show("exact", world.look(world.asked))
+    world.show("exact", world.detect(world.items))
     plans: dict[str, Callable[[int], bool]] = {
         "squares (kept)": refreshes,
         "gaps grow by one": lambda step: math.isqrt(8 * step + 1) ** 2 == 8 * step + 1,
@@ -111,14 +111,14 @@ def refresh(world: World) -> None:
     for title, plan in plans.items():
         computed = sum(map(plan, range(world.steps)))
         with replaced(active_scene, "refreshes", plan):
-            world.show(f"{title}, {computed} of {world.steps}", world.look(world.asked, fast=True))
+            world.show(f"{title}, {computed} of {world.steps}", world.detect(world.items, fast=True))
 
 
 def windows(world: World) -> None:
     """Visual tokens attend in windows of half the grid's side, and to all interaction tokens."""
-    world.show("exact", world.look(world.asked))
+    world.show("exact", world.detect(world.items))
     with replaced(GatedSelfAttention, "_attend", attend_in_windows(6)):
-        world.show("windows of 6 at 12x12", world.look(world.asked))
+        world.show("windows of 6 at 12x12", world.detect(world.items))
     for name, base in BASES.items():
         full = operations(base)["exact_over_plain"]
         with replaced(GatedSelfAttention, "_attend", attend_in_windows(16)):
@@ -158,7 +158,7 @@ def attend_in_windows(window: int) -> Callable[..., Tensor]:
 
 def skip(world: World) -> None:
     """Leave out the fusers that add least to their tokens, by the mean of |added| / |x| over a batch."""
-    handle = world.drawer.handle
+    handle = world.scene_pipeline.handle
     assert handle is not None
     shares: dict[str, list[float]] = {}
     update = GatedSelfAttention.update
@@ -171,7 +171,7 @@ def skip(world: World) -> None:
         return updated
 
     with replaced(GatedSelfAttention, "update", measured):
-        world.show("exact", world.look(world.asked))
+        world.show("exact", world.detect(world.items))
     order = sorted(shares, key=lambda path: float(np.mean(shares[path])))
     for path in order:
         print(f"  {path}: adds {np.mean(shares[path]):.3f} of its tokens")
@@ -184,7 +184,7 @@ def skip(world: World) -> None:
             return attended if id(fuser) in out else update(fuser, x, attended, *rest)
 
         with replaced(GatedSelfAttention, "update", without):
-            world.show(f"without the {count} least", world.look(world.asked))
+            world.show(f"without the {count} least", world.detect(world.items))
 
 
 def strength(world: World) -> None:
@@ -192,28 +192,28 @@ def strength(world: World) -> None:
     world.scenes = [scene for scene in world.scenes if len(scene.triplets) == 2]
     print(f"{len(world.scenes)} scenes with two interactions; found: both its boxes and its action")
     for value in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
-        asked = [[replace(a, strength=value), b] for a, b in world.asked]
-        seen = world.look(asked)
+        items = [[replace(a, strength=value), b] for a, b in world.items]
+        detections = world.detect(items)
         found = [
-            np.mean([_drawn(s, scene, which) for s, scene in zip(seen, world.scenes, strict=True)])
+            np.mean([_drawn(s, scene, which) for s, scene in zip(detections, world.scenes, strict=True)])
             for which in (0, 1)
         ]
         first, second = (f"{100 * share:.0f}%" for share in found)
         print(f"strength {value:4.2f}: the first is found in {first}, the second in {second}", flush=True)
 
 
-def _drawn(seen: Detections, scene: WorldScene, which: int) -> bool:
+def _drawn(detections: Detections, scene: WorldScene, which: int) -> bool:
     triplet = scene.triplets[which]
-    person = at_box(seen.persons, "person", triplet.subject_box)
-    thing = at_box(seen.objects, triplet.object, triplet.object_box)
+    person = at_box(detections.persons, "person", triplet.subject_box)
+    thing = at_box(detections.objects, triplet.object, triplet.object_box)
     return person is not None and thing is not None and person.action == triplet.action
 
 
 def region(world: World) -> None:
     """The adapter was trained with the between region."""
     for name in ("between", "union"):
-        asked = [[replace(i, action_region=name) for i in scene] for scene in world.asked]
-        world.show(name, world.look(asked))
+        items = [[replace(i, action_region=name) for i in scene] for scene in world.items]
+        world.show(name, world.detect(items))
 
 
 def entities(world: World) -> None:
@@ -227,8 +227,8 @@ def entities(world: World) -> None:
             scenes.append(scene)
     world.scenes = scenes
     print(f"{len(scenes)} scenes with one interaction and room for a ball")
-    world.show("no ball asked", world.look(world.asked))
-    position_net = type(world.drawer.handle["interaction"].adapter.position_net)  # type: ignore[union-attr]
+    world.show("without a ball", world.detect(world.items))
+    position_net = type(world.scene_pipeline.handle["interaction"].adapter.position_net)  # type: ignore[union-attr]
     forward = position_net.forward
     for title, without in (("subject", 2), ("object", 0), ("subject and object (kept)", None)):
 
@@ -245,13 +245,13 @@ def entities(world: World) -> None:
             return torch.where(null[..., None], empty, made)
 
         with replaced(position_net, "forward", in_role):
-            asked = [[*i, Entity(f"{c} ball", b)] for i, (c, b) in zip(world.asked, balls, strict=True)]
-            seen = world.look(asked)
-        found = [at_box(s.objects, "ball", box) for s, (_, box) in zip(seen, balls, strict=True)]
+            items = [[*i, Entity(f"{c} ball", b)] for i, (c, b) in zip(world.items, balls, strict=True)]
+            detections = world.detect(items)
+        found = [at_box(s.objects, "ball", box) for s, (_, box) in zip(detections, balls, strict=True)]
         there = np.mean([f is not None for f in found])
         right = np.mean([f is not None and f.colour == c for f, (c, _) in zip(found, balls, strict=True)])
         print(f"as {title}: a ball in {100 * there:.0f}%, of the right colour in {100 * right:.0f}%")
-        world.show("", seen)
+        world.show("", detections)
 
 
 def _free_box(scene: WorldScene, chance: random.Random) -> Box | None:

@@ -113,11 +113,11 @@ def test_recording_a_transformer_changes_nothing(dit_pipe: Any) -> None:
 def test_the_packaged_models_look_at_a_thing_where_it_is(model: str) -> None:
     from interactdiff.commands.demo import DEMO
 
-    drawer = ScenePipeline.from_pretrained(model, device="cpu")
-    drawer.pipeline.set_progress_bar_config(disable=True)
-    assert drawer.handle is not None
-    with drawer.handle["interaction"].record_attention() as recorder:
-        drawer.generate(Scene(DEMO.prompt, DEMO.interactions, seed=7, steps=6))
+    scene_pipeline = ScenePipeline.from_pretrained(model, device="cpu")
+    scene_pipeline.pipeline.set_progress_bar_config(disable=True)
+    assert scene_pipeline.handle is not None
+    with scene_pipeline.handle["interaction"].record_attention() as recorder:
+        scene_pipeline.generate(Scene(DEMO.prompt, DEMO.interactions, seed=7, steps=6))
     maps = recorder.maps()
     assert maps is not None
     rows, columns = maps.weights.shape[-2:]

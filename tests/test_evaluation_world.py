@@ -101,7 +101,7 @@ def test_rows_are_drawn_with_entities_beside_the_interactions() -> None:
 
 
 @pytest.fixture
-def drawer(pipe: StableDiffusionPipeline, adapter: InteractionAdapter) -> ScenePipeline:
+def scene_pipeline(pipe: StableDiffusionPipeline, adapter: InteractionAdapter) -> ScenePipeline:
     return ScenePipeline(pipe, attach(pipe, adapter), "tiny", {"interaction": "tiny-adapter"})
 
 
@@ -111,8 +111,10 @@ def detector() -> Detector:
     return Detector((8, 8, 8, 8), reader_widths=(8, 8, 8, 8)).eval()
 
 
-def test_evaluate_world_gives_the_whole_table(drawer: ScenePipeline, detector: Detector) -> None:
-    table = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
+def test_evaluate_world_gives_the_whole_table(scene_pipeline: ScenePipeline, detector: Detector) -> None:
+    table = evaluate_world(
+        "", "", 2, 5, 2, 3, "cpu", progress=False, scene_pipeline=scene_pipeline, detector=detector
+    )
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter"]
     scores = ["hoi_map", "box_acc", "action_acc", "colour_acc"]
     for name, row in table["rows"].items():
@@ -133,33 +135,47 @@ def test_evaluate_world_gives_the_whole_table(drawer: ScenePipeline, detector: D
     assert f"chance {100 * table['action_swap']['chance']:.1f}" in text
 
 
-def test_fast_control_has_a_row_of_its_own(drawer: ScenePipeline, detector: Detector) -> None:
+def test_fast_control_has_a_row_of_its_own(scene_pipeline: ScenePipeline, detector: Detector) -> None:
     table = evaluate_world(
-        "", "", 1, 5, 3, 3, "cpu", progress=False, fast=True, drawer=drawer, detector=detector
+        "", "", 1, 5, 3, 3, "cpu", progress=False, fast=True, scene_pipeline=scene_pipeline, detector=detector
     )
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_fast"]
     assert "adapter, fast" in format_table(table)
 
 
-def test_windows_have_a_row_of_their_own(drawer: ScenePipeline, detector: Detector) -> None:
+def test_windows_have_a_row_of_their_own(scene_pipeline: ScenePipeline, detector: Detector) -> None:
     windows = ClearAdapter(ClearConfig(2)).eval()
     table = evaluate_world(
-        "", "", 1, 5, 3, 3, "cpu", progress=False, drawer=drawer, detector=detector, clear=windows
+        "",
+        "",
+        1,
+        5,
+        3,
+        3,
+        "cpu",
+        progress=False,
+        scene_pipeline=scene_pipeline,
+        detector=detector,
+        clear=windows,
     )
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_clear"]
     assert "adapter+clear" in format_table(table)
-    names = [binding.adapter.name for binding in attached_bindings(drawer.denoiser)]
+    names = [binding.adapter.name for binding in attached_bindings(scene_pipeline.denoiser)]
     assert names == ["interaction"]
 
 
 def test_without_an_adapter_there_are_the_rows_that_need_none(
-    pipe: StableDiffusionPipeline, drawer: ScenePipeline, detector: Detector
+    pipe: StableDiffusionPipeline, scene_pipeline: ScenePipeline, detector: Detector
 ) -> None:
-    full = evaluate_world("", "", 2, 5, 2, 3, "cpu", progress=False, drawer=drawer, detector=detector)
-    assert drawer.handle is not None
-    drawer.handle.detach()
+    full = evaluate_world(
+        "", "", 2, 5, 2, 3, "cpu", progress=False, scene_pipeline=scene_pipeline, detector=detector
+    )
+    assert scene_pipeline.handle is not None
+    scene_pipeline.handle.detach()
     bare = ScenePipeline(pipe, None, "tiny")
-    table = evaluate_world("", None, 2, 5, 2, 3, "cpu", progress=False, drawer=bare, detector=detector)
+    table = evaluate_world(
+        "", None, 2, 5, 2, 3, "cpu", progress=False, scene_pipeline=bare, detector=detector
+    )
     assert table["action_swap"] is table["intervals"]["action_swap"] is table["adapter"] is None
     assert list(table) == list(full)
     for part in (table, table["intervals"]):
@@ -172,16 +188,16 @@ def test_without_an_adapter_there_are_the_rows_that_need_none(
     with pytest.raises(
         AdapterError, match="expected an adapter for the row of fast control, got none for tiny"
     ):
-        evaluate_world("", None, 2, 5, 2, 3, "cpu", fast=True, drawer=bare, detector=detector)
+        evaluate_world("", None, 2, 5, 2, 3, "cpu", fast=True, scene_pipeline=bare, detector=detector)
 
 
 def test_pictures_are_drawn_at_a_size_and_averaged_down_to_the_detectors(
-    drawer: ScenePipeline, detector: Detector
+    scene_pipeline: ScenePipeline, detector: Detector
 ) -> None:
-    drawn = draw_pictures([PictureRequest(0, "a person")], drawer, 0, Sampling(1, size=24))
+    drawn = draw_pictures([PictureRequest(0, "a person")], scene_pipeline, 0, Sampling(1, size=24))
     assert drawn.shape == (1, 3, 24, 24)
     table = evaluate_world(
-        "", "", 1, 5, 1, 3, "cpu", progress=False, size=24, drawer=drawer, detector=detector
+        "", "", 1, 5, 1, 3, "cpu", progress=False, size=24, scene_pipeline=scene_pipeline, detector=detector
     )
     assert table["size"] == 24
     assert "of 24 px" in format_table(table)
@@ -191,12 +207,14 @@ def test_pictures_are_drawn_at_a_size_and_averaged_down_to_the_detectors(
     assert reduced(large[..., :96, :96], 96).equal(large[..., :96, :96])
     assert reduced(large[..., :24, :24], 96).shape == (2, 3, 24, 24)
     with pytest.raises(SceneError, match="size: expected a multiple of 8 pixels, got 20"):
-        evaluate_world("", "", 1, 5, 1, 3, "cpu", size=20, drawer=drawer, detector=detector)
+        evaluate_world("", "", 1, 5, 1, 3, "cpu", size=20, scene_pipeline=scene_pipeline, detector=detector)
 
 
-def test_a_unet_is_called_as_it_always_was(drawer: ScenePipeline, pipe: StableDiffusionPipeline) -> None:
+def test_a_unet_is_called_as_it_always_was(
+    scene_pipeline: ScenePipeline, pipe: StableDiffusionPipeline
+) -> None:
     request = PictureRequest(3, "a person")
-    got = draw_pictures([request], drawer, 2, Sampling(2, 3.0))
+    got = draw_pictures([request], scene_pipeline, 2, Sampling(2, 3.0))
     noise = torch.Generator().manual_seed(HELD_OUT + 2_000_003)
     plain: Any = pipe
     wanted = plain(
@@ -250,35 +268,37 @@ def test_a_detector_brings_its_world(
     assert "expected 1 to 2 interactions a scene, got 3" in capsys.readouterr().err
 
 
-def test_scores_of_the_plain_world_are_those_of_before(drawer: ScenePipeline) -> None:
+def test_scores_of_the_plain_world_are_those_of_before(scene_pipeline: ScenePipeline) -> None:
     """Of its own detector on two scenes: no identity, no appearance, and every box."""
-    bare = replace(drawer, model="stickworld")
-    table = evaluate_world("", "", 2, 5, 1, 3, "cpu", progress=False, drawer=bare)
+    bare = replace(scene_pipeline, model="stickworld")
+    table = evaluate_world("", "", 2, 5, 1, 3, "cpu", progress=False, scene_pipeline=bare)
     assert table["rows"]["real"] == {"hoi_map": 1, "box_acc": 1, "action_acc": 1, "colour_acc": 1}
     assert table["text"]["real"] == {"object_acc": 1, "action_acc": 1, "colour_acc": 1}
     with pytest.raises(ModelError, match="expected a model of the whole world for word_iou, got stickworld"):
-        evaluate_world("", "", 2, 5, 1, 3, "cpu", drawer=bare, word_iou=1)
+        evaluate_world("", "", 2, 5, 1, 3, "cpu", scene_pipeline=bare, word_iou=1)
 
 
-def test_pictures_do_not_depend_on_the_batch(drawer: ScenePipeline) -> None:
+def test_pictures_do_not_depend_on_the_batch(scene_pipeline: ScenePipeline) -> None:
     scenes = held_out_scenes(3, seed=0)
     requests = [PictureRequest(n, scene.caption, scene.interactions()) for n, scene in enumerate(scenes)]
-    together = draw_pictures(requests, drawer, seed=0, how=Sampling(2))
-    alone = torch.cat([draw_pictures([request], drawer, seed=0, how=Sampling(2)) for request in requests])
+    together = draw_pictures(requests, scene_pipeline, seed=0, how=Sampling(2))
+    alone = torch.cat(
+        [draw_pictures([request], scene_pipeline, seed=0, how=Sampling(2)) for request in requests]
+    )
     assert together.shape == (3, 3, 16, 16)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
 def test_the_base_row_is_the_base_and_the_others_are_not(
-    drawer: ScenePipeline, pipe: StableDiffusionPipeline
+    scene_pipeline: ScenePipeline, pipe: StableDiffusionPipeline
 ) -> None:
     scene = held_out_scenes(1, seed=0)[0]
     controlled = draw_pictures(
-        [PictureRequest(0, scene.caption, scene.interactions())], drawer, seed=0, how=Sampling(2)
+        [PictureRequest(0, scene.caption, scene.interactions())], scene_pipeline, seed=0, how=Sampling(2)
     )
-    uncontrolled = draw_pictures([PictureRequest(0, scene.caption)], drawer, seed=0, how=Sampling(2))
-    assert drawer.handle is not None
-    drawer.handle.detach()
+    uncontrolled = draw_pictures([PictureRequest(0, scene.caption)], scene_pipeline, seed=0, how=Sampling(2))
+    assert scene_pipeline.handle is not None
+    scene_pipeline.handle.detach()
     without = draw_pictures(
         [PictureRequest(0, scene.caption)], ScenePipeline(pipe, None, "tiny"), seed=0, how=Sampling(2)
     )
@@ -286,19 +306,23 @@ def test_the_base_row_is_the_base_and_the_others_are_not(
     assert not torch.allclose(uncontrolled, controlled, atol=1e-3)
 
 
-def test_a_picture_requested_twice_is_drawn_once(drawer: ScenePipeline, detector: Detector) -> None:
+def test_a_picture_requested_twice_is_drawn_once(scene_pipeline: ScenePipeline, detector: Detector) -> None:
     drawn = []
-    hook = drawer.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: drawn.append(len(args[0])))
+    hook = scene_pipeline.pipeline.vae.decoder.register_forward_pre_hook(
+        lambda _, args: drawn.append(len(args[0]))
+    )
     requests = [PictureRequest(0, "a person"), PictureRequest(1, "a person"), PictureRequest(0, "a person")]
-    found = detect_pictures(requests, drawer, detector, seed=0, how=Sampling(1), batch_size=8, progress=False)
+    found = detect_pictures(
+        requests, scene_pipeline, detector, seed=0, how=Sampling(1), batch_size=8, progress=False
+    )
     hook.remove()
     assert sum(drawn) == 2
     assert set(found) == set(requests)
 
 
-def test_seed_out_of_range_is_refused(drawer: ScenePipeline, detector: Detector) -> None:
+def test_seed_out_of_range_is_refused(scene_pipeline: ScenePipeline, detector: Detector) -> None:
     with pytest.raises(SceneError, match=r"expected a seed .* got -1"):
-        evaluate_world("", "", 1, -1, 1, 1, "cpu", drawer=drawer, detector=detector)
+        evaluate_world("", "", 1, -1, 1, 1, "cpu", scene_pipeline=scene_pipeline, detector=detector)
 
 
 def test_missing_detector_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

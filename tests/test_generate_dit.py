@@ -35,7 +35,7 @@ LONG = " ".join(["a"] * TEXT_LENGTH)  # for T5 one more token, the end; for CLIP
 
 
 @pytest.fixture
-def drawer(flux_pipe: Any) -> ScenePipeline:
+def scene_pipeline(flux_pipe: Any) -> ScenePipeline:
     return ScenePipeline(flux_pipe, None, "tiny")
 
 
@@ -93,9 +93,9 @@ def test_text_is_padded_to_what_its_encoder_takes_and_never_beyond_the_pipelines
     assert call_arguments(sd3_pipe, "a")["max_sequence_length"] == 32
 
 
-def test_flux_draws_what_its_pipeline_draws(drawer: ScenePipeline) -> None:
+def test_flux_draws_what_its_pipeline_draws(scene_pipeline: ScenePipeline) -> None:
     scene = Scene("a bike", negative_prompt="a dog", seed=4, steps=2, guidance_scale=3.0, width=32, height=48)
-    wanted = drawer.pipeline(
+    wanted = scene_pipeline.pipeline(
         prompt="a bike",
         negative_prompt="a dog",
         true_cfg_scale=3.0,
@@ -105,35 +105,42 @@ def test_flux_draws_what_its_pipeline_draws(drawer: ScenePipeline) -> None:
         max_sequence_length=TEXT_LENGTH,
         generator=torch.Generator().manual_seed(4),
     ).images[0]
-    got = drawer.generate(scene)
+    got = scene_pipeline.generate(scene)
     assert got.size == (32, 48)
     assert got.tobytes() == wanted.tobytes()
     for other in ({"seed": 5}, {"guidance_scale": 1.0}, {"negative_prompt": ""}, {"prompt": "a box"}):
-        assert drawer.generate(replace(scene, **other)).tobytes() != wanted.tobytes()
+        assert scene_pipeline.generate(replace(scene, **other)).tobytes() != wanted.tobytes()
     off = replace(scene, guidance_scale=1.0)
-    assert drawer.generate(off).tobytes() == drawer.generate(replace(off, guidance_scale=None)).tobytes()
+    assert (
+        scene_pipeline.generate(off).tobytes()
+        == scene_pipeline.generate(replace(off, guidance_scale=None)).tobytes()
+    )
 
 
-def test_a_size_that_nobody_asked_for_is_the_models_own(drawer: ScenePipeline, sd3_pipe: Any) -> None:
-    assert drawer.size == 256  # which is all that a Flux pipeline knows
-    assert replace(drawer, model="stickworld-dit").size == 96
+def test_a_size_that_nobody_asked_for_is_the_models_own(scene_pipeline: ScenePipeline, sd3_pipe: Any) -> None:
+    assert scene_pipeline.size == 256  # which is all that a Flux pipeline knows
+    assert replace(scene_pipeline, model="stickworld-dit").size == 96
     sd3 = ScenePipeline(sd3_pipe, None, "tiny")
     assert sd3.generate(Scene("a dog", steps=1)).size == (32, 32)
     assert sd3.generate(Scene("a dog", steps=1, width=24)).size == (24, 32)
 
 
-def test_what_the_pipeline_would_cut_or_round_is_refused(drawer: ScenePipeline, sd3_pipe: Any) -> None:
+def test_what_the_pipeline_would_cut_or_round_is_refused(
+    scene_pipeline: ScenePipeline, sd3_pipe: Any
+) -> None:
     for name in ("prompt", "negative_prompt"):
         with pytest.raises(SceneError, match=rf"^{name}: expected at most {TEXT_LENGTH} tokens.* got 11$"):
-            drawer.set_scene(replace(Scene("a"), **{name: LONG}))
-    drawer.set_scene(Scene("standing balancing carrying"))  # CLIP spells it in 28 tokens and truncates it
-    drawer.set_scene(Scene(LONG.removesuffix(" a")))
+            scene_pipeline.set_scene(replace(Scene("a"), **{name: LONG}))
+    scene_pipeline.set_scene(
+        Scene("standing balancing carrying")
+    )  # CLIP spells it in 28 tokens and truncates it
+    scene_pipeline.set_scene(Scene(LONG.removesuffix(" a")))
     with pytest.raises(SceneError, match="expected at most 24 tokens"):
         ScenePipeline(sd3_pipe, None, "tiny").set_scene(Scene("b" * 30))
-    drawer.pipeline.vae_scale_factor = 8  # as Flux has it
-    drawer.set_scene(Scene("a", width=32))
+    scene_pipeline.pipeline.vae_scale_factor = 8  # as Flux has it
+    scene_pipeline.set_scene(Scene("a", width=32))
     with pytest.raises(SceneError, match=r"^height: expected a multiple of 16 pixels, got 40$"):
-        drawer.set_scene(Scene("a", height=40))
+        scene_pipeline.set_scene(Scene("a", height=40))
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -155,9 +162,9 @@ def test_the_newer_bases_take_what_they_are_given(name: str) -> None:
     ]
 
 
-def test_interactions_need_an_adapter(drawer: ScenePipeline) -> None:
+def test_interactions_need_an_adapter(scene_pipeline: ScenePipeline) -> None:
     with pytest.raises(SceneError, match=r"expected an adapter for 1 interactions .* got none for tiny"):
-        drawer.set_scene(Scene("a", (RIDING,)))
+        scene_pipeline.set_scene(Scene("a", (RIDING,)))
 
 
 def test_the_packaged_transformer_has_a_name_and_an_adapter() -> None:
@@ -222,24 +229,26 @@ def test_a_transformer_of_an_unknown_kind_is_refused(
     assert said.endswith("got PixArtTransformer2DModel\n")
 
 
-def test_pictures_that_are_scored_are_guided_and_have_noise_of_their_own(drawer: ScenePipeline) -> None:
+def test_pictures_that_are_scored_are_guided_and_have_noise_of_their_own(
+    scene_pipeline: ScenePipeline,
+) -> None:
     requests = [PictureRequest(0, "a red bike"), PictureRequest(1, "a dog")]
-    together = draw_pictures(requests, drawer, seed=0, how=Sampling(2, 3.0, 32))
+    together = draw_pictures(requests, scene_pipeline, seed=0, how=Sampling(2, 3.0, 32))
     assert together.shape == (2, 3, 32, 32)
     alone = torch.cat(
-        [draw_pictures([request], drawer, seed=0, how=Sampling(2, 3.0, 32)) for request in requests]
+        [draw_pictures([request], scene_pipeline, seed=0, how=Sampling(2, 3.0, 32)) for request in requests]
     )
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
     assert not torch.allclose(
-        together, draw_pictures(requests, drawer, seed=0, how=Sampling(2, 1.0, 32)), atol=1e-3
+        together, draw_pictures(requests, scene_pipeline, seed=0, how=Sampling(2, 1.0, 32)), atol=1e-3
     )
 
 
-def test_a_transformer_is_scored_by_its_captions(drawer: ScenePipeline) -> None:
+def test_a_transformer_is_scored_by_its_captions(scene_pipeline: ScenePipeline) -> None:
     torch.manual_seed(0)
     detector = Detector((8, 8, 8, 8)).eval()
     table = evaluate_world(
-        "", None, 2, 5, 1, 2, "cpu", progress=False, size=32, drawer=drawer, detector=detector
+        "", None, 2, 5, 1, 2, "cpu", progress=False, size=32, scene_pipeline=scene_pipeline, detector=detector
     )
     assert list(table["rows"]) == list(table["text"]) == ["real", "base"]
     assert "found anywhere" in format_table(table)

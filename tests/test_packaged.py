@@ -49,25 +49,27 @@ def test_all_packaged_weights_are_of_40_mb_together() -> None:
     assert sum(path.stat().st_size for path in weights) <= 40_000_000
 
 
-def found_of_captions(drawer: ScenePipeline) -> list[float]:
+def found_of_captions(scene_pipeline: ScenePipeline) -> list[float]:
     """Shares of what a few captions say that is found in the pictures: objects, actions, colours."""
-    info = PACKAGED[drawer.model]
+    info = PACKAGED[scene_pipeline.model]
     scenes = held_out_scenes(12, 3, info.plain_world)
     requests = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]
-    found = packaged_detector(info.detector).detect(draw_pictures(requests, drawer, 3, Sampling(12, 3.0)))
+    found = packaged_detector(info.detector).detect(
+        draw_pictures(requests, scene_pipeline, 3, Sampling(12, 3.0))
+    )
     scores = text_scores(found, scenes)
     return [with_interval(score, len(scenes))[0] for score in scores.values()]
 
 
 def test_the_transformer_draws_what_captions_say() -> None:
     """`evaluate --world --model stickworld-dit` has the whole score; this would catch weights mixed up."""
-    drawer = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
-    assert type(drawer.pipeline) is FluxPipeline
-    drawer.pipeline.set_progress_bar_config(disable=True)
-    assert min(found_of_captions(drawer)) > 0.6
+    scene_pipeline = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
+    assert type(scene_pipeline.pipeline) is FluxPipeline
+    scene_pipeline.pipeline.set_progress_bar_config(disable=True)
+    assert min(found_of_captions(scene_pipeline)) > 0.6
     layers = ClearAdapter.from_pretrained(model_path("stickworld-dit-clear"))
-    with linearize(drawer.pipeline, weights=layers, min_tokens=0) as handle:
-        assert min(found_of_captions(drawer)) > 0.55  # untrained windows: 0.47
+    with linearize(scene_pipeline.pipeline, weights=layers, min_tokens=0) as handle:
+        assert min(found_of_captions(scene_pipeline)) > 0.55  # untrained windows: 0.47
         assert handle["clear"].active
 
 
@@ -90,20 +92,23 @@ def test_the_demo_draws_offline(
 
 
 def test_guidance_is_what_suits_the_packaged_model() -> None:
-    drawer = ScenePipeline.from_pretrained(device="cpu")
-    drawer.pipeline.set_progress_bar_config(disable=True)
-    own, asked, stock = (drawer.generate(Scene("a dog", steps=2, guidance_scale=g)) for g in (None, 2.0, 7.5))
+    scene_pipeline = ScenePipeline.from_pretrained(device="cpu")
+    scene_pipeline.pipeline.set_progress_bar_config(disable=True)
+    own, asked, stock = (
+        scene_pipeline.generate(Scene("a dog", steps=2, guidance_scale=g)) for g in (None, 2.0, 7.5)
+    )
     assert own.tobytes() == asked.tobytes() != stock.tobytes()
-    elsewhere = replace(drawer, model="/a/folder")
+    elsewhere = replace(scene_pipeline, model="/a/folder")
     assert elsewhere.generate(Scene("a dog", steps=2)).tobytes() == stock.tobytes()
 
 
 @pytest.mark.parametrize(("model", "boxes", "base"), [("stickworld", 0.6, 0.3), ("stickworld-dit", 0.9, 0.6)])
 def test_control_beats_the_caption(model: str, boxes: float, base: float) -> None:
     adapter = default_adapter(model)
-    drawer = ScenePipeline.from_pretrained(model, device="cpu")
+    scene_pipeline = ScenePipeline.from_pretrained(model, device="cpu")
     table = evaluate_world(
-        model, adapter, scenes=6, seed=3, steps=8, batch_size=12, device="cpu", progress=False, drawer=drawer,
+        model, adapter, scenes=6, seed=3, steps=8, batch_size=12, device="cpu", progress=False,
+        scene_pipeline=scene_pipeline,
         guidance_scale=PACKAGED[model].guidance_scale,
     )  # fmt: skip
     rows = table["rows"]

@@ -70,7 +70,7 @@ class DetectorRecipe(Recipe):
 
     @torch.no_grad()
     def autoencoded(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pictures [B, 3, S, S] in [0, 1], encoded and decoded, with some noise on the latents if asked."""
+        """Pictures [B, 3, S, S] in [0, 1], encoded and decoded, at times with some noise on the latents."""
         latents = self.autoencoder.encode(2 * images.to(self.device) - 1).latents
         if generator is not None:
             amount = _LATENT_NOISE * _uniform(generator, 0, 1, len(latents), 1, 1, 1)

@@ -41,13 +41,13 @@ class AttentionOutputs:
     """What the attentions of a transformer gave in its last call, in the order of its sites."""
 
     def __init__(self, transformer: FluxTransformer2DModel):
-        self.seen: list[Tensor] = []
+        self.states: list[Tensor] = []
         for site in attention_sites(transformer):
             site.module.register_forward_hook(self._keep)
-        transformer.register_forward_pre_hook(lambda *_: self.seen.clear())
+        transformer.register_forward_pre_hook(lambda *_: self.states.clear())
 
     def _keep(self, module: nn.Module, args: object, output: Any) -> None:
-        self.seen.append(torch.cat(output[::-1], 1) if isinstance(output, tuple) else output)
+        self.states.append(torch.cat(output[::-1], 1) if isinstance(output, tuple) else output)
 
 
 class DistillRecipe(Recipe):
@@ -95,7 +95,7 @@ class DistillRecipe(Recipe):
         with torch.no_grad():
             wanted = self.predicted(self.teacher, flow.inputs)
         predicted = self.predicted(self.student, flow.inputs)
-        pairs = zip(self.outputs[1].seen, self.outputs[0].seen, strict=True)
+        pairs = zip(self.outputs[1].states, self.outputs[0].states, strict=True)
         attention = torch.stack([F.mse_loss(mine.float(), own.float()) for mine, own in pairs]).mean()
         output = F.mse_loss(predicted.float(), wanted.float())
         weights = self.config["output_weight"], self.config["attention_weight"]
@@ -104,7 +104,7 @@ class DistillRecipe(Recipe):
     def predicted(self, transformer: FluxTransformer2DModel, inputs: dict[str, Tensor]) -> Tensor:
         """The flow that pictures are drawn by.
 
-        A base that is told its guidance predicts it in one call, as in the paper. Any other is guided by a
+        A base with a guidance embedding predicts it in one call, as in the paper. Any other is guided by a
         second call without a prompt (arXiv 2207.12598, equation 6): what both come to is distilled, since
         their errors are drawn with as many times over.
         """
@@ -116,8 +116,8 @@ class DistillRecipe(Recipe):
         both = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items() if "_ids" not in name}
         for name, empty in zip(("encoder_hidden_states", "pooled_projections"), self.empty, strict=True):
             both[name] = torch.cat([inputs[name], empty.expand_as(inputs[name])])
-        asked, free = transformer(**inputs | both).sample.chunk(2)
-        return free + scale * (asked - free)
+        conditional, unconditional = transformer(**inputs | both).sample.chunk(2)
+        return unconditional + scale * (conditional - unconditional)
 
     @torch.no_grad()
     def sample(self) -> Image.Image:

@@ -61,13 +61,13 @@ IGNORED = -100  # cross entropy's own
 
 def answers_of_things(described: Caption) -> list[dict[str, str]]:
     """What a caption says of each thing; of an object also what is done to it."""
-    told = []
+    answers = []
     for n, thing in enumerate(described.things):
         said = {"name": thing.name, **thing.attributes}
         if n % 2 and n < 2 * len(described.actions) and (action := described.actions[n // 2]):
             said["action"] = action
-        told.append(said)
-    return told
+        answers.append(said)
+    return answers
 
 
 def answers_of_text(described: Caption) -> dict[str, str]:

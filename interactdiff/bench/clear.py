@@ -110,12 +110,12 @@ def raster_mask(pattern: Pattern) -> Callable[[Tensor, Tensor, Tensor, Tensor], 
     """The published mask over text, then image tokens in raster order, as FlexAttention takes it."""
     text, width, square = pattern.text_length, pattern.grid[1], pattern.window**2
 
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         q, k = query - text, key - text
         dy, dx = q // width - k // width, q % width - k % width
         return (q < 0) | (k < 0) | (dy * dy + dx * dx < square)
 
-    return seen
+    return attends
 
 
 @torch.no_grad()

@@ -25,10 +25,10 @@ def feature_distance(detector: Detector, pictures: Tensor, others: Tensor) -> Te
     Returns:
         [B], 0 or more.
     """
-    seen: list[Tensor] = []
+    normalised: list[Tensor] = []
 
     def keep(module: Any, args: object, output: Tensor) -> None:
-        seen.append(output / output.norm(dim=1, keepdim=True).clamp(min=1e-8))
+        normalised.append(output / output.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
     hooks = [detector.get_submodule(name).register_forward_hook(keep) for name in LAYERS]
     try:
@@ -36,5 +36,5 @@ def feature_distance(detector: Detector, pictures: Tensor, others: Tensor) -> Te
     finally:
         for hook in hooks:
             hook.remove()
-    apart = [(a - b).square().sum(1).mean((1, 2)) for a, b in (features.chunk(2) for features in seen)]
+    apart = [(a - b).square().sum(1).mean((1, 2)) for a, b in (features.chunk(2) for features in normalised)]
     return torch.stack(apart).mean(0)

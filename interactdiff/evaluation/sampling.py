@@ -122,7 +122,7 @@ def action_swap(number: int, scene: WorldScene, seed: int) -> ActionSwap:
 
 def detect_pictures(
     requests: Sequence[PictureRequest],
-    drawer: ScenePipeline,
+    scene_pipeline: ScenePipeline,
     detector: Detector,
     seed: int,
     how: Sampling,
@@ -136,13 +136,13 @@ def detect_pictures(
     for request in dict.fromkeys(requests):
         groups.setdefault((bool(request.items), request.way), []).append(request)
     bar = tqdm(total=sum(map(len, groups.values())), unit="picture", disable=not progress)
-    drawer.pipeline.set_progress_bar_config(disable=True)
+    scene_pipeline.pipeline.set_progress_bar_config(disable=True)
     for (_, way), group in groups.items():
         windows = way == "clear"
-        with linearize(drawer.pipeline, weights=clear, min_tokens=0) if windows else nullcontext():
+        with linearize(scene_pipeline.pipeline, weights=clear, min_tokens=0) if windows else nullcontext():
             for first in range(0, len(group), batch_size):
                 batch = group[first : first + batch_size]
-                images = draw_pictures(batch, drawer, seed, how)
+                images = draw_pictures(batch, scene_pipeline, seed, how)
                 found |= zip(batch, detector.detect(reduced(images, detector.size)), strict=True)
                 bar.update(len(batch))
     bar.close()
@@ -150,22 +150,24 @@ def detect_pictures(
 
 
 def draw_pictures(
-    requests: Sequence[PictureRequest], drawer: ScenePipeline, seed: int, how: Sampling
+    requests: Sequence[PictureRequest], scene_pipeline: ScenePipeline, seed: int, how: Sampling
 ) -> Tensor:
     """Draw a batch of pictures, each with its scene's own noise: [B, 3, H, W] in [0, 1].
 
     All of them are drawn in one way.
     """
-    if drawer.handle is not None:
-        drawer.handle.set_scene([request.items for request in requests], fast=requests[0].way == "fast")
+    if scene_pipeline.handle is not None:
+        scene_pipeline.handle.set_scene(
+            [request.items for request in requests], fast=requests[0].way == "fast"
+        )
     noise_seeds = [HELD_OUT + seed * 1_000_000 + request.scene for request in requests]
     prompts = [request.prompt for request in requests]
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        drawn = drawer.pipeline(
-            **call_arguments(drawer.pipeline, prompts, guidance_scale=how.guidance_scale),
+        drawn = scene_pipeline.pipeline(
+            **call_arguments(scene_pipeline.pipeline, prompts, guidance_scale=how.guidance_scale),
             num_inference_steps=how.steps,
-            width=how.size or drawer.size,
-            height=how.size or drawer.size,
+            width=how.size or scene_pipeline.size,
+            height=how.size or scene_pipeline.size,
             generator=[torch.Generator("cpu").manual_seed(s) for s in noise_seeds],
             output_type="pt",
         )

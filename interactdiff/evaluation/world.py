@@ -51,7 +51,7 @@ def evaluate_world(
     fast: bool = False,
     n_interactions: int | None = None,
     word_iou: int = 0,
-    drawer: ScenePipeline | None = None,
+    scene_pipeline: ScenePipeline | None = None,
     detector: Detector | None = None,
     clear: ClearAdapter | None = None,
 ) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def evaluate_world(
         fast: whether there is a row for fast control.
         n_interactions: in every scene, 0 to 3, in the plain world 1 or 2; None is as scenes have them.
         word_iou: number of renders on which `words.word_iou` is measured; 0 leaves it out.
-        drawer: a loaded model, with an adapter or without, in place of loading `model` and `adapter`.
+        scene_pipeline: a loaded model, with an adapter or without, in place of loading `model` and `adapter`.
         detector: in place of the packaged one.
         clear: layers for the row of windows, in place of those that a packaged model has, if any.
 
@@ -103,49 +103,57 @@ def evaluate_world(
     if not 0 <= seed < 2**32:
         raise SceneError(f"expected a seed in [0, 2**32), got {seed}")
     checked_side("size", size)
-    drawer = drawer if drawer is not None else ScenePipeline.from_pretrained(model, adapter, device)
-    drawer.check_side("size", size)
-    if fast and drawer.handle is None:
-        raise AdapterError(f"expected an adapter for the row of fast control, got none for {drawer.model}")
-    info = PACKAGED.get(drawer.model, model_info(MODEL))
+    scene_pipeline = (
+        scene_pipeline
+        if scene_pipeline is not None
+        else ScenePipeline.from_pretrained(model, adapter, device)
+    )
+    scene_pipeline.check_side("size", size)
+    if fast and scene_pipeline.handle is None:
+        raise AdapterError(
+            f"expected an adapter for the row of fast control, got none for {scene_pipeline.model}"
+        )
+    info = PACKAGED.get(scene_pipeline.model, model_info(MODEL))
     plain = info.plain_world if detector is None else detector.plain
-    detector = (detector or packaged_detector(info.detector)).to(drawer.denoiser.device)
+    detector = (detector or packaged_detector(info.detector)).to(scene_pipeline.denoiser.device)
     least, most = (1, 2) if plain else (0, MOST_INTERACTIONS)
     if n_interactions is not None and not least <= n_interactions <= most:
         raise SceneError(f"expected {least} to {most} interactions a scene, got {n_interactions}")
     if word_iou and plain:
         raise ModelError(
-            f"expected a model of the whole world for word_iou, got {drawer.model} of the plain one"
+            f"expected a model of the whole world for word_iou, got {scene_pipeline.model} of the plain one"
         )
     if guidance_scale is None:
         guidance_scale = info.guidance_scale
-    how = Sampling(steps, guidance_scale, size or drawer.size)
+    how = Sampling(steps, guidance_scale, size or scene_pipeline.size)
     world = held_out_scenes(scenes, seed, plain, n_interactions)
-    layers = default_adapter(drawer.model, "clear")
-    if clear is None and drawer.handle is not None and layers is not None:
+    layers = default_adapter(scene_pipeline.model, "clear")
+    if clear is None and scene_pipeline.handle is not None and layers is not None:
         clear = ClearAdapter.from_pretrained(model_path(layers))
     if clear is not None:
-        drawer.check_side("size", size, clear)
-    requests = row_requests(world, drawer.handle is not None, fast, clear is not None)
+        scene_pipeline.check_side("size", size, clear)
+    requests = row_requests(world, scene_pipeline.handle is not None, fast, clear is not None)
     swaps = []
-    if drawer.handle is not None:
+    if scene_pipeline.handle is not None:
         swaps = [action_swap(n, scene, seed) for n, scene in enumerate(world) if scene.triplets]
     wanted = [request for row in requests.values() for request in row]
     wanted += [request for swap in swaps for request in (*swap.pictures, swap.without)]
-    drawn = detect_pictures(wanted, drawer, detector, seed, how, batch_size, progress, clear)
+    drawn = detect_pictures(wanted, scene_pipeline, detector, seed, how, batch_size, progress, clear)
 
     found = {"real": detect_renders(world, detector, batch_size)}
     found |= {row: [drawn[request] for request in of_row] for row, of_row in requests.items()}
     table = _table(found, world, plain, seed)
-    if drawer.handle is not None:
+    if scene_pipeline.handle is not None:
         followed = swap_scores(swaps, world, drawn)
         _enter(table, table["intervals"], "action_swap", followed, scenes, seed)
     table["word_iou"] = None
     if word_iou:
-        if drawer.handle is not None:
-            drawer.handle.clear()
+        if scene_pipeline.handle is not None:
+            scene_pipeline.handle.clear()
         shown = held_out_scenes(word_iou, seed, plain, n_interactions)
-        table["word_iou"] = measured_word_iou(drawer.pipeline, shown, how.size or drawer.size, seed)
+        table["word_iou"] = measured_word_iou(
+            scene_pipeline.pipeline, shown, how.size or scene_pipeline.size, seed
+        )
     return {
         **table,
         "scenes": scenes,
@@ -153,8 +161,8 @@ def evaluate_world(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "size": how.size,
-        "model": drawer.model,
-        "adapter": drawer.adapter,
+        "model": scene_pipeline.model,
+        "adapter": scene_pipeline.adapter,
     }
 
 

@@ -91,7 +91,7 @@ class Maps:
         actions: [B, A, G, G] logits of the person's action; with a second stage, one more for none.
         towards: [B, 2, G, G] x and y from the cell's middle to the middle of the object acted on.
         colours: [B, 2, C, G, G] logits; None with a second stage.
-        attributes: of persons and of objects, [N, C] logits of each attribute of the boxes asked for.
+        attributes: of persons and of objects, [N, C] logits of each attribute, at the boxes that were given.
     """
 
     heat: Tensor
@@ -151,13 +151,13 @@ class Detector(nn.Module):
         """Whether it is one of the plain world, without a second stage."""
         return self.reader_widths is None
 
-    def forward(self, images: Tensor, asked: tuple[tuple[Tensor, Tensor], ...] = ()) -> Maps:
+    def forward(self, images: Tensor, attribute_boxes: tuple[tuple[Tensor, Tensor], ...] = ()) -> Maps:
         """Look at pictures.
 
         Args:
             images: [B, 3, S, S] in [0, 1].
-            asked: boxes of persons and of objects whose attributes are read: for each of the two, [N, 4] xyxy
-                as shares of the picture, and [N] the pictures that they are of.
+            attribute_boxes: where attributes of persons and of objects are read: for each of the two, [N, 4]
+                xyxy as shares of the picture, and [N] the pictures that they are of.
         """
         fine = self.fine(2 * images - 1)
         middle = self.middle(fine)
@@ -173,7 +173,9 @@ class Detector(nn.Module):
             actions=self.actions(fine).float(),
             towards=self.towards(fine).float(),
             colours=colours,
-            attributes=tuple(r(images, *boxes) for r, boxes in zip(self.readers, asked, strict=False)),
+            attributes=tuple(
+                r(images, *boxes) for r, boxes in zip(self.readers, attribute_boxes, strict=False)
+            ),
         )
 
     @torch.no_grad()
