@@ -1,6 +1,6 @@
 """What a picture looks like while it is drawn: latents decoded small, quickly."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,5 +40,5 @@ def preview(pipeline: Any, latents: Tensor, height: int, width: int) -> Image.Im
         latents = F.interpolate(latents, scale_factor=SIDE / longer, mode="area")
     shift = getattr(config, "shift_factor", None) or 0.0
     latents = latents.to(vae.dtype) / config.scaling_factor + shift
-    decoded = vae.decode(latents, return_dict=False)[0]
+    decoded = vae.decode(cast(Any, latents), return_dict=False)[0]
     return pipeline.image_processor.postprocess(decoded)[0]

@@ -98,7 +98,7 @@ class PooledDropout:
         self.share, self.kept = share, torch.ones(1)
         embedding = unet.add_embedding
         assert embedding is not None
-        embedding.register_forward_hook(lambda module, _, output: self._drop(module, output))
+        embedding.register_forward_hook(lambda module, _, output: self._drop(module, cast(Tensor, output)))
 
     def draw(self, rows: int, generator: torch.Generator) -> None:
         """Choose the examples of the next call."""

@@ -42,7 +42,7 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "adapters.tar": ("stickworld-interaction", "stickworld-dit-interaction", "stickworld-dit-clear"),
 }
-BASES = {"stickworld": ("vae", "text_encoder", "tokenizer")}
+BASES: dict[str, tuple[str, ...]] = {"stickworld": ("vae", "text_encoder", "tokenizer")}
 BASES["stickworld-dit"] = (*BASES["stickworld"], "text_encoder_2", "tokenizer_2")
 LARGEST = 16 * 2**20  # bytes of a file
 
@@ -221,9 +221,10 @@ def prepare(stage: Stage, runs: Path, toy: bool) -> None:
     began, cache = time.monotonic(), runs / "cache"
     counts = {128: 24} if toy else {size: one["renders"] for size, one in _SIZES.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = None
+    vae: Any = None
     if stage is _LATENTS:
-        vae = AutoencoderTiny.from_pretrained(runs / "parts" / "vae").float().to(device)
+        vae = AutoencoderTiny.from_pretrained(runs / "parts" / "vae").float()
+        vae.to(device)
     for size, count in counts.items():
         renders = cached_renders(cache, count, size)
         if vae is not None:

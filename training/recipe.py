@@ -65,7 +65,10 @@ def make_optimizers(parameters: list[nn.Parameter], config: dict[str, Any]) -> l
     return optimizers
 
 
-class KernelMuon(torch.optim.Muon if hasattr(torch.optim, "Muon") else torch.optim.Optimizer):
+_MUON: Any = getattr(torch.optim, "Muon", torch.optim.Optimizer)  # torch 2.9 has it
+
+
+class KernelMuon(_MUON):
     """Muon for kernels of convolutions, [O, I, H, W], each taken as a matrix of O rows."""
 
     def __init__(self, kernels: list[nn.Parameter], **options: float):

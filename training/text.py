@@ -252,10 +252,11 @@ def start_near(encoder: T5EncoderModel) -> None:
 
     T5 knows positions by learned biases alone, and those take long to grow from next to nothing.
     """
-    attention: Any = encoder.encoder.block[0].layer[0].SelfAttention
+    blocks: Any = encoder.encoder.block
+    attention = blocks[0].layer[0].SelfAttention
     weight = attention.relative_attention_bias.weight  # [buckets, heads]
     near = torch.arange(len(weight)) % (len(weight) // 2)  # each direction has half of the buckets
-    slopes = torch.arange(weight.shape[1]) / (weight.shape[1] - 1)
+    slopes = torch.arange(weight.shape[1]) / max(1, weight.shape[1] - 1)
     weight.copy_(-near[:, None] * slopes)
 
 
