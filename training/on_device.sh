@@ -2,6 +2,7 @@
 # Trains every model of stickworld on one CUDA GPU within some minutes, from a bare machine that has torch,
 # transformers and accelerate; wheels of what it lacks (diffusers) are read from the folder WHEELS, if given.
 #
+#   pip download --no-deps --dest .whl diffusers==0.42.1      # elsewhere, and carried along
 #   WHEELS=.whl bash training/on_device.sh --minutes 9 --out DIR [--start DIR] [--again base dit]
 #
 # --start is a folder with files that an earlier call wrote: models in them are taken as they are, those named
