@@ -37,7 +37,7 @@ def add_to(blocks: gr.Blocks, worker: Worker, model: str, adapters: Mapping[str,
             return str(last.images[0].path)
         except InteractdiffError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        except Exception as error:  # whatever a model raises, a client is told in a sentence
+        except Exception as error:  # whatever a model raises, a client gets one sentence
             raise gr.Error(f"The model failed: {type(error).__name__}: {error}") from error
 
     def models() -> dict[str, Any]:

@@ -89,7 +89,7 @@ class ModelStatus:
     """What a page has to know of a model.
 
     Attributes:
-        size: of its pictures in pixels, where none is asked for.
+        size: of its pictures in pixels, where the scene has none.
         unsupported: of each method and sampler why the model cannot use it, or None.
         device: where it is.
         dtype: in what precision.
@@ -202,7 +202,7 @@ class Worker:
             try:
                 self._generate(request, stop, reports)
                 reports.put(None)
-            except BaseException as error:  # carried to the page that asked
+            except BaseException as error:  # carried to the page that waits
                 reports.put(error)
 
         self._thread.submit(run)

@@ -26,7 +26,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def why_unwritable(path: Path) -> str | None:
-    """Why `write_aside` could not write there, or None: asked before long work, not after.
+    """Why `write_aside` could not write there, or None: to be checked before long work, not after.
 
     A file is made in the folder and removed again, which is the only sure way to know.
     """

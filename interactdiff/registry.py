@@ -215,7 +215,7 @@ class MethodSpec(Configurable):
         items: what the adapter takes of a scene.
         settings: as of any `Configurable`; the binding takes them by `configure(**settings)`.
         needs_weights: whether the adapter has to be loaded; else `for_denoiser` makes one that works.
-        always_attached: whether a packaged model's packaged adapter is attached without being asked for. It
+        always_attached: whether a packaged model's packaged adapter is attached by default. It
             has to be idle, bit for bit, until a scene has an item for it.
         sampler: a way of sampling that comes with the method.
         scores: "module:attribute" of a function of a `ScenePipeline` and `EvaluationOptions` that returns
