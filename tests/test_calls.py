@@ -1,5 +1,6 @@
 """What a denoiser's call is comes from the call and its caller, never from another pipeline's last run."""
 
+import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,15 @@ from interactdiff.families import grid_of_ids
 
 
 def sharing(pipe: Any) -> Any:
-    """Another pipeline with the same modules, and a scheduler of its own."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    other = type(pipe)(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
+    """Another pipeline with the same modules, and a scheduler and a tokenizer of its own.
+
+    Fast tokenizers keep padding and truncation as state, and are not for several threads at once.
+    """
+    own = {
+        "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config),
+        "tokenizer": copy.deepcopy(pipe.tokenizer),
+    }
+    other = type(pipe)(**{**pipe.components, **own}, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
 
