@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     pipe = ScenePipeline.from_pretrained(MODEL, device="cpu").pipeline
-    told = call_arguments(pipe, args.caption, guidance_scale=model_info(MODEL).guidance_scale)
+    arguments = call_arguments(pipe, args.caption, guidance_scale=model_info(MODEL).guidance_scale)
     enlarge = HighResolution(pipe, scales=args.scales, strength=args.strength, shift=args.shift, tile=None)
     pictures = []
     for title in ("full attention", "windows"):
@@ -53,7 +53,7 @@ def main() -> None:
             times.append(time.perf_counter())
 
         with attached:
-            drawn = enlarge(height=96, width=96, seed=args.seed, before_stage=begin, **told)
+            drawn = enlarge(height=96, width=96, seed=args.seed, before_stage=begin, **arguments)
         begin(None)
         took = zip(enlarge.stages(96, 96), times[:-1], times[1:], strict=True)
         words = ", ".join(f"{stage.width} px {end - start:.1f} s" for stage, start, end in took)

@@ -8,6 +8,7 @@ Processors are left alone, so whichever is there goes on working: diffusers' own
 IP-Adapter. What the hooks read is laid out before a denoiser call, where torch.compile does not look.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ ResidualFn = Callable[[SiteInputs, Tensor], Tensor | None]
 ObserverFn = Callable[[SiteInputs], None]
 
 
-class SiteHooks:
+class SiteHooks(ABC):
     """The hooks at one place.
 
     Attributes:
@@ -56,11 +57,13 @@ class SiteHooks:
             self._hooks.pop().remove()
         self._hooked = ()
 
+    @abstractmethod
     def _modules(self) -> tuple[nn.Module | None, ...]:
-        raise NotImplementedError
+        """What is hooked."""
 
+    @abstractmethod
     def _register(self) -> list[RemovableHandle]:
-        raise NotImplementedError
+        """Hook in."""
 
     def _edited(self, inputs: SiteInputs, output: Tensor) -> Tensor | None:
         """The output after all residuals; None if none of them changed it."""

@@ -219,7 +219,7 @@ def test_stopping_and_drawing_on(studio: StudioPage) -> None:
     assert studio.page.evaluate("() => document.querySelector('#canvas .picture').naturalWidth") == 96
 
 
-def test_a_full_queue_is_told_in_words(browser: Any) -> None:
+def test_a_full_queue_is_refused_in_words(browser: Any) -> None:
     """Two pages beside one that draws, where one may wait."""
     with served_studio("--max-queue", "1", "--max-steps", "1000", "--port", "7899") as (where, _):
         context = browser.new_context(**LAPTOP)

@@ -210,18 +210,18 @@ def test_captions_say_what_is_there() -> None:
 def test_spans_are_the_words_of_their_things() -> None:
     for seed in range(400):
         scene = sample_scene(seed)
-        told = scene.described
-        ends = sorted(thing.span for thing in told.things)
+        described = scene.described
+        ends = sorted(thing.span for thing in described.things)
         assert all(before[1] <= after[0] for before, after in pairwise(ends))
-        for thing, shown in zip(told.things, scene.things, strict=True):
-            words = told.text[slice(*thing.span)]
+        for thing, shown in zip(described.things, scene.things, strict=True):
+            words = described.text[slice(*thing.span)]
             assert words.split()[0] in ("a", "an", "someone")
             assert thing.name == shown.name
             assert thing.name == "person" or thing.name in words.split()
             assert thing.attributes.items() <= shown.appearance.attributes().items()
             for value in thing.attributes.values():
                 assert said(value, words), (value, words)
-        outside = told.text
+        outside = described.text
         for first, last in reversed(ends):
             outside = outside[:first] + outside[last:]
         assert not any(said(colour, outside) for colour in COLOURS)
@@ -229,11 +229,11 @@ def test_spans_are_the_words_of_their_things() -> None:
 
 def test_attributes_that_are_not_named_are_not_in_the_words() -> None:
     for seed in range(400):
-        told = sample_scene(seed).described
-        for thing in told.things:
+        described = sample_scene(seed).described
+        for thing in described.things:
             if thing.name != "person":
                 continue
-            words = told.text[slice(*thing.span)]
+            words = described.text[slice(*thing.span)]
             for name in ("hair", "hair_colour", "skin", "trousers"):
                 if name not in thing.attributes:
                     noun = "hair" if name.startswith("hair") else name

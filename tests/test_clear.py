@@ -60,9 +60,9 @@ def test_the_base_draws_below_the_least_tokens_and_it_is_said_once(
     handle = linearize(any_pipe, weights=trained_layers(denoiser_of(any_pipe), ClearConfig(2)))
     assert torch.equal(draw(any_pipe), expected)
     assert torch.equal(draw(any_pipe), expected)
-    told = [str(w.message) for w in recwarn if "CLEAR is off" in str(w.message)]
-    assert len(told) == 1
-    assert f"below {least_tokens(2)} full attention is faster" in told[0]
+    messages = [str(w.message) for w in recwarn if "CLEAR is off" in str(w.message)]
+    assert len(messages) == 1
+    assert f"below {least_tokens(2)} full attention is faster" in messages[0]
     assert not handle["clear"].active
 
 

@@ -219,6 +219,9 @@ def test_the_pooled_caption_is_left_out_of_a_share_of_the_examples(folder: Path)
     given = unet.train().add_embedding(text)
     assert 15 < (given.abs().sum(1) == 0).sum() < 49
     assert (unet.eval().add_embedding(text).abs().sum(1) > 0).all()
+    unet.add_embedding = None
+    with pytest.raises(RecipeError, match="expected a U-Net with addition_embed_type text, got"):
+        PooledDropout(unet, 0.5)
 
 
 def test_velocity_loss_is_zero_for_the_true_velocity() -> None:

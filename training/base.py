@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
-from interactdiff.training.recipe import Recipe
+from interactdiff.training.recipe import Recipe, RecipeError
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.world_data import CaptionedLatents, grid
 
@@ -96,8 +96,9 @@ class PooledDropout:
 
     def __init__(self, unet: UNet2DConditionModel, share: float):
         self.share, self.kept = share, torch.ones(1)
-        embedding = unet.add_embedding
-        assert embedding is not None
+        if (embedding := unet.add_embedding) is None:
+            got = f"addition_embed_type {unet.config['addition_embed_type']}"
+            raise RecipeError(f"expected a U-Net with addition_embed_type text, got {got}")
         embedding.register_forward_hook(lambda module, _, output: self._drop(module, cast(Tensor, output)))
 
     def draw(self, rows: int, generator: torch.Generator) -> None:
