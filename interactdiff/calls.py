@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from inspect import signature
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,17 @@ class Call:
         packed = isinstance(self._image, Tensor) and self._image.ndim == 3
         return slice(0, count) if packed and self._image.shape[1] != count else None
 
+    def token_count(self, site: Site) -> int | None:
+        """How many tokens a site's queries are for; None where padding of unknown length joins them."""
+        if site.kind is None:
+            rows, columns = site.grid(*self.grid)
+            return rows * columns
+        packed = isinstance(self._image, Tensor) and self._image.ndim == 3
+        count = self._image.shape[1] if packed else self.grid[0] * self.grid[1]
+        if site.whole:
+            return count + self.text_length if packed and self.text_length else None
+        return count
+
     @cached_property
     def text_length(self) -> int:
         """Text tokens of attention over text and image."""
@@ -91,7 +102,7 @@ class Call:
     @cached_property
     def caller(self) -> Any:
         """The pipeline that calls: the nearest on the stack that holds the denoiser; None if none does."""
-        return self._calling[0]
+        return self._calling.pipeline
 
     @cached_property
     def pipeline(self) -> Any:
@@ -125,14 +136,20 @@ class Call:
         """What each of the equal parts of the batch is for, in order.
 
         Raises:
-            AdapterError: neither the call nor its caller tells, or the caller guides by pictures too.
+            AdapterError: neither the call nor its caller tells, the caller guides by pictures too, or it calls
+                with parts of its pictures.
         """
         if self._rows is not None:
             return self._rows
+        parts = self._read_rows()
+        self._check_pictures(None if self.guidance is not None else len(parts))
+        return parts
+
+    def _read_rows(self) -> tuple[Rows, ...]:
         if self.guidance is not None and self._reader.kind.guidance == "batch":
             return self._parts(self.guidance, self._reader.pipeline)
         check_guidance(self.caller)
-        for name in (self._calling[1], self._reader.context):
+        for name in (self._calling.guider, self._reader.context):
             if name is not None:
                 return (_conditional("uncond" not in name),)
         if self.arguments.get("skip_layers") is not None:
@@ -147,8 +164,38 @@ class Call:
         return threading.get_ident()
 
     @cached_property
-    def _calling(self) -> tuple[Any, str | None]:
+    def _calling(self) -> "Calling":
         return _calling(sys._getframe(), self._reader.denoiser)
+
+    def _check_pictures(self, parts: int | None) -> None:
+        """Make sure that the caller's pictures come as wholes, each in as many rows as there are parts.
+
+        Pipelines that draw in windows call with parts of their latents; those that edit or guide by more than
+        a prompt call with more rows, or with one half alone.
+
+        Raises:
+            AdapterError: they do not.
+        """
+        latents, image = self._calling.latents, self._image
+        if latents is None:
+            return
+        name = type(self.caller).__name__
+        first = image[0]
+        if latents.ndim == 4 and first.ndim in (3, 4) and first.shape[-2:] != latents.shape[-2:]:
+            whole, part = (f"{rows} x {columns}" for rows, columns in (latents.shape[-2:], first.shape[-2:]))
+        elif latents.ndim == 3 and first.ndim == 2 and self.grid[0] * self.grid[1] != latents.shape[1]:
+            whole, part = f"{latents.shape[1]} tokens", f"{self.grid[0] * self.grid[1]}"
+        elif parts is not None and self.batch != parts * len(latents):
+            raise AdapterError(
+                f"expected {name} to call its denoiser with {parts} rows for each of {len(latents)} "
+                f"pictures, got {self.batch} rows: which of them are the prompt's is not known"
+            )
+        else:
+            return
+        raise AdapterError(
+            f"expected {name} to denoise its whole picture in one call, latents of {whole}, got {part}: "
+            "boxes are shares of the whole picture"
+        )
 
     def _parts(self, guided: bool, pipeline: Any) -> tuple[Rows, ...]:
         """The parts of a batch, the last of which may be that of perturbed attention."""
@@ -285,19 +332,36 @@ def _parameters(denoiser: type) -> tuple[str, ...]:
     return tuple(signature(denoiser.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def _calling(frame: FrameType | None, denoiser: object) -> tuple[Any, str | None]:
-    """The nearest pipeline on the stack that holds a denoiser, and the name of its guider's batch."""
+class Calling(NamedTuple):
+    """Who calls a denoiser.
+
+    Attributes:
+        pipeline: the nearest on the stack that holds it; None if none does.
+        guider: the name of its guider's batch, of a modular pipeline.
+        latents: its variable of that name: what it denoises, one row a picture.
+    """
+
+    pipeline: Any = None
+    guider: str | None = None
+    latents: Tensor | None = None
+
+
+def _calling(frame: FrameType | None, denoiser: object) -> Calling:
+    found = Calling()
     while frame is not None:
         names = frame.f_code.co_varnames
         for name in ("self", "components"):  # modular pipelines hand theirs to their blocks
             if name not in names:
                 continue
             owner = frame.f_locals.get(name)
-            if _holds(owner, denoiser):
+            if found.pipeline is None and _holds(owner, denoiser):
                 batch = frame.f_locals.get(GUIDER_BATCH)
-                return owner, getattr(batch, GUIDER_NAME, None)
+                found = Calling(owner, getattr(batch, GUIDER_NAME, None))
+            if owner is not None and owner is found.pipeline and "latents" in names:
+                latents = frame.f_locals.get("latents")
+                return found._replace(latents=latents if isinstance(latents, Tensor) else None)
         frame = frame.f_back
-    return None, None
+    return found
 
 
 def _holds(owner: Any, denoiser: object) -> bool:

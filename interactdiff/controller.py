@@ -26,7 +26,14 @@ from interactdiff.calls import Call, CallReader
 from interactdiff.compiled import forget_compiled
 from interactdiff.errors import AdapterError
 from interactdiff.processors import KeysProcessor, keys_processor
-from interactdiff.site_hooks import AttentionHooks, BlockHooks, ObserverHooks, ProjectionHooks, SiteHooks
+from interactdiff.site_hooks import (
+    AttentionHooks,
+    BlockHooks,
+    ObserverHooks,
+    ProjectionHooks,
+    SiteHooks,
+    stateful_hooks,
+)
 from interactdiff.sites import Denoiser, Site, find_sites
 
 
@@ -210,6 +217,8 @@ class Controller:
         for place in self._places.values():
             if place.residuals or place.observers:
                 place.batch, place.image = call.batch, call.image_slice(place.site)
+                place.tokens, place.autocast = call.token_count(place.site), call.autocast
+                place.caches = (*stateful_hooks(self.denoiser), *stateful_hooks(place.site.module))
         training = {
             id(edit): binding.adapter.training
             for binding, edits in zip(self.bindings, active, strict=True)

@@ -6,7 +6,7 @@ is quick to import.
 """
 
 import json
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from interactdiff.scene_checks import (
 from interactdiff.scene_items import (
     ACTION_REGIONS,
     MAX_STRENGTH,
+    MIN_VISIBLE,
     NULL_ACTION,
     ActionRegion,
     Entity,
@@ -122,6 +123,31 @@ class Scene:
     def items(self) -> tuple[Any, ...]:
         """All items: interactions, then entities, then those of other methods."""
         return (*self.interactions, *self.entities, *self.extra_items)
+
+    def cropped(self, crop: Box, min_visible: float = MIN_VISIBLE) -> "Scene":
+        """The scene of a part of the picture that is drawn as a picture of its own: a tile, a masked area.
+
+        Boxes become shares of the crop. An interaction of which only the subject or the object is left
+        becomes an entity; what is outside is left out. Width and height stay what they are.
+
+        Args:
+            crop: the part, xyxy in [0, 1] of the whole picture.
+            min_visible: the share of a box's area that has to be within the crop, or the box is left out.
+
+        Raises:
+            SceneError: the crop is no box, `min_visible` is not in [0, 1], or items of another method cannot
+                be cropped.
+        """
+        for item in self.extra_items:
+            if not hasattr(item, "cropped"):
+                raise SceneError(f"expected items that can be cropped, got {type(item).__name__}")
+        left = [item.cropped(crop, min_visible) for item in self.items]
+        return replace(
+            self,
+            interactions=tuple(one for one in left if isinstance(one, Interaction)),
+            entities=tuple(one for one in left if isinstance(one, Entity)),
+            extra_items=tuple(one for one in left if not isinstance(one, Interaction | Entity | None)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The scene as plain JSON values; `Scene.from_dict` reads it back to an equal scene."""

@@ -4,7 +4,7 @@ No torch in this module: it is quick to import.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
 from interactdiff.scene_checks import (
@@ -23,6 +23,7 @@ ActionRegion = Literal["between", "union"]
 NULL_ACTION = "-"  # how the command line says "boxes only"; an empty phrase is an error, not a wish
 ACTION_REGIONS = ("between", "union")
 MAX_STRENGTH = 2.0
+MIN_VISIBLE = 0.25  # of a box that is cut off by a crop
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,29 @@ class Interaction:
             return self.between_box
         s, o = self.subject_box, self.object_box
         return (min(s[0], o[0]), min(s[1], o[1]), max(s[2], o[2]), max(s[3], o[3]))
+
+    def cropped(self, crop: Box, min_visible: float = MIN_VISIBLE) -> "Interaction | Entity | None":
+        """The interaction within a part of the picture that is drawn as a picture of its own.
+
+        Args:
+            crop: the part, xyxy in [0, 1] of the whole picture.
+            min_visible: the share of a box's area that has to be within the crop, or the box is left out.
+
+        Returns:
+            An interaction with both boxes as shares of the crop, cut off at its edges; where only the subject
+            or only the object is left, that as an `Entity`; None where neither is.
+
+        Raises:
+            SceneError: the crop is no box, or `min_visible` is not in [0, 1].
+        """
+        subject, object_ = (
+            cropped_box(box, crop, min_visible) for box in (self.subject_box, self.object_box)
+        )
+        if subject is not None and object_ is not None:
+            return replace(self, subject_box=subject, object_box=object_)
+        if subject is not None:
+            return Entity(self.subject, subject, self.strength)
+        return None if object_ is None else Entity(self.object, object_, self.strength)
 
     @classmethod
     def parse(cls, text: str) -> "Interaction":
@@ -167,6 +191,11 @@ class Entity:
         object.__setattr__(self, "box", checked_box("box", self.box))
         object.__setattr__(self, "strength", checked_number("strength", self.strength, 0.0, MAX_STRENGTH))
 
+    def cropped(self, crop: Box, min_visible: float = MIN_VISIBLE) -> "Entity | None":
+        """The entity within a part of the picture, as `Interaction.cropped`; None where it is left out."""
+        box = cropped_box(self.box, crop, min_visible)
+        return None if box is None else replace(self, box=box)
+
     @classmethod
     def parse(cls, text: str) -> "Entity":
         """Read the command line's form, `phrase|x0,y0,x1,y1`; `|strength=0.5` may follow.
@@ -196,6 +225,36 @@ class Entity:
             SceneError: if it is no object, a key is missing or unknown, or a value is not what it should be.
         """
         return cls(**json_object(values, *required_and_optional(cls)))
+
+
+def cropped_box(box: Box, crop: Box, min_visible: float = MIN_VISIBLE) -> Box | None:
+    """A box as shares of a crop, cut off at its edges.
+
+    Args:
+        box: xyxy in [0, 1] of the whole picture.
+        crop: likewise.
+        min_visible: the share of the box's area that has to be within the crop, in [0, 1].
+
+    Returns:
+        xyxy in [0, 1] of the crop; None where less of the box is within it, or nothing.
+
+    Raises:
+        SceneError: the crop is no box, or `min_visible` is out of range.
+    """
+    x0, y0, x1, y1 = crop = checked_box("crop", crop)
+    min_visible = checked_number("min_visible", min_visible, 0.0, 1.0)
+    width, height = x1 - x0, y1 - y0
+    left, top, right, bottom = (
+        max(0.0, (box[0] - x0) / width),
+        max(0.0, (box[1] - y0) / height),
+        min(1.0, (box[2] - x0) / width),
+        min(1.0, (box[3] - y0) / height),
+    )
+    if left >= right or top >= bottom:
+        return None
+    visible = (right - left) * (bottom - top) * width * height
+    whole = (box[2] - box[0]) * (box[3] - box[1])
+    return None if visible < min_visible * whole * (1 - 1e-9) else (left, top, right, bottom)
 
 
 def numbered(kind: type, number: int, make: Callable[[], Any]) -> Any:

@@ -5,14 +5,20 @@
     projection   after: residuals
 
 Processors are left alone, so whichever is there goes on working: diffusers' own, CLEAR's, one of an
-IP-Adapter. What the hooks read is laid out before a denoiser call, where torch.compile does not look.
+IP-Adapter. What the hooks read is laid out before a denoiser call, where torch.compile does not look; within
+compiled code all residuals of a place are one opaque operator, so that no scene, schedule or mode of control
+is a graph of its own.
 """
 
+import itertools
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +30,10 @@ ResidualFn = Callable[[SiteInputs, Tensor], Tensor | None]
 ObserverFn = Callable[[SiteInputs], None]
 
 
+_numbers = itertools.count()
+_BY_NUMBER: "weakref.WeakValueDictionary[int, SiteHooks]" = weakref.WeakValueDictionary()
+
+
 class SiteHooks(ABC):
     """The hooks at one place.
 
@@ -33,6 +43,9 @@ class SiteHooks(ABC):
         batch: rows of the batch of that call.
         image: which of a single stream's tokens are the image's, or of an image's tokens those of the picture
             that is denoised; None for all.
+        tokens: how many tokens the site attends with in that call; None where that is not known.
+        autocast: what that call computes products of matrices in, if not in their own dtype.
+        caches: names of diffusers' hooks that keep results from call to call at the site or its denoiser.
     """
 
     def __init__(self, site: Site):
@@ -41,8 +54,14 @@ class SiteHooks(ABC):
         self.observers: tuple[ObserverFn, ...] = ()
         self.batch = 0
         self.image: slice | None = None
+        self.tokens: int | None = None
+        self.autocast: torch.dtype | None = None
+        self.caches: tuple[str, ...] = ()
         self._hooked: tuple[nn.Module | None, ...] = ()
         self._hooks: list[RemovableHandle] = []
+        number = next(_numbers)
+        _BY_NUMBER[number] = self
+        self._number = torch.tensor(number)  # a tensor: a number would be a constant of compiled code
 
     def hook(self) -> None:
         """Hook in, or anew where a LoRA has taken the place of what was hooked."""
@@ -65,13 +84,35 @@ class SiteHooks(ABC):
     def _register(self) -> list[RemovableHandle]:
         """Hook in."""
 
+    def edit(self, read: Tensor, output: Tensor) -> Tensor | None:
+        """The output after all residuals; None if none of them changed it.
+
+        Args:
+            read: what the site's edits read: [B, L, C] inputs or queries as `Site.query` puts them out.
+            output: [B, L, C], what the site puts out.
+        """
+        return self._edited(SiteInputs(read), output)
+
+    def _apply(self, read: Tensor, output: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return _edit_in_compiled_code(output, read, self._number)
+        return self.edit(read, output) if self.residuals else None
+
     def _edited(self, inputs: SiteInputs, output: Tensor) -> Tensor | None:
-        """The output after all residuals; None if none of them changed it."""
         edited = None
         for residual in self.residuals:
             changed = residual(inputs, output if edited is None else edited)
             edited = edited if changed is None else changed
         return edited
+
+    def _cause(self) -> str:
+        """What may have changed a batch or its tokens within the denoiser, in words."""
+        processor = type(getattr(self.site.module, "processor", None)).__name__
+        if self.caches:
+            return f"adapters cannot act beside {' and '.join(self.caches)}"
+        if self.site.kind is not None and processor != self.site.kind.processor:
+            return f"adapters that read them cannot act beside {processor}"
+        return "a tool within the denoiser changes them, beside which adapters cannot act"
 
 
 class BlockHooks(SiteHooks):
@@ -85,19 +126,30 @@ class BlockHooks(SiteHooks):
     def _register(self) -> list[RemovableHandle]:
         block = self.site.module
         return [
-            block.register_forward_pre_hook(self._keep_input, with_kwargs=True),
-            block.attn1.register_forward_hook(self._after_attention),
+            _same_key(block.register_forward_pre_hook(self._keep_input, with_kwargs=True), 0),
+            _same_key(block.attn1.register_forward_hook(self._after_attention), 0),
         ]
 
     def _keep_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.residuals:
-            self._hidden_states = args[0] if args else kwargs["hidden_states"]
+        self._hidden_states = args[0] if args else kwargs["hidden_states"]
 
     def _after_attention(self, _: nn.Module, __: tuple[Any, ...], attended: Tensor) -> Tensor | None:
         hidden_states, self._hidden_states = self._hidden_states, None
-        if not self.residuals or hidden_states is None:
-            return None
-        return self._edited(SiteInputs(hidden_states), attended)
+        return None if hidden_states is None else self._apply(hidden_states, attended)
+
+    def edit(self, read: Tensor, output: Tensor) -> Tensor | None:
+        """`SiteHooks.edit`.
+
+        Raises:
+            AdapterError: the block's self-attention sees other rows or tokens than the block.
+        """
+        if self.residuals and read.shape[:2] != output.shape[:2]:
+            (batch, length), got = read.shape[:2], output.shape
+            raise AdapterError(
+                f"expected the self-attention of {self.site.path} to attend with its block's {length} tokens "
+                f"of {batch} batch rows, got {got[1]} of {got[0]}: {self._cause()}"
+            )
+        return self._edited(SiteInputs(read), output)
 
 
 class ProjectionHooks(SiteHooks):
@@ -108,19 +160,27 @@ class ProjectionHooks(SiteHooks):
         self._projection = projection
 
     def _modules(self) -> tuple[nn.Module | None, ...]:
+        if self.site.fused:
+            raise AdapterError(
+                f"expected separate projections at {self.site.path}, got fused ones: unfuse them first"
+            )
         return (getattr(self.site.module, self._projection),)
 
     def _register(self) -> list[RemovableHandle]:
-        return [self._modules()[0].register_forward_hook(self._after)]  # type: ignore[union-attr]
+        return [_same_key(self._modules()[0].register_forward_hook(self._after), 1)]  # type: ignore[union-attr]
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return self._edited(SiteInputs(args[0]), output) if self.residuals else None
+        return self._apply(args[0], output)
 
 
 class AttentionHooks(SiteHooks):
-    """At an attention, of which residuals change what it gathers for the image's tokens."""
+    """At an attention, of which residuals change what it gathers for the image's tokens.
+
+    Where a cache gives what the attention gathered in an earlier call, its queries are that call's too.
+    """
 
     _queries: Tensor | None = None
+    _last: Tensor | None = None
 
     def _modules(self) -> tuple[nn.Module | None, ...]:
         return self.site.query, self.site.out
@@ -130,11 +190,11 @@ class AttentionHooks(SiteHooks):
             gathered = self.site.module.register_forward_hook(self._after_attention)
         else:
             gathered = self.site.out.register_forward_pre_hook(self._before_out)
-        return [self.site.query.register_forward_hook(self._keep_queries), gathered]
+        queries = self.site.query.register_forward_hook(self._keep_queries)
+        return [_same_key(queries, 2), _same_key(gathered, 3)]
 
     def _keep_queries(self, _: nn.Module, __: tuple[Any, ...], queries: Tensor) -> None:
-        if self.residuals:
-            self._queries = queries
+        self._queries = queries
 
     def _before_out(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         edited = self._edited_gathered(args[0])
@@ -145,30 +205,42 @@ class AttentionHooks(SiteHooks):
 
     def _edited_gathered(self, gathered: Tensor) -> Tensor | None:
         queries, self._queries = self._queries, None
+        if self.caches:
+            queries = self._last = self._last if queries is None else queries
+        if queries is not None:
+            return self._apply(queries, gathered)
+        if self.residuals:
+            self._refuse("none of them")
+        return None
+
+    def edit(self, read: Tensor, output: Tensor) -> Tensor | None:
+        """`SiteHooks.edit` of the image's tokens alone.
+
+        Raises:
+            AdapterError: the attention sees other rows or tokens than the call.
+        """
         if not self.residuals:
             return None
-        if queries is None or len(queries) != self.batch:
-            kind = type(self.site.module.processor).__name__
-            got = "none of them" if queries is None else f"{len(queries)} at a time"
-            raise AdapterError(
-                f"expected {self.site.path} to make queries for {self.batch} batch rows, got {got}: "
-                f"adapters that read them cannot act beside {kind}"
-            )
+        if len(read) != self.batch or len(output) != self.batch:
+            self._refuse(f"{len(read)} at a time")
         rows, width = self.image or slice(None), self.site.dim
-        part = gathered[:, rows] if gathered.shape[2] == width else gathered[:, rows, :width]
-        edited = self._edited(SiteInputs(None, self._of_image(queries)), part)
-        if edited is None or part is gathered:
+        part = output[:, rows] if output.shape[2] == width else output[:, rows, :width]
+        edited = self._edited(SiteInputs(None, of_image(self, read)), part)
+        if edited is None or part is output:
             return edited
-        if edited.shape == gathered.shape:
+        if edited.shape == output.shape:
             return edited
-        if gathered.shape[2] > width:  # the block's MLP goes through the same projection
-            edited = torch.cat([edited, gathered[:, rows, width:]], 2)
+        if output.shape[2] > width:  # the block's MLP goes through the same projection
+            edited = torch.cat([edited, output[:, rows, width:]], 2)
         if self.image is None:
             return edited
-        return torch.cat([gathered[:, : rows.start], edited, gathered[:, rows.stop :]], 1)
+        return torch.cat([output[:, : rows.start], edited, output[:, rows.stop :]], 1)
 
-    def _of_image(self, queries: Tensor) -> Tensor:
-        return of_image(self.site, queries, self.image)
+    def _refuse(self, got: str) -> None:
+        raise AdapterError(
+            f"expected {self.site.path} to make queries for {self.batch} batch rows, got {got}: "
+            f"{self._cause()}"
+        )
 
 
 class ObserverHooks(SiteHooks):
@@ -181,8 +253,8 @@ class ObserverHooks(SiteHooks):
 
     def _register(self) -> list[RemovableHandle]:
         return [
-            self.site.query.register_forward_hook(self._keep_queries),
-            self.site.key.register_forward_hook(self._observe),
+            _same_key(self.site.query.register_forward_hook(self._keep_queries), 4),
+            _same_key(self.site.key.register_forward_hook(self._observe), 5),
         ]
 
     def _keep_queries(self, _: nn.Module, __: tuple[Any, ...], queries: Tensor) -> None:
@@ -192,12 +264,57 @@ class ObserverHooks(SiteHooks):
     def _observe(self, _: nn.Module, __: tuple[Any, ...], keys: Tensor) -> None:
         queries, self._queries = self._queries, None
         if self.observers and queries is not None:
-            inputs = SiteInputs(None, of_image(self.site, queries, self.image), self.site.by_head(keys))
+            inputs = SiteInputs(None, of_image(self, queries), self.site.by_head(keys, "k"))
             for observer in self.observers:
                 observer(inputs)
 
 
-def of_image(site: Site, queries: Tensor, image: slice | None) -> Tensor:
-    """[B, heads, L, D] of the image's tokens, of what `Site.query` puts out."""
-    queries = site.by_head(queries)
-    return queries if image is None else queries[:, :, image]
+def of_image(place: SiteHooks, queries: Tensor) -> Tensor:
+    """[B, heads, L, D] of the image's tokens, of what `Site.query` puts out.
+
+    Raises:
+        AdapterError: the site attends with other tokens than the call has.
+    """
+    queries = place.site.by_head(queries, "q")
+    if place.tokens not in (None, queries.shape[2]):
+        raise AdapterError(
+            f"expected {place.site.path} to attend with {place.tokens} tokens, got {queries.shape[2]}: "
+            f"{place._cause()}"
+        )
+    return queries if place.image is None else queries[:, :, place.image]
+
+
+def stateful_hooks(module: Any) -> list[str]:
+    """The classes of diffusers' hooks on a module that keep results from call to call, as caches do."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hooks = registry.hooks.values() if isinstance(registry, HookRegistry) else ()
+    return [type(hook).__name__ for hook in hooks if hook._is_stateful]
+
+
+def _same_key(handle: RemovableHandle, kind: int) -> RemovableHandle:
+    """Register a hook under a key of its kind, so that blocks that are compiled alike share their code."""
+    key = -1 - kind
+    for hooks in (handle.hooks_dict_ref(), *(ref() for ref in handle.extra_dict_ref)):
+        if hooks is not None and handle.id in hooks:
+            hooks[key] = hooks.pop(handle.id)
+    handle.id = key
+    return handle
+
+
+@torch.library.custom_op("interactdiff::edit", mutates_args=())
+def _edit_in_compiled_code(output: Tensor, read: Tensor, place: Tensor) -> Tensor:
+    """`SiteHooks.edit` as one operator; a copy of the output where nothing acts."""
+    hooks = _BY_NUMBER[int(place)]
+    within = torch.autocast(output.device.type, hooks.autocast) if hooks.autocast else nullcontext()
+    with within:  # compiled code has autocast's casts in its graph, and runs without it
+        edited = hooks.edit(read, output) if hooks.residuals else None
+    own = edited is None or any(
+        edited.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (output, read)
+    )
+    edited = output if edited is None else edited.to(output.dtype)
+    return edited.clone(memory_format=torch.contiguous_format) if own else edited.contiguous()
+
+
+@_edit_in_compiled_code.register_fake
+def _(output: Tensor, read: Tensor, place: Tensor) -> Tensor:
+    return torch.empty_like(output, memory_format=torch.contiguous_format)

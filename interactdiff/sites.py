@@ -79,16 +79,27 @@ class Site:
         name = "to_out.0" if self.kind is None else self.kind.out
         return self.module.get_submodule(name) if name else None
 
-    def by_head(self, states: Tensor) -> Tensor:
-        """[B, heads, L, D] of what `query` or `key` puts out."""
+    @property
+    def fused(self) -> bool:
+        """Whether one projection makes queries, keys and values (`fuse_qkv_projections`)."""
+        return bool(getattr(self.module, "fused_projections", False)) and hasattr(self.module, "to_qkv")
+
+    def by_head(self, states: Tensor, letter: Literal["q", "k"] = "q") -> Tensor:
+        """[B, heads, L, D] of what `query` ("q") or `key` ("k") puts out."""
+        if self.fused and self._norm(letter) is None:
+            states = states.chunk(3, -1)["qk".index(letter)]
         if states.ndim == 4 and (self.kind is None or self.kind.heads_first):
             return states
         states = states if states.ndim == 4 else states.unflatten(2, (self.heads, -1))
         return states.transpose(1, 2)
 
     def _normalised(self, letter: str) -> nn.Module:
-        norm = getattr(self.module, f"norm_{letter}", None)
-        return getattr(self.module, f"to_{letter}") if norm is None else norm
+        own = "to_qkv" if self.fused else f"to_{letter}"
+        norm = self._norm(letter)
+        return getattr(self.module, own) if norm is None else norm
+
+    def _norm(self, letter: str) -> nn.Module | None:
+        return getattr(self.module, f"norm_{letter}", None)
 
 
 @dataclass(frozen=True)
