@@ -136,8 +136,8 @@ class Call:
         """What each of the equal parts of the batch is for, in order.
 
         Raises:
-            AdapterError: neither the call nor its caller tells, the caller guides by pictures too, or it calls
-                with parts of its pictures.
+            AdapterError: neither the call nor its caller tells, the caller guides by pictures too, or it
+                calls with parts of its pictures.
         """
         if self._rows is not None:
             return self._rows

@@ -25,6 +25,7 @@ from interactdiff.adapter import (
 from interactdiff.calls import Call, CallReader
 from interactdiff.compiled import forget_compiled
 from interactdiff.errors import AdapterError
+from interactdiff.pipeline_watch import PipelineWatch
 from interactdiff.processors import KeysProcessor, keys_processor
 from interactdiff.site_hooks import (
     AttentionHooks,
@@ -52,6 +53,7 @@ class Controller:
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
         self._given: list[object] = []  # to attach: some hold the denoiser within a compiled wrapper
+        self._watches: dict[int, PipelineWatch] = {}
         self.calls = CallReader(denoiser, None)
         self.sites = tuple(find_sites(denoiser))
         self.bindings: list[Binding] = []
@@ -111,6 +113,9 @@ class Controller:
             self.calls.pipeline = pipeline
         self.bindings = sorted([*self.bindings, *bindings], key=_order)
         self._laid_out = None
+        if pipeline is not None and id(pipeline) not in self._watches:
+            self._watches[id(pipeline)] = PipelineWatch(pipeline, self.denoiser, self._acts)
+            self._watches[id(pipeline)].install()
         if not self._hooks:
             self._install()
         for key, make in _places(self.bindings).items():
@@ -148,6 +153,15 @@ class Controller:
         while self._hooks:
             self._hooks.pop().remove()
         self._processors.clear()
+        while self._watches:
+            self._watches.popitem()[1].remove()
+
+    def watch(self, pipeline: object) -> PipelineWatch | None:
+        """What looks at a pipeline that was given to `attach`; None for a bare denoiser."""
+        return self._watches.get(id(pipeline))
+
+    def _acts(self) -> bool:
+        return any(binding.scene is not None or not binding.adapter.items for binding in self.bindings)
 
     @cast(Any, torch.compiler.disable)
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

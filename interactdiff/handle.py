@@ -8,9 +8,10 @@ from interactdiff.adapter import Adapter, Binding, Host, PhraseEncoder
 from interactdiff.calls import check_guidance
 from interactdiff.controller import Controller
 from interactdiff.errors import AdapterError, SceneError
+from interactdiff.pipeline_watch import check_denoiser
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import Schedule, shown
-from interactdiff.sites import Denoiser, denoiser_of, held_denoiser
+from interactdiff.sites import Denoiser, denoiser_of
 
 
 class Handle:
@@ -60,7 +61,9 @@ class Handle:
                 batch. An image without any is drawn as the base draws it.
             strength: how strongly items act, in [0, 2].
             schedule: the share of the steps that they act in, from the first; or shares [on, linear decay,
-                off]. Of a run that is under way, a share of the steps that remain.
+                off]. A share is of the steps that a run takes: of those from where image to image starts, of
+                those up to `denoising_end`. Of a scene that is set in the middle of a run, as by a callback,
+                it is a share of the steps that remain, the next one first.
             num_inference_steps: for a bare denoiser, whose schedule is otherwise not followed; a pipeline
                 knows.
             guidance: whether batches are [unconditional half, conditional half]; None asks the pipeline that
@@ -91,6 +94,8 @@ class Handle:
                 taken = {n: value for n, value in (common | options).items() if n in _options(binding)}
                 encoded[name] = binding.encode(own, **taken)
         self._controller.calls.configure(guidance, num_inference_steps)
+        if (watch := self._controller.watch(self._given)) is not None:
+            watch.read_encoders()
         for name, one in encoded.items():
             self._bindings[name].use(one)
 
@@ -131,12 +136,7 @@ class Handle:
     def _check_attached(self) -> None:
         if not self._bindings:
             raise AdapterError("expected an attached adapter, got a handle that is detached")
-        held = held_denoiser(self._given)
-        if getattr(held, "_orig_mod", held) is not self.denoiser:
-            raise AdapterError(
-                f"expected the pipeline's denoiser to be the one that adapters are attached to, got another "
-                f"{type(held).__name__}: attach to the pipeline again"
-            )
+        check_denoiser(self._given, self.denoiser)
 
     def _split(self, items: Any) -> list[tuple[Any, ...]]:
         """One tuple of items a prompt; a flat sequence is a single scene, for every image.

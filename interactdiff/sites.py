@@ -99,6 +99,8 @@ class Site:
         return getattr(self.module, own) if norm is None else norm
 
     def _norm(self, letter: str) -> nn.Module | None:
+        if type(self.module.processor).__name__.startswith("Fused"):
+            return None  # diffusers' processors of that name leave it out
         return getattr(self.module, f"norm_{letter}", None)
 
 
