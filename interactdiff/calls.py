@@ -142,7 +142,7 @@ class Call:
         if self._rows is not None:
             return self._rows
         parts = self._read_rows()
-        self._check_pictures(None if self.guidance is not None else len(parts))
+        self._check_pictures(len(parts))
         return parts
 
     def _read_rows(self) -> tuple[Rows, ...]:
@@ -167,7 +167,7 @@ class Call:
     def _calling(self) -> "Calling":
         return _calling(sys._getframe(), self._reader.denoiser)
 
-    def _check_pictures(self, parts: int | None) -> None:
+    def _check_pictures(self, parts: int) -> None:
         """Make sure that the caller's pictures come as wholes, each in as many rows as there are parts.
 
         Pipelines that draw in windows call with parts of their latents; those that edit or guide by more than
@@ -185,7 +185,7 @@ class Call:
             whole, part = (f"{rows} x {columns}" for rows, columns in (latents.shape[-2:], first.shape[-2:]))
         elif latents.ndim == 3 and first.ndim == 2 and self.grid[0] * self.grid[1] != latents.shape[1]:
             whole, part = f"{latents.shape[1]} tokens", f"{self.grid[0] * self.grid[1]}"
-        elif parts is not None and self.batch != parts * len(latents):
+        elif self.batch != parts * len(latents):
             raise AdapterError(
                 f"expected {name} to call its denoiser with {parts} rows for each of {len(latents)} "
                 f"pictures, got {self.batch} rows: which of them are the prompt's is not known"

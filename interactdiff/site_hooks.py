@@ -301,7 +301,14 @@ def _same_key(handle: RemovableHandle, kind: int) -> RemovableHandle:
     return handle
 
 
-@torch.library.custom_op("interactdiff::edit", mutates_args=())
+# A recorded CUDA graph would do once more what was decided when it was recorded. Where torch lacks the tag,
+# the operator's argument on the CPU keeps it out of one.
+_OUT_OF_CUDA_GRAPHS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("interactdiff::edit", mutates_args=(), **_OUT_OF_CUDA_GRAPHS)
 def _edit_in_compiled_code(output: Tensor, read: Tensor, place: Tensor) -> Tensor:
     """`SiteHooks.edit` as one operator; a copy of the output where nothing acts."""
     hooks = _BY_NUMBER[int(place)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from diffusers import UNet2DConditionModel
+from diffusers.models import attention_processor
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
@@ -81,7 +82,13 @@ class Site:
 
     @property
     def fused(self) -> bool:
-        """Whether one projection makes queries, keys and values (`fuse_qkv_projections`)."""
+        """Whether one projection makes queries, keys and values (`fuse_qkv_projections`).
+
+        Some of diffusers' processors have a variant for that; others see that projections are fused.
+        """
+        name = type(self.module.processor).__name__
+        if name.startswith("Fused") or hasattr(attention_processor, f"Fused{name}"):
+            return name.startswith("Fused")
         return bool(getattr(self.module, "fused_projections", False)) and hasattr(self.module, "to_qkv")
 
     def by_head(self, states: Tensor, letter: Literal["q", "k"] = "q") -> Tensor:

@@ -29,7 +29,7 @@ def pyramid(where: tuple[int, int] = ALWAYS) -> Any:
 
 
 def faster(pipe: Any) -> Any:
-    """Flux is distilled, and says which timestep it is at; of SD3 the cache leaves out unconditional halves."""
+    """Flux is distilled and says which timestep it is at; of SD3 the unconditional half is left out."""
     distilled = hasattr(pipe, "current_timestep")
     return diffusers.FasterCacheConfig(
         spatial_attention_block_skip_range=2,
@@ -40,6 +40,12 @@ def faster(pipe: Any) -> Any:
         is_guidance_distilled=distilled,
         tensor_format="BCHW",
         current_timestep_callback=lambda: pipe.current_timestep if distilled else 500,
+        _unconditional_conditional_input_kwargs_identifiers=[
+            "hidden_states",
+            "encoder_hidden_states",
+            "timestep",
+            "pooled_projections",
+        ],
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -41,8 +42,26 @@ class InWindows(StableDiffusionPipeline):
         return self.unet(window, timestep, encoder_hidden_states=text).sample
 
 
+class HalfAfterHalf(StableDiffusionPipeline):
+    """Calls once for each half of guidance, as what saves memory does, and says nothing of which it is."""
+
+    @torch.no_grad()
+    def __call__(self, prompt: str) -> Tensor:  # type: ignore[override]
+        self._guidance_scale = 3.0
+        text, negative = self.encode_prompt(prompt, "cpu", 1, True)
+        self.scheduler.set_timesteps(1)
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with self.progress_bar(total=1):
+            uncond, cond = (
+                self.unet(latents, 500, encoder_hidden_states=half).sample for half in (negative, text)
+            )
+        return uncond + 3 * (cond - uncond)
+
+
 def of(pipe: Any, kind: Any) -> Any:
     parts = {**pipe.components, "scheduler": DDIMScheduler.from_config(pipe.scheduler.config)}
+    known = signature(kind.__init__).parameters
+    parts = {name: part for name, part in parts.items() if name in known}
     other = kind(**parts, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
@@ -71,20 +90,21 @@ CALLERS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
         lambda pipe: draw(pipe, editing_prompt=["a bike", "a child"]),
         "SemanticStableDiffusionPipeline to call its denoiser with 2 rows for each of 1 pictures, got 4 rows",
     ),
-    "self-attention guidance": (
-        diffusers.StableDiffusionSAGPipeline,
-        lambda pipe: draw(pipe, sag_scale=0.75),
-        "StableDiffusionSAGPipeline to call its denoiser with 2 rows for each of 1 pictures, got 1 rows",
+    "one half of guidance in a call": (
+        HalfAfterHalf,
+        lambda pipe: pipe("a dog"),
+        "HalfAfterHalf to call its denoiser with 2 rows for each of 1 pictures, got 1 rows",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", CALLERS)
 def test_parts_of_a_picture_are_refused_by_name(pipe: Any, kind: str) -> None:
+    """Also where it was said whether batches come in two halves, as for pipelines that do not say it."""
     cls, run, words = CALLERS[kind]
     other = of(pipe, cls)
     with attach(other, trained_adapter(pipe.unet)) as handle:
-        handle.set_scene([RIDING])
+        handle.set_scene([RIDING], guidance=True if kind == "editing prompts" else None)
         with pytest.raises(AdapterError, match=words):
             run(other)
         handle.clear()
@@ -92,17 +112,20 @@ def test_parts_of_a_picture_are_refused_by_name(pipe: Any, kind: str) -> None:
 
 
 def test_such_pipelines_are_controlled_where_they_call_as_others_do(pipe: Any) -> None:
-    """A panorama of one window, and editing without an editing prompt, are plain runs."""
+    """A panorama of one window without guidance, and editing without an editing prompt, are plain runs."""
     adapter = trained_adapter(pipe.unet)
-    with attach(pipe, adapter) as handle:
-        handle.set_scene([RIDING])
-        expected = draw(pipe)
-    for kind in (diffusers.StableDiffusionPanoramaPipeline, diffusers.SemanticStableDiffusionPipeline):
+    size = {"height": 16, "width": 16}
+    for kind, scale, guidance in (
+        (diffusers.StableDiffusionPanoramaPipeline, 1.0, None),
+        (diffusers.SemanticStableDiffusionPipeline, 3.0, True),
+    ):
+        with attach(pipe, adapter) as handle:
+            handle.set_scene([RIDING])
+            expected = draw(pipe, guidance_scale=scale)
         other = of(pipe, kind)
         with attach(other, adapter) as handle:
-            handle.set_scene([RIDING])
-            size = {"height": 16, "width": 16}
-            assert torch.allclose(draw(other, **size), expected, atol=1e-5)
+            handle.set_scene([RIDING], guidance=guidance)
+            assert torch.allclose(draw(other, guidance_scale=scale, **size), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["text to image", "image to image"])
