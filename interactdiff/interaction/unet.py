@@ -2,8 +2,7 @@
 
 The block's input is x, its self-attention's output a; the edit makes a + r of a, for which the block's own
 x + (a + r) is the fuser's output. What a denoiser call needs is planned before it, where torch.compile does
-not look: the edit only reads tensors, so that no step compiles anew; where the schedule is 0 the U-Net is a
-graph of its own.
+not look; the edit only reads tensors.
 """
 
 from collections.abc import Mapping, Sequence
