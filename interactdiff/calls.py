@@ -349,7 +349,7 @@ class Calling(NamedTuple):
 def _calling(frame: FrameType | None, denoiser: object) -> Calling:
     found = Calling()
     while frame is not None:
-        names = frame.f_code.co_varnames
+        names = frame.f_code.co_varnames + frame.f_code.co_cellvars  # of those, what a comprehension reads
         for name in ("self", "components"):  # modular pipelines hand theirs to their blocks
             if name not in names:
                 continue
