@@ -91,7 +91,7 @@ def test_weights_of_a_lora_on_a_unet_with_a_list_of_layers(pipe):
         half = draw(pipe)
     pipe.unload_lora_weights()
     tensors = {name: t * 0.5 if "lora_B" in name else t for name, t in tensors.items()}
-    pipe.load_lora_weights(tensors, adapter_name="half")
+    pipe.load_lora_weights(tensors, adapter_name="weaker")
     assert close(controlled(pipe, adapter), half)
     assert not close(full, half)
 
