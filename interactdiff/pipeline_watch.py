@@ -4,7 +4,6 @@ A denoiser that took the place of the one with adapters has none of their hooks,
 and without a word. Every diffusers pipeline makes its `progress_bar` before it denoises: there it is checked.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -42,15 +41,14 @@ class PipelineWatch:
     """
 
     def __init__(self, pipeline: Any, denoiser: object, acts: Callable[[], bool]):
-        self._pipeline, self._denoiser, self._acts = weakref.ref(pipeline), denoiser, acts
+        self._pipeline, self._denoiser, self._acts = pipeline, denoiser, acts
         self._encoders: dict[str, Any] = {}
         self._own = vars(pipeline).get("progress_bar")
         self._wrapped: Any = None
 
     def install(self) -> None:
         """Look from now on."""
-        pipeline = self._pipeline()
-        progress_bar = getattr(pipeline, "progress_bar", None)
+        progress_bar = getattr(self._pipeline, "progress_bar", None)
         if progress_bar is None:
             return
 
@@ -58,20 +56,19 @@ class PipelineWatch:
             self.check()
             return progress_bar(*args, **kwargs)
 
-        self._wrapped = pipeline.progress_bar = checked  # type: ignore[union-attr]
+        self._wrapped = self._pipeline.progress_bar = checked
 
     def remove(self) -> None:
         """Put back what was there, unless somebody has put something over it since."""
-        pipeline = self._pipeline()
-        if pipeline is not None and vars(pipeline).get("progress_bar") is self._wrapped is not None:
-            del pipeline.progress_bar
+        if self._wrapped is not None and vars(self._pipeline).get("progress_bar") is self._wrapped:
+            del self._pipeline.progress_bar
             if self._own is not None:
-                pipeline.progress_bar = self._own
+                self._pipeline.progress_bar = self._own
 
     def read_encoders(self) -> None:
         """Remember the encoders that a scene's phrases were made with."""
-        pipeline = self._pipeline()
-        self._encoders = {name: getattr(pipeline, name) for name in ENCODERS if hasattr(pipeline, name)}
+        held = self._pipeline
+        self._encoders = {name: getattr(held, name) for name in ENCODERS if hasattr(held, name)}
 
     def check(self) -> None:
         """Make sure that the pipeline has what adapters have read.
@@ -79,12 +76,11 @@ class PipelineWatch:
         Raises:
             AdapterError: the denoiser or a text encoder is another one, and an adapter would act.
         """
-        pipeline = self._pipeline()
-        if pipeline is None or not self._acts():
+        if not self._acts():
             return
-        check_denoiser(pipeline, self._denoiser)
+        check_denoiser(self._pipeline, self._denoiser)
         for name, encoder in self._encoders.items():
-            if getattr(pipeline, name, None) is not encoder:
+            if getattr(self._pipeline, name, None) is not encoder:
                 raise AdapterError(
                     f"expected the {name} that the scene's phrases were encoded with, got another: "
                     "set the scene again"
