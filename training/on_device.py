@@ -206,8 +206,8 @@ def train(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool) -> N
         RuntimeError: the recipe failed; with the end of its log.
     """
     log = runs / f"{stage.name}.log"
-    command = [sys.executable, "-m", "interactdiff", "train", str(CONFIGS / f"{stage.config}.yaml"), "--set"]
-    command += settings_of(stage, runs, minutes, again, toy)
+    command = [sys.executable, "-m", "interactdiff", "train", str(CONFIGS / f"{stage.config}.yaml")]
+    command += ["--overwrite", "--set", *settings_of(stage, runs, minutes, again, toy)]
     began = time.monotonic()
     with log.open("w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
