@@ -23,7 +23,7 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, CLIPTokenizerFast, PreTrainedTokenizerBase
 
 from interactdiff.errors import RecipeError
 from interactdiff.stickworld.layouts import sample_scene
@@ -42,6 +42,7 @@ from interactdiff.training.config import (
 )
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
+from interactdiff.training.tokenizer import make_portable
 from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
 
 SCHEDULE: dict[str, Any] = {
@@ -163,7 +164,7 @@ class BaseRecipe(Recipe[BaseConfig]):
         self.vae = AutoencoderTiny.from_pretrained(config.vae).float().to(self.device).eval()
         self.vae.requires_grad_(False)
         self.data = CaptionedLatents(Path(config.cache_dir), self.vae, config.sizes)
-        self.tokenizer: Any = CLIPTokenizer.from_pretrained(config.text, subfolder="tokenizer")
+        self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(config.text, subfolder="tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(config.text, subfolder="text_encoder").eval()
         self.text_encoder.float().to(self.device).requires_grad_(False)
         make: Any = UNet2DConditionModel  # annotated with tuples of one
@@ -226,3 +227,4 @@ class BaseRecipe(Recipe[BaseConfig]):
             setattr(pipe, name, half)
         pipe.save_pretrained(self.config.export_to, safe_serialization=True)
         save_text_encoder(pipe.text_encoder, Path(self.config.export_to))
+        make_portable(Path(self.config.export_to))

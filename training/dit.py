@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipe
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, CLIPTokenizerFast, T5EncoderModel, T5TokenizerFast
 
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.stickworld.layouts import sample_scene
@@ -36,6 +36,7 @@ from interactdiff.training.config import (
 )
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
+from interactdiff.training.tokenizer import make_portable
 from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
 
 
@@ -109,8 +110,8 @@ class TextParts:
         self.text_encoder = load.float().eval().to(device).requires_grad_(False)
         load = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_2")
         self.text_encoder_2 = load.float().eval().to(device).requires_grad_(False)
-        self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        self.tokenizer_2: Any = T5Tokenizer.from_pretrained(folder, subfolder="tokenizer_2")
+        self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
+        self.tokenizer_2: Any = T5TokenizerFast.from_pretrained(folder, subfolder="tokenizer_2")
 
     def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """[B, L] tokens of CLIP and [B, T] of T5, as `FluxPipeline` pads them."""
@@ -239,3 +240,4 @@ class DitRecipe(Recipe[DitConfig]):
         pipe.save_pretrained(self.config.export_to, safe_serialization=True)
         for name in ("text_encoder", "text_encoder_2"):
             save_text_encoder(getattr(pipe, name), Path(self.config.export_to), name)
+        make_portable(Path(self.config.export_to))

@@ -21,6 +21,7 @@ import yaml
 from diffusers import AutoencoderTiny
 
 from interactdiff.stickworld import model_path
+from interactdiff.training.tokenizer import make_portable
 from interactdiff.training.world_data import cached_captions, cached_latents, cached_renders
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -348,6 +349,7 @@ def install(folder: Path) -> None:
         if (runs / base).exists():
             with_parts(runs, base)
     for made in sorted(path for path in runs.iterdir() if path.name != "parts"):
+        make_portable(made)
         subprocess.run(["cp", "-RL", str(made), str(model_path(""))], check=True)
 
 

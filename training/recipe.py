@@ -147,12 +147,9 @@ class Recipe(ABC, Generic[C]):
         self.folder = RunFolder(config.output_dir)
         self.output = self.folder.path
         self.output.mkdir(parents=True, exist_ok=True)
-        try:
-            self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        except ValueError as error:  # fp16 without a GPU
-            raise RecipeError(
-                f"mixed_precision: expected one that this machine has, got {config.mixed_precision}: {error}"
-            ) from None
+        if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise RecipeError("mixed_precision: expected no or bf16 on a machine without a GPU, got 'fp16'")
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.device = self.accelerator.device
         set_seed(config.seed)
         self.model: Any = self.build()  # accelerate may wrap it
@@ -233,12 +230,16 @@ class Recipe(ABC, Generic[C]):
             KeyboardInterrupt: after a Ctrl-C.
         """
         with self.folder.held(self.run, self.config, self.step, self._replaces, overwrite):
-            with StopSignals() as stop, ThreadPoolExecutor(1) as pool:  # makes the next batch meanwhile
-                losses = self._train(pool, stop)
+            bar = tqdm(total=self.config.steps, initial=self.step, desc=self.output.name, mininterval=5.0)
+            with bar, StopSignals() as stop, ThreadPoolExecutor(1) as pool:  # makes the next batch meanwhile
+                losses = self._train(bar, pool, stop)
             if stop.received is not None:
-                raise (
-                    SystemExit(128 + stop.received) if stop.received == signal.SIGTERM else KeyboardInterrupt
+                print(
+                    f"interactdiff: stopped at step {self.step} of {self.config.steps}: "
+                    "--resume_from_checkpoint latest goes on",
+                    file=sys.stderr,
                 )
+                raise KeyboardInterrupt if stop.received == signal.SIGINT else SystemExit(128 + stop.received)
             with self._averaged():
                 try:
                     self.export()
@@ -247,10 +248,9 @@ class Recipe(ABC, Generic[C]):
                     raise RecipeError(f"expected room for what was trained in {where}, got {error}") from None
         return losses
 
-    def _train(self, pool: ThreadPoolExecutor, stop: StopSignals) -> list[float]:
+    def _train(self, bar: "tqdm[Any]", pool: ThreadPoolExecutor, stop: StopSignals) -> list[float]:
         config, losses = self.config, []
         self.started = time.monotonic()
-        bar = tqdm(total=config.steps, initial=self.step, desc=self.output.name, mininterval=5.0)
         end = min(config.steps, config.stop_at)
         upcoming = pool.submit(self.batch, self.step)
         while self.step < end and stop.received is None:
@@ -272,19 +272,14 @@ class Recipe(ABC, Generic[C]):
             if self.step % config.log_every == 0:
                 self._log(losses[-config.log_every :])
             last = self.step >= end or (time.monotonic() - self.started) / 60 > config.stop_after
-            if self.step % config.checkpoint_every == 0 or last or stop.received is not None:
+            if self.step % config.checkpoint_every == 0 or last:
                 self.save_checkpoint()
             if (self.step % config.sample_every == 0 or last) and stop.received is None:
                 self.save_sample()
             if last:
                 break
-        bar.close()
-        if stop.received is not None:
-            print(
-                f"interactdiff: stopped at step {self.step} of {config.steps}: "
-                "--resume_from_checkpoint latest goes on",
-                file=sys.stderr,
-            )
+        if losses and stop.received is not None and not self.folder.has(self.step):
+            self.save_checkpoint()
         return torch.stack(losses).tolist() if losses else []
 
     def _log(self, recent: list[Tensor]) -> None:

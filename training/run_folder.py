@@ -61,6 +61,10 @@ class RunFolder:
                 "run: --resume_from_checkpoint latest goes on with it, --overwrite starts over"
             )
 
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step."""
+        return (self.path / f"{CHECKPOINT}{step}").is_dir()
+
     def find(self, which: str, config: RecipeConfig) -> Checkpoint | None:
         """Read the checkpoint that a run is to go on from.
 

@@ -31,7 +31,7 @@ from interactdiff.stickworld.layouts import MOST_ENTITIES, MOST_INTERACTIONS, sa
 from interactdiff.stickworld.world import ACTIONS, BACKGROUNDS, HELD_OUT, OBJECTS, WorldScene
 from interactdiff.training.config import Count, Keys, RecipeConfig, Share, arguments_of, refusal
 from interactdiff.training.recipe import Recipe
-from interactdiff.training.tokenizer import make_t5_tokenizer, make_tokenizer
+from interactdiff.training.tokenizer import make_portable, make_t5_tokenizer, make_tokenizer
 
 _SPECIAL = ("bos", "eos", "pad")
 _NAMES = ("person", *OBJECTS)
@@ -271,6 +271,7 @@ class TextRecipe(Recipe[Any]):
         model = self.accelerator.unwrap_model(self.model)
         save_text_encoder(copy.deepcopy(model["text_encoder"]).half(), Path(self.config.export_to))
         self.tokenizer.save_pretrained(Path(self.config.export_to, "tokenizer"))
+        make_portable(Path(self.config.export_to))
 
 
 class T5Recipe(TextRecipe):
@@ -293,6 +294,7 @@ class T5Recipe(TextRecipe):
         model = self.accelerator.unwrap_model(self.model)
         save_text_encoder(copy.deepcopy(model["text_encoder"]).half(), folder, "text_encoder_2")
         self.tokenizer.save_pretrained(folder / "tokenizer_2")
+        make_portable(folder)
 
 
 @torch.no_grad()
