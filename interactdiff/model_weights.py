@@ -14,8 +14,8 @@ from interactdiff.errors import AdapterError, ModelError
 from interactdiff.sources import VARIANTS
 from interactdiff.torch_files import torch_tensors
 
-# diffusion_pytorch_model.safetensors, model.fp16.safetensors, pytorch_model-00001-of-00002.bin,
-# model.fp16-00001-of-00002.safetensors, and as older versions of diffusers had it, ...-00001-of-00002.fp16.bin
+# model.safetensors, model.fp16.safetensors, pytorch_model-00001-of-00002.bin,
+# model.fp16-00001-of-00002.safetensors, and of older versions of diffusers model-00001-of-00002.fp16.bin
 _WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<first>\w+))?(?:-\d+-of-\d+)?"
     r"(?:\.(?P<last>\w+))?\.(?P<format>safetensors|bin)"
@@ -53,9 +53,8 @@ def chosen_variant(folder: Path, variant: str | None, dtype: torch.dtype) -> str
             raise ModelError(f"expected weights of the variant {variant} in {folder}, got {got}")
         lacking = sorted(part for part, names in found.items() if not names & {variant, None})
         if lacking:
-            raise ModelError(
-                f"expected weights of the variant {variant} in {folder}, got none of {lacking[0]}"
-            )
+            part = lacking[0]
+            raise ModelError(f"expected weights of the variant {variant} in {folder}, got none of {part}")
         return variant
     if all(None in names for names in found.values()):
         return None
@@ -73,8 +72,8 @@ def chosen_variant(folder: Path, variant: str | None, dtype: torch.dtype) -> str
 def as_safetensors(folder: Path) -> Iterator[Path]:
     """A pipeline's folder in which all weights are safetensors.
 
-    Where a part has `.bin` files alone, their tensors are read without executing the pickle, and written into a
-    temporary folder that links to everything else.
+    Where a part has `.bin` files alone, their tensors are read without executing the pickle, and written into
+    a temporary folder that links to everything else.
 
     Yields:
         The folder itself, if nothing has to be read so.

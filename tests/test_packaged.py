@@ -36,7 +36,8 @@ def files_of(*names: str) -> list[Path]:
 )
 def test_the_models_are_small_float16_safetensors(names: tuple[str, ...], megabytes: float) -> None:
     files = files_of(*names)
-    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert {path.name for path in files if path.suffix == ".txt"} <= {"merges.txt"}
     assert sum(path.stat().st_size for path in files) <= megabytes * 1_000_000
     for path in files:
         if path.suffix == ".safetensors":
