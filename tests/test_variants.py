@@ -17,12 +17,11 @@ from interactdiff.pipeline_loading import load_pipeline
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def plain(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def plain(pipe: Any, tmp_path: Path) -> Path:
     """The folder of a tiny pipeline, in safetensors."""
-    folder = tmp_path_factory.mktemp("plain")
-    pipe.save_pretrained(folder)
-    return folder
+    pipe.save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
