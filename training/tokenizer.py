@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import CLIPTokenizerFast, T5TokenizerFast
 
+from interactdiff.checkpoint import save_tensors
 from interactdiff.files import write_aside
 from interactdiff.stickworld.appearance import COLOURS, OBJECT_ATTRIBUTES, PERSON_ATTRIBUTES
 from interactdiff.stickworld.captions import PLACES
@@ -21,6 +23,7 @@ _PLAIN = (
 )
 _END = "</w>"
 _CONFIG = "tokenizer_config.json"
+_CLIP = "text_model."  # transformers 5 writes the names without it and reads them with it; 4 wants it
 
 
 def world_words() -> list[str]:
@@ -96,7 +99,7 @@ def make_t5_tokenizer(max_length: int) -> T5TokenizerFast:
 
 
 def make_portable(folder: Path) -> None:
-    """Rewrite the tokenizers of a saved pipeline, so that transformers 4 reads what transformers 5 wrote.
+    """Rewrite a saved pipeline's tokenizers and text encoder, so that transformers 4 reads them too.
 
     Transformers 4 wants `vocab.json` and `merges.txt` for CLIP, the name T5TokenizerFast for T5, and no list
     of extra tokens. Transformers 5 reads the same from either.
@@ -117,6 +120,12 @@ def make_portable(folder: Path) -> None:
             write_aside(
                 file.parent / "merges.txt", lambda aside, text=text: aside.write_text(text, encoding="utf-8")
             )
+    encoder = folder / "text_encoder" / "model.safetensors"
+    if encoder.is_file() and "CLIPTextModel" in (encoder.parent / "config.json").read_text(encoding="utf-8"):
+        tensors = load_file(encoder)
+        if not any(name.startswith(_CLIP) for name in tensors):
+            named = {_CLIP + name: tensor for name, tensor in tensors.items()}
+            write_aside(encoder, lambda aside: save_tensors(aside, named))
     if (index := folder / "model_index.json").is_file():
         parts = json.loads(index.read_text(encoding="utf-8"))
         if "tokenizer_2" in parts and parts["tokenizer_2"][1] == "T5Tokenizer":
