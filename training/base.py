@@ -23,7 +23,7 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizerFast, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, CLIPTokenizerFast, PreTrainedTokenizerBase  # pyright: ignore[reportAttributeAccessIssue]
 
 from interactdiff.errors import RecipeError
 from interactdiff.stickworld.layouts import sample_scene

@@ -291,7 +291,7 @@ def checked(kind: type[C], values: Mapping[str, Any], where: str = "the recipe's
     if kind_of_error == "missing":
         raise RecipeError(f"expected the key {place} in {where}, got none")
     if kind_of_error == "value_error":
-        said = str(error["ctx"]["error"])
+        said = str(error.get("ctx", {})["error"])
     else:
         said = str(refusal(error["msg"].removeprefix("Input should be "), error["input"]))
     raise RecipeError(f"{place}: {said}" if place else said)

@@ -48,12 +48,11 @@ def make_optimizers(parameters: list[nn.Parameter], config: RecipeConfig) -> lis
     Muon (Jordan et al. 2024) steps along the nearest orthogonal matrix to the momentum; its steps are scaled
     to the size of AdamW's (arXiv 2502.16982, section 2.2), so that both go by one learning rate.
     """
-    shared = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=True, **shared)]
-    if config.optimizer != "muon" or not hasattr(torch.optim, "Muon"):
-        known = "adamw or muon" if hasattr(torch.optim, "Muon") else "adamw (muon needs torch 2.9)"
-        raise RecipeError(f"expected optimizer {known}, got {config['optimizer']!r}")
+    if not hasattr(torch.optim, "Muon"):
+        raise RecipeError("optimizer: expected adamw, since muon needs torch 2.9, got 'muon'")
     matrices = [p for p in parameters if p.ndim == 2]
     kernels = [p for p in parameters if p.ndim == 4]
     others = [p for p in parameters if p.ndim not in (2, 4)]

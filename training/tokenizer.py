@@ -5,11 +5,12 @@ import tempfile
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram
-from transformers import CLIPTokenizerFast, T5TokenizerFast
+from transformers import CLIPTokenizerFast, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
 from interactdiff.checkpoint import save_tensors
 from interactdiff.files import write_aside
@@ -81,7 +82,7 @@ def make_t5_tokenizer(max_length: int) -> T5TokenizerFast:
     letters = [(chr(code), -8.0) for code in range(ord("!"), ord("~") + 1)]
     tokenizer = Tokenizer(Unigram([*special, *words, *letters], unk_id=2, byte_fallback=False))
     tokenizer.add_special_tokens([name for name, _ in special[:3]])
-    space = {"replacement": special[3][0], "prepend_scheme": "always"}
+    space: dict[str, Any] = {"replacement": special[3][0], "prepend_scheme": "always"}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
     )
