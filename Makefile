@@ -1,4 +1,4 @@
-# make demo | make test | make lint: each makes .venv if missing, installs pinned versions once, and runs.
+# make demo | make test | make lint | make test-lowest: each makes .venv if missing, installs pinned versions once, and runs.
 SHELL := bash
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
@@ -10,12 +10,21 @@ export HF_HUB_OFFLINE = 1
 # one process's, so that its fixtures are made once.
 WORKERS ?= 2
 
-.PHONY: demo test lint
+# What must also work with the lowest versions that pyproject.toml allows: the packaged models, attaching, CLEAR,
+# generating, published weights, training.
+LOWEST := $(VENV)-lowest
+LOWEST_TESTS := $(addprefix tests/test_,packaged.py attach.py clear.py generate_dit.py published.py \
+	variants.py training_config.py training_runs.py doctor.py)
+
+.PHONY: demo test test-lowest lint
 demo: $(VENV)/installed
 	$(BIN)/interactdiff demo
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-lowest: $(LOWEST)/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(LOWEST_TESTS)
 
 # pyright sees the package as it installs: app/, pipelines/ and training/ are in it.
 # Gradio's stubs of components are not ours.
@@ -37,6 +46,13 @@ $(VENV)/installed: constraints.txt pyproject.toml | $(BIN)/pip
 	@echo "Installing into $(VENV) (torch is large: the first time takes some minutes)"
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(LOWEST)/installed: constraints-lowest.txt pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-lowest.txt setuptools
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-lowest.txt \
+		--no-build-isolation --editable ".[dev]"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

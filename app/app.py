@@ -1,8 +1,13 @@
 """The studio as a Hugging Face Space: `demo` is the page. On one's own machine: `interactdiff app`."""
 
-from interactdiff.app.serve import LAUNCH, PUBLIC, make_studio
+from interactdiff.app.serve import LAUNCH, PUBLIC, leave_on_sigterm, make_studio
 
-demo = make_studio(PUBLIC).blocks
+studio = make_studio(PUBLIC)
+demo = studio.blocks
 
 if __name__ == "__main__":
-    demo.launch(**LAUNCH)
+    leave_on_sigterm()
+    try:
+        demo.launch(**LAUNCH)
+    finally:
+        studio.worker.close()

@@ -1,5 +1,8 @@
 """The page behind a server: its queue, its limits, and what it may read."""
 
+import os
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +38,22 @@ def make_studio(
     """
     adapters = adapters or {}
     limits = replace(limits, names=(*limits.names, model, *adapters.values()))
-    studio = Studio(Worker(limits, device, dtype), model, adapters)
+    worker = Worker(limits, device, dtype)
+    # Gradio copies no file that is in its own folder, and what else it copies goes with the pictures.
+    os.environ["GRADIO_TEMP_DIR"] = str(worker.folder)
+    studio = Studio(worker, model, adapters)
     studio.blocks.queue(max_size=limits.queue)
     return studio
+
+
+def leave_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, with everything cleaned up, and exit code 143."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
 
 
 # Arguments of `Blocks.launch`, whoever calls it.

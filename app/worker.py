@@ -127,11 +127,15 @@ class Worker:
         limits: what a request may ask for.
         device: a torch device, or "auto".
         dtype: of the models, or "auto".
+
+    Attributes:
+        folder: where pictures are stored until `close`.
     """
 
     def __init__(self, limits: Limits, device: str = "auto", dtype: str = "auto"):
         self.limits, self._device, self._dtype = limits, device, dtype
-        self._folder = tempfile.TemporaryDirectory(prefix="interactdiff-")
+        self._folder = tempfile.TemporaryDirectory(prefix="interactdiff-", ignore_cleanup_errors=True)
+        self.folder = Path(self._folder.name)
         self._loaded: tuple[str, dict[str, Any], ScenePipeline] | None = None
         # One thread for good: torch keeps memory for every thread that it ever ran in.
         self._thread = ThreadPoolExecutor(1, "worker")
@@ -263,7 +267,7 @@ class Worker:
 
     def store(self, image: Image.Image, record: Record) -> Path:
         """Write a picture, its record inside; the oldest ones go once there are many."""
-        path = Path(self._folder.name) / f"interactdiff-{record.scene.seed}-{uuid4().hex[:8]}.png"
+        path = self.folder / f"interactdiff-{record.scene.seed}-{uuid4().hex[:8]}.png"
         save_picture(image, path, record)
         self._stored[path] = None
         while len(self._stored) > KEPT:

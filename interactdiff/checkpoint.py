@@ -31,14 +31,34 @@ def save_adapter_files(
     Raises:
         OSError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_aside(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    write_aside(folder / WEIGHTS, lambda file: save_tensors(file, tensors))
     text = json.dumps(config, indent=2) + "\n"
     write_aside(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def save_tensors(
+    file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Args:
+        file: its path.
+        tensors: by name, in any memory layout and on any device.
+        metadata: what its header has beside the format.
+
+    Raises:
+        OSError: the file cannot be written; safetensors has an error of its own for a full disk.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    laid_out = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(laid_out, file, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def check_tensors(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from packaging.version import Version
 
 from interactdiff.adapter import Adapter
 from interactdiff.clear.flex import can_run_flex
@@ -20,6 +21,15 @@ from interactdiff.registry import methods, samplers
 from interactdiff.sites import denoiser_of, held_denoiser
 
 PACKAGES = ("interactdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors")
+# Lowest and highest version that the tests run with: constraints-lowest.txt and constraints.txt.
+TESTED = {
+    "torch": ("2.13.0", "2.13.0"),
+    "diffusers": ("0.36.0", "0.42.1"),
+    "transformers": ("4.57.1", "5.23.0"),
+    "accelerate": ("1.2.0", "1.15.0"),
+    "safetensors": ("0.4.5", "0.8.0"),
+    "peft": ("0.17.0", "0.21.2"),
+}
 OPTIONAL = {
     "peft": "LoRA",
     "gradio": "the web page",
@@ -39,20 +49,38 @@ def doctor(pipeline: Any = None) -> str:
     sections = {
         "versions": [
             f"Python {platform.python_version()}",
-            *(f"{name} {metadata.version(name)}" for name in PACKAGES),
+            *(f"{name} {metadata.version(name)}{untested(name)}" for name in PACKAGES),
         ],
         "methods": [f"{name}: {spec.title}" for name, spec in methods().items()]
         + [f"{name}: {spec.title}, a sampler" for name, spec in samplers().items()],
         "devices": devices(),
         "backends": [f"{name}: {why or 'can run'}" for name, why in backends().items()],
-        "optional packages": [
-            f"{name}: {'installed' if importlib.util.find_spec(name) else 'not installed'} (for {use})"
-            for name, use in OPTIONAL.items()
-        ],
+        "optional packages": [f"{name}: {_installed(name)} (for {use})" for name, use in OPTIONAL.items()],
         "attached": attached(pipeline) if pipeline is not None else ["no pipeline was given"],
     }
     texts = (title + "".join(f"\n  {line}" for line in lines) for title, lines in sections.items())
     return "\n\n".join(texts) + "\n"
+
+
+def untested(package: str) -> str:
+    """What is said of an installed version that is outside of what is tested; nothing of any other.
+
+    Args:
+        package: the name of one that is installed.
+    """
+    if package not in TESTED:
+        return ""
+    lowest, highest = TESTED[package]
+    installed = Version(metadata.version(package))
+    if Version(lowest) <= Version(installed.public) <= Version(highest):
+        return ""
+    return f", outside of what is tested, {lowest}" + (f" to {highest}" if highest != lowest else "")
+
+
+def _installed(module: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return "not installed"
+    return f"installed{untested(module)}"
 
 
 def devices() -> list[str]:

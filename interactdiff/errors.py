@@ -23,3 +23,7 @@ class ClearError(InteractdiffError):
 
 class RecipeError(InteractdiffError):
     """A training recipe that cannot be run."""
+
+
+class DamagedCheckpointError(RecipeError):
+    """A checkpoint of a training that is not whole."""

@@ -115,6 +115,7 @@ class ScenePipeline:
         dtype: str = "auto",
         *,
         methods: MethodSettings | None = None,
+        variant: str | None = None,
     ) -> "ScenePipeline":
         """Load a model, and adapters onto it.
 
@@ -127,9 +128,10 @@ class ScenePipeline:
             dtype: "float32", "float16", "bfloat16", or "auto": float16 on cuda, else float32.
             methods: that are going to be used; those without an adapter in `adapters` get the packaged one,
                 or one that needs no weights.
+            variant: of the model's weights, such as "fp16"; None takes those that are there.
 
         Raises:
-            ModelError: there is no such model or device, or the model is damaged.
+            ModelError: there is no such model, variant or device, or the model is damaged.
             AdapterError: there is no such adapter, it is damaged, or it is made for another base.
             SceneError: there is no such method.
         """
@@ -138,7 +140,7 @@ class ScenePipeline:
         pipeline_at = resolve("model", model)
         chosen = chosen_adapters(model, adapters, methods or {})
         loaded = load_adapters(chosen)  # first, since they are the quicker ones to refuse
-        return cls.attached(load_pipeline(pipeline_at, place, precision), model, chosen, loaded)
+        return cls.attached(load_pipeline(pipeline_at, place, precision, variant), model, chosen, loaded)
 
     @classmethod
     def attached(

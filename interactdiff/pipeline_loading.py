@@ -1,5 +1,6 @@
 """Loads diffusers pipelines from text, onto a device of this machine."""
 
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from textwrap import shorten
@@ -9,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from interactdiff.errors import AdapterError, ModelError
+from interactdiff.model_weights import as_safetensors, chosen_variant
 from interactdiff.models import check_model_folder
 from interactdiff.sites import denoiser_of
 
@@ -29,22 +31,29 @@ def checked_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
-def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a diffusers pipeline from a folder or the Hub; from safetensors only, so that no pickle is run.
+def load_pipeline(
+    path_or_id: str, device: torch.device, dtype: torch.dtype, variant: str | None = None
+) -> Any:
+    """Load a diffusers pipeline from a folder or the Hub. No pickle is executed.
+
+    Args:
+        path_or_id: a folder, in which `.bin` files do where there is no safetensors, or a Hub id.
+        device: where it is to run.
+        dtype: in what precision.
+        variant: of the weights, such as "fp16"; of a folder None takes the plain ones, or else those that are
+            there.
 
     Raises:
-        ModelError: there is none, or it is damaged.
+        ModelError: there is none, it has no such variant, or it is damaged.
     """
     folder = Path(path_or_id)
-    if folder.is_dir():
-        check_model_folder(folder)
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(path_or_id, use_safetensors=True).to(device, dtype)
-    except Exception as error:  # loaders of a dozen kinds of files raise as many kinds of errors
-        reason = shorten(str(error), 160, placeholder=" ...")
-        raise ModelError(
-            f"expected a diffusers model at {path_or_id}, got {type(error).__name__}: {reason}"
-        ) from error
+    with ExitStack() as stack:
+        source = path_or_id
+        if folder.is_dir():
+            check_model_folder(folder)
+            variant = chosen_variant(folder, variant, dtype)
+            source = str(stack.enter_context(as_safetensors(folder)))
+        pipeline = _loaded(path_or_id, source, variant).to(device, dtype)
     kind = type(pipeline).__name__
     for part in ("tokenizer", "text_encoder"):
         if getattr(pipeline, part, None) is None:
@@ -56,6 +65,16 @@ def load_pipeline(path_or_id: str, device: torch.device, dtype: torch.dtype) -> 
     except AdapterError as error:
         raise ModelError(f"{path_or_id}: {error}") from None
     return pipeline
+
+
+def _loaded(path_or_id: str, source: str, variant: str | None) -> Any:
+    try:
+        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, variant=variant)
+    except Exception as error:  # loaders of a dozen kinds of files raise as many kinds of errors
+        reason = shorten(str(error), 160, placeholder=" ...")
+        raise ModelError(
+            f"expected a diffusers model at {path_or_id}, got {type(error).__name__}: {reason}"
+        ) from error
 
 
 def usable_device(name: str) -> torch.device:

@@ -220,7 +220,8 @@ class MethodSpec(Configurable):
         sampler: a way of sampling that comes with the method.
         scores: "module:attribute" of a function of a `ScenePipeline` and `EvaluationOptions` that returns
             {score: number}; `interactdiff evaluate --NAME` prints them.
-        recipes: names that a recipe's YAML file may have, and their "module:attribute".
+        recipes: names that a recipe's YAML file may have, and their "module:attribute": a class with a
+            `config_type` (`training/recipe.py`, `training/config.py`).
         benches: modules with an `add_to(parsers)`, which `interactdiff bench` adds.
     """
 

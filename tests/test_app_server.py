@@ -1,5 +1,6 @@
 """The studio behind its server: the API, what it refuses, and many clients at once."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,17 +45,24 @@ def studio() -> Iterator[subprocess.Popen[str]]:
         "cpu",
         *limits,
     ]
-    with tempfile.TemporaryDirectory() as empty:
+    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as temporary:
         process = subprocess.Popen(
             [*command, "--allow", empty],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=empty,
+            env={**os.environ, "TMPDIR": temporary},
         )
         yield process
-        process.terminate()
-        process.wait(30)
+        if process.poll() is None:
+            process.terminate()
+            process.wait(30)
+
+
+def temporary_files(studio: subprocess.Popen[str], pattern: str) -> list[Path]:
+    """What a studio has in its folder for temporary files."""
+    return list(Path(psutil.Process(studio.pid).environ()["TMPDIR"]).rglob(pattern))
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +241,19 @@ def test_the_folder_is_a_space() -> None:
     run = "import runpy; print(type(runpy.run_path('app.py')['demo']).__name__)"
     done = subprocess.run([sys.executable, "-c", run], cwd=folder, check=True, capture_output=True, text=True)
     assert done.stdout.split()[-1] == "Blocks"
+
+
+def test_a_picture_is_stored_once_and_sigterm_removes_it(
+    server: str, studio: subprocess.Popen[str], client: Client
+) -> None:
+    """The last test of this file: the server is gone after it."""
+    before = {path.name for path in temporary_files(studio, "*.png")}
+    draw(client, replace(SCENE, seed=77).to_dict())
+    made = [path for path in temporary_files(studio, "*.png") if path.name not in before]
+    assert [path.name.startswith("interactdiff-77-") for path in made] == [True]
+    folder = Path(psutil.Process(studio.pid).environ()["TMPDIR"])
+    studio.terminate()
+    assert studio.wait(60) == 143
+    assert [
+        path for path in folder.rglob("*") if path.is_file() or path.name.startswith("interactdiff")
+    ] == []

@@ -41,8 +41,8 @@ from interactdiff.training.detector import (
     scene_truth,
     shaken,
 )
-from interactdiff.training.recipe import checkpoints
 from interactdiff.training.run import load_config, make_recipe
+from interactdiff.training.run_folder import checkpoints
 
 CONFIG = Path(__file__).parent.parent / "training" / "configs" / "stickworld_detector.yaml"
 GRID = SIZE // STRIDE
@@ -288,7 +288,7 @@ def test_recipe_resumes_with_the_losses_of_an_unbroken_run(tmp_path: Path) -> No
     again = make_recipe(tiny_config(tmp_path))
     again.resume(str(checkpoints(tmp_path / "run")[0]))
     assert again.step == 2
-    assert again.train() == pytest.approx(unbroken[2:], abs=0)
+    assert again.train(overwrite=True) == pytest.approx(unbroken[2:], abs=0)
     assert (tmp_path / "run" / "samples" / "000004.png").is_file()
     resumed = Detector.from_pretrained(tmp_path / "detector").state_dict()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in exported.state_dict().items())

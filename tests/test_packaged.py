@@ -36,7 +36,8 @@ def files_of(*names: str) -> list[Path]:
 )
 def test_the_models_are_small_float16_safetensors(names: tuple[str, ...], megabytes: float) -> None:
     files = files_of(*names)
-    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert {path.name for path in files if path.suffix == ".txt"} <= {"merges.txt"}
     assert sum(path.stat().st_size for path in files) <= megabytes * 1_000_000
     for path in files:
         if path.suffix == ".safetensors":
@@ -129,3 +130,17 @@ def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert Image.open("out.png").size == (96, 96)
     exec(compile(blocks[1], "README.md", "exec"), names)
     assert read_record("out.png").model == "stickworld-dit"
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_transformers_4_and_5_read_the_text_encoder(name: str) -> None:
+    """Under other names transformers 4 draws its weights at random without an error."""
+    assert all(
+        key.startswith("text_model.")
+        for key in load_file(model_path(name) / "text_encoder/model.safetensors")
+    )
+    pipe = ScenePipeline.from_pretrained(name, device="cpu").pipeline
+    loaded = pipe.text_encoder.state_dict()
+    for key, tensor in load_file(model_path(name) / "text_encoder/model.safetensors").items():
+        mine = loaded.get(key, loaded.get(key.removeprefix("text_model.")))
+        assert torch.equal(mine, tensor.float()), key

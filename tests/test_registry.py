@@ -65,7 +65,7 @@ def test_its_recipes_and_benches_are_found(
     (tmp_path / "badge.yaml").write_text("recipe: badge\nsteps: 3\n")
     recipe = make_recipe(load_config(tmp_path / "badge.yaml", ["steps=4"]))
     assert type(recipe).__name__ == "BadgeRecipe"
-    assert recipe.config == {"recipe": "badge", "steps": 4}
+    assert recipe.config.model_dump() == {"recipe": "badge", "steps": 4}
 
 
 def test_its_items_stand_in_scene_files(badge: Any, tmp_path: Path) -> None:

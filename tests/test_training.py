@@ -14,6 +14,7 @@ from recipes import CONFIGS, SIZES, TEXT, VAE, check_that_a_resumed_run_is_the_u
 from safetensors.torch import load_file
 
 from interactdiff import InteractionAdapter
+from interactdiff.errors import RecipeError
 from interactdiff.interaction.tokens import scene_phrases, scene_tensors
 from interactdiff.scene import Entity, Interaction
 from interactdiff.stickworld.appearance import COLOURS
@@ -21,9 +22,11 @@ from interactdiff.stickworld.captions import PLACES, caption
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
 from interactdiff.training.adapter import in_random_slots, varied_items
-from interactdiff.training.base import PooledDropout, velocity_loss
-from interactdiff.training.recipe import RecipeError, checkpoints, make_optimizers
+from interactdiff.training.base import BaseConfig, PooledDropout, velocity_loss
+from interactdiff.training.config import RecipeConfig, checked
+from interactdiff.training.recipe import make_optimizers
 from interactdiff.training.run import load_config, make_recipe, run
+from interactdiff.training.run_folder import checkpoints
 from interactdiff.training.text import (
     OF_A_TEXT,
     OF_A_THING,
@@ -32,7 +35,14 @@ from interactdiff.training.text import (
     phrase_example,
 )
 from interactdiff.training.tokenizer import make_tokenizer, world_words
-from interactdiff.training.world_data import CAPTIONS, CaptionedLatents, cached_captions, cached_renders
+from interactdiff.training.vae import VaeConfig
+from interactdiff.training.world_data import (
+    CAPTIONS,
+    CaptionedLatents,
+    SizeConfig,
+    cached_captions,
+    cached_renders,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +99,8 @@ def test_what_the_recipes_write_is_loaded_by_stock_classes(folder: Path) -> None
 
 
 def test_base_stays_frozen_while_the_adapter_trains(folder: Path) -> None:
-    recipe = make_recipe(recipe_configs(folder)["stickworld_interaction"] | {"steps": 2})
+    elsewhere = {"steps": 2, "output_dir": str(folder / "frozen")}
+    recipe = make_recipe(recipe_configs(folder)["stickworld_interaction"] | elsewhere)
     before = {k: v.clone() for k, v in recipe.pipe.unet.state_dict().items()}
     recipe.train()
     after = recipe.pipe.unet.state_dict()
@@ -203,13 +214,13 @@ def test_sizes_come_as_often_as_their_shares(folder: Path, tmp_path: Path) -> No
         64: {"renders": 4, "batch_size": 3, "share": 0.75},
         128: {"renders": 2, "batch_size": 1, "share": 0.25},
     }
-    data = CaptionedLatents(tmp_path, vae, sizes)
+    data = CaptionedLatents(tmp_path, vae, {size: SizeConfig(**one) for size, one in sizes.items()})
     rng = random.Random(0)
     shapes = Counter(tuple(data.batch(rng, 0.5)[0].shape) for _ in range(200))
     assert shapes.keys() == {(3, 4, 8, 8), (1, 4, 16, 16)}
     assert 0.6 < shapes[3, 4, 8, 8] / 200 < 0.9
-    with pytest.raises(ValueError, match="shares of the sizes that add up to 1"):
-        CaptionedLatents(tmp_path, vae, {64: sizes[64]})
+    with pytest.raises(RecipeError, match=r"sizes: expected shares of the sizes that add up to 1, got 0\.75"):
+        checked(BaseConfig, recipe_configs(folder)["stickworld_base"] | {"sizes": {64: sizes[64]}})
 
 
 def test_the_pooled_caption_is_left_out_of_a_share_of_the_examples(folder: Path) -> None:
@@ -279,8 +290,13 @@ def test_a_wrong_configuration_is_refused(
         run(path, overrides, None)
 
 
+def muon_config() -> RecipeConfig:
+    values = load_config(CONFIGS / "stickworld_vae.yaml", ["learning_rate=0.1", "weight_decay=0"])
+    return checked(VaeConfig, values)
+
+
 def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
-    config = {"optimizer": "muon", "learning_rate": 0.1, "weight_decay": 0.0}
+    config = muon_config()
     layer = torch.nn.Linear(3, 4)
     muon, adamw = make_optimizers(list(layer.parameters()), config)
     layer.weight.grad, layer.bias.grad = torch.randn(4, 3), torch.randn(4)
@@ -289,13 +305,11 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     singular = torch.linalg.svdvals(before - layer.weight) / (0.1 * 0.2 * 4**0.5)
     assert 0.5 < singular.min() <= singular.max() < 1.5  # near the orthogonal matrix, whatever the gradient
     assert [p.shape for group in adamw.param_groups for p in group["params"]] == [(4,)]
-    with pytest.raises(RecipeError, match="expected optimizer adamw or muon, got 'sgd'"):
-        make_optimizers([], config | {"optimizer": "sgd"})
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_muon_takes_kernels_as_matrices(layout: torch.memory_format) -> None:
-    config = {"optimizer": "muon", "learning_rate": 0.1, "weight_decay": 0.0}
+    config = muon_config()
     torch.manual_seed(0)
     conv, linear = torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Linear(27, 4, bias=False)
     linear.weight.data = conv.weight.detach().flatten(1).clone()

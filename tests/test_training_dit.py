@@ -13,9 +13,9 @@ from tiny_dit import tiny_flux
 
 from interactdiff import InteractionAdapter, attach
 from interactdiff.clear import ClearAdapter, ClearConfig
+from interactdiff.errors import RecipeError
 from interactdiff.training.distill import sharing_copy
 from interactdiff.training.dit import FlowBatch, image_ids, packed
-from interactdiff.training.recipe import RecipeError
 from interactdiff.training.run import make_recipe
 from interactdiff.training.tokenizer import make_t5_tokenizer, world_words
 

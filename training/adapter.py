@@ -8,28 +8,45 @@ times for boxes without an action.
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from interactdiff import attach
+from interactdiff.errors import RecipeError
 from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.interaction.fuser import Init
 from interactdiff.interaction.phrases import pipeline_phrases
 from interactdiff.interaction.tokens import scene_phrases
 from interactdiff.picture import overlay
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
-from interactdiff.scene import Box, Entity, Interaction
+from interactdiff.scene import ACTION_REGIONS, Box, Entity, Interaction
 from interactdiff.stickworld.captions import describe_object, describe_person, named_attributes, phrase
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT, WorldEntity, WorldScene
 from interactdiff.training.base import sampler, text_states, velocity_loss
+from interactdiff.training.config import (
+    Count,
+    Flag,
+    Keys,
+    Location,
+    MeanAndDeviation,
+    OptionalLocation,
+    Positive,
+    Rate,
+    RecipeConfig,
+    Share,
+    choice,
+    refusal,
+)
 from interactdiff.training.dit import FlowBatch, encoded
-from interactdiff.training.recipe import Recipe, RecipeError
+from interactdiff.training.recipe import Recipe
 from interactdiff.training.world_data import cached_latents, cached_renders, grid, scenes
 
 
@@ -95,36 +112,93 @@ def in_random_slots(tensors: dict[str, Tensor], generator: torch.Generator) -> d
     return {name: t[first, order] for name, t in tensors.items()}
 
 
-class AdapterRecipe(Recipe):
-    """Trains an `InteractionAdapter` on a frozen pipeline.
+class AdapterSizes(Keys):
+    """Arguments of `InteractionAdapter.for_unet` and `.for_transformer`; what is left out is theirs."""
 
-    Extra configuration keys: `base` (pipeline folder), `cache_dir`, `renders`, `adapter` (arguments of
-    `InteractionAdapter.for_unet` or `.for_transformer`), `init_from` (adapter to go on from, or null),
-    `keep_caption`, `strip_caption`, `null_all`, `null_action` (probabilities), `slack` (see `varied_items`),
-    `guidance_scale` (of samples), `export_to`; `timestep_power` (of a U-Net, see `velocity_loss`) or `logits`
-    (of a transformer, see `FlowBatch`).
+    max_interactions: Count = 30
+    hidden: Count = 512
+    init: Annotated[str, choice(*get_args(Init))] = "published"
+    feature_dim: Count | None = None
+    grid_positions: Flag = False  # of a U-Net
+    token_dim: Count = 1024  # of a transformer, like those that follow
+    parts: Count = 4
+    structured: Flag = True
+    action_region: Annotated[str, choice(*ACTION_REGIONS)] = "union"
+
+
+_OF_A_UNET = {"grid_positions"}
+_OF_A_TRANSFORMER = {"token_dim", "parts", "structured", "action_region"}
+
+
+class AdapterConfig(RecipeConfig):
+    """The keys of `AdapterRecipe`.
+
+    Attributes:
+        batch_size: pictures of a step.
+        base: pipeline folder or Hub id.
+        cache_dir: where renders and latents are kept.
+        renders: how many.
+        adapter: its sizes.
+        init_from: adapter to go on from, or null.
+        keep_caption: probability of the whole caption.
+        strip_caption: probability of the caption without its verbs; otherwise there is none.
+        null_all: probability of an example without any conditioning.
+        null_action: probability of an interaction without its action.
+        slack: of boxes, see `varied_items`.
+        guidance_scale: of samples.
+        timestep_power: of a U-Net, see `velocity_loss`.
+        logits: of a transformer, see `FlowBatch`.
     """
+
+    batch_size: Count
+    base: Location
+    cache_dir: Location
+    renders: Count
+    adapter: AdapterSizes
+    init_from: OptionalLocation = None
+    keep_caption: Share
+    strip_caption: Share
+    null_all: Share
+    null_action: Share
+    slack: Rate
+    guidance_scale: Rate
+    timestep_power: Positive = 1.0
+    logits: MeanAndDeviation = None
+
+    @model_validator(mode="after")
+    def _captions_are_shared_out(self) -> "AdapterConfig":
+        if (both := self.keep_caption + self.strip_caption) > 1 + 1e-9:
+            raise refusal("keep_caption and strip_caption of at most 1 in all", both)
+        return self
+
+
+class AdapterRecipe(Recipe[AdapterConfig]):
+    """Trains an `InteractionAdapter` on a frozen pipeline."""
+
+    config_type = AdapterConfig
 
     def build(self) -> nn.Module:
         config = self.config
-        self.pipe: Any = load_pipeline(config["base"], self.device, torch.float32)
+        self.pipe: Any = load_pipeline(config.base, self.device, torch.float32)
         self.pipe.set_progress_bar_config(disable=True)
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
         self.in_unet = hasattr(self.pipe, "unet")
+        self._check_keys()
         if self.in_unet:
             self.pipe.scheduler = sampler()
             self.pipe.unet.to(memory_format=torch.channels_last)
-        renders = cached_renders(Path(config["cache_dir"]), config["renders"])
-        self.latents = cached_latents(Path(config["cache_dir"]), self.pipe.vae, renders)
-        self.scenes = scenes(config["renders"])
-        if config["init_from"]:
-            adapter = InteractionAdapter.from_pretrained(config["init_from"]).float()
+        renders = cached_renders(Path(config.cache_dir), config.renders)
+        self.latents = cached_latents(Path(config.cache_dir), self.pipe.vae, renders)
+        self.scenes = scenes(config.renders)
+        sizes: dict[str, Any] = config.adapter.model_dump(exclude_unset=True)
+        if config.init_from:
+            adapter = InteractionAdapter.from_pretrained(config.init_from).float()
         elif self.in_unet:
-            adapter = InteractionAdapter.for_unet(self.pipe.unet, **config["adapter"])
+            adapter = InteractionAdapter.for_unet(self.pipe.unet, **sizes)
         elif isinstance(self.pipe.transformer, FluxTransformer2DModel):
-            adapter = InteractionAdapter.for_transformer(self.pipe.transformer, **config["adapter"])
+            adapter = InteractionAdapter.for_transformer(self.pipe.transformer, **sizes)
         else:
             kind = type(self.pipe).__name__
             raise RecipeError(f"expected a base with a U-Net or a Flux transformer, got a {kind}")
@@ -133,18 +207,29 @@ class AdapterRecipe(Recipe):
         self.handle = attach(self.pipe, adapter.train())
         return adapter
 
+    def _check_keys(self) -> None:
+        """Refuse keys that are for the other kind of base."""
+        others = _OF_A_TRANSFORMER if self.in_unet else _OF_A_UNET
+        found = [f"adapter.{name}" for name in self.config.adapter.model_fields_set & others]
+        found += ["logits" if self.in_unet else "timestep_power"] * (
+            ("logits" if self.in_unet else "timestep_power") in self.config.model_fields_set
+        )
+        if found:
+            kind = "U-Net" if self.in_unet else "transformer"
+            raise RecipeError(f"expected keys for the {kind} of {self.config.base}, got {', '.join(found)}")
+
     def batch(self, step: int) -> dict[str, Any]:
         config = self.config
-        rng = random.Random(config["seed"] * 1_000_003 + step)
-        chosen = [rng.randrange(len(self.latents)) for _ in range(config["batch_size"])]
+        rng = random.Random(config.seed * 1_000_003 + step)
+        chosen = [rng.randrange(len(self.latents)) for _ in range(config.batch_size)]
         prompts, items = [], []
         for index in chosen:
             scene = self.scenes[index]
-            nulled = rng.random() < config["null_all"]
+            nulled = rng.random() < config.null_all
             prompts.append(
-                "" if nulled else varied_prompt(scene, rng, config["keep_caption"], config["strip_caption"])
+                "" if nulled else varied_prompt(scene, rng, config.keep_caption, config.strip_caption)
             )
-            items.append(() if nulled else varied_items(scene, rng, config["null_action"], config["slack"]))
+            items.append(() if nulled else varied_items(scene, rng, config.null_action, config.slack))
         return {
             "latents": self.latents[chosen].float().to(self.device),
             "prompts": prompts,
@@ -160,13 +245,13 @@ class AdapterRecipe(Recipe):
     def _loss_in_unet(self, latents: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
         with torch.no_grad():
             text = text_states(self.pipe.tokenizer, self.pipe.text_encoder, prompts)
-        return velocity_loss(self.pipe.unet, latents, text, generator, self.config["timestep_power"])
+        return velocity_loss(self.pipe.unet, latents, text, generator, self.config.timestep_power)
 
     def _loss_in_transformer(self, latents: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
         text, pooled = encoded(self.pipe, prompts)
-        flow = FlowBatch(latents, text, pooled, generator, self.config["logits"])
+        flow = FlowBatch(latents, text, pooled, generator, self.config.logits)
         if self.pipe.transformer.config.guidance_embeds:
-            flow.inputs["guidance"] = torch.full_like(flow.inputs["timestep"], self.config["guidance_scale"])
+            flow.inputs["guidance"] = torch.full_like(flow.inputs["timestep"], self.config.guidance_scale)
         return flow.loss(self.pipe.transformer(**flow.inputs).sample)
 
     def _scene_tensors(self, scenes: Sequence[Sequence[Interaction | Entity]]) -> dict[str, Tensor]:
@@ -183,7 +268,7 @@ class AdapterRecipe(Recipe):
         self.handle.set_scene(items)
         captions = [scene.caption_without_verb for scene in held_out]
         drawn = self.pipe(
-            **call_arguments(self.pipe, captions, guidance_scale=self.config["guidance_scale"]),
+            **call_arguments(self.pipe, captions, guidance_scale=self.config.guidance_scale),
             height=SIZE,
             width=SIZE,
             num_inference_steps=30,
@@ -207,4 +292,4 @@ class AdapterRecipe(Recipe):
     def export(self) -> None:
         adapter = self.accelerator.unwrap_model(self.model)
         half = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
-        InteractionAdapter.from_tensors(adapter.config, half).save_pretrained(self.config["export_to"])
+        InteractionAdapter.from_tensors(adapter.config, half).save_pretrained(self.config.export_to)

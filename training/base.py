@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,27 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, CLIPTokenizerFast, PreTrainedTokenizerBase  # pyright: ignore[reportAttributeAccessIssue]
 
+from interactdiff.errors import RecipeError
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
-from interactdiff.training.recipe import Recipe, RecipeError
+from interactdiff.training.config import (
+    Flag,
+    Location,
+    OptionalLocation,
+    Positive,
+    Rate,
+    RecipeConfig,
+    Share,
+    arguments_named,
+    arguments_of,
+)
+from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
-from interactdiff.training.world_data import CaptionedLatents, grid
+from interactdiff.training.tokenizer import make_portable
+from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
 
 SCHEDULE: dict[str, Any] = {
     "beta_schedule": "squaredcos_cap_v2",
@@ -109,38 +122,65 @@ class PooledDropout:
         return output * self.kept.to(output) if module.training else output
 
 
-class BaseRecipe(Recipe):
-    """Trains a U-Net on captions; it never sees a box.
+class BaseConfig(RecipeConfig):
+    """The keys of `BaseRecipe`.
 
-    Extra configuration keys: `cache_dir`, `sizes` (see `CaptionedLatents`), `vae` (folder), `text` (folder
-    with `tokenizer` and `text_encoder`), `unet` (arguments of its class), `pooled_dropout` (share of the
-    examples without the pooled caption), `compile` (whether to compile the U-Net), `init_from` (pipeline
-    folder to go on from, or null), `empty_caption` (probability), `timestep_power`, `guidance_scale` (of
-    samples), `export_to`.
+    Attributes:
+        cache_dir: where renders, captions and latents are kept.
+        sizes: of pictures, see `CaptionedLatents`.
+        vae: folder of the autoencoder.
+        text: folder with `tokenizer` and `text_encoder`.
+        unet: arguments of its class.
+        pooled_dropout: share of the examples without the pooled caption.
+        compile: whether to compile the U-Net.
+        init_from: pipeline folder to go on from, or null.
+        empty_caption: probability.
+        timestep_power: see `velocity_loss`.
+        guidance_scale: of samples.
     """
+
+    may_change: ClassVar[frozenset[str]] = RecipeConfig.may_change | {"guidance_scale"}
+
+    cache_dir: Location
+    sizes: Sizes
+    vae: Location
+    text: Location
+    unet: Annotated[dict[str, Any], arguments_of(UNet2DConditionModel, arguments_named(UNet2DConditionModel))]
+    pooled_dropout: Share
+    compile: Flag
+    init_from: OptionalLocation = None
+    empty_caption: Share
+    timestep_power: Positive
+    guidance_scale: Rate
+
+
+class BaseRecipe(Recipe[BaseConfig]):
+    """Trains a U-Net on captions; it never sees a box."""
+
+    config_type = BaseConfig
 
     def build(self) -> nn.Module:
         config = self.config
-        self.vae = AutoencoderTiny.from_pretrained(config["vae"]).float().to(self.device).eval()
+        self.vae = AutoencoderTiny.from_pretrained(config.vae).float().to(self.device).eval()
         self.vae.requires_grad_(False)
-        self.data = CaptionedLatents(Path(config["cache_dir"]), self.vae, config["sizes"])
-        self.tokenizer: Any = CLIPTokenizer.from_pretrained(config["text"], subfolder="tokenizer")
-        self.text_encoder = CLIPTextModel.from_pretrained(config["text"], subfolder="text_encoder").eval()
+        self.data = CaptionedLatents(Path(config.cache_dir), self.vae, config.sizes)
+        self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(config.text, subfolder="tokenizer")
+        self.text_encoder = CLIPTextModel.from_pretrained(config.text, subfolder="text_encoder").eval()
         self.text_encoder.float().to(self.device).requires_grad_(False)
         make: Any = UNet2DConditionModel  # annotated with tuples of one
-        if config["init_from"]:
-            unet = make.from_pretrained(config["init_from"], subfolder="unet").float()
+        if config.init_from:
+            unet = make.from_pretrained(config.init_from, subfolder="unet").float()
         else:
-            unet = make(**config["unet"])
-        self.pooled = PooledDropout(unet, config["pooled_dropout"])
+            unet = make(**config.unet)
+        self.pooled = PooledDropout(unet, config.pooled_dropout)
         unet.to(memory_format=torch.channels_last)
-        if config["compile"]:
+        if config.compile:
             unet.compile()
         return unet
 
     def batch(self, step: int) -> dict[str, Any]:
-        rng = random.Random(self.config["seed"] * 1_000_003 + step)
-        latents, captions = self.data.batch(rng, self.config["empty_caption"])
+        rng = random.Random(self.config.seed * 1_000_003 + step)
+        latents, captions = self.data.batch(rng, self.config.empty_caption)
         tokens = token_ids(self.tokenizer, captions)
         return {"latents": latents.to(self.device), "tokens": tokens.to(self.device)}
 
@@ -148,7 +188,7 @@ class BaseRecipe(Recipe):
         with torch.no_grad():
             text = self.text_encoder(batch["tokens"]).last_hidden_state
         self.pooled.draw(len(text), generator)
-        return velocity_loss(self.model, batch["latents"], text, generator, self.config["timestep_power"])
+        return velocity_loss(self.model, batch["latents"], text, generator, self.config.timestep_power)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The stock pipeline around the parts as they are now."""
@@ -174,7 +214,7 @@ class BaseRecipe(Recipe):
             height=SIZE,
             width=SIZE,
             num_inference_steps=30,
-            guidance_scale=self.config["guidance_scale"],
+            guidance_scale=self.config.guidance_scale,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).images
@@ -185,5 +225,6 @@ class BaseRecipe(Recipe):
         for name in ("vae", "text_encoder", "unet"):
             half = copy.deepcopy(getattr(pipe, name)).to(torch.float16, memory_format=torch.contiguous_format)
             setattr(pipe, name, half)
-        pipe.save_pretrained(self.config["export_to"], safe_serialization=True)
-        save_text_encoder(pipe.text_encoder, Path(self.config["export_to"]))
+        pipe.save_pretrained(self.config.export_to, safe_serialization=True)
+        save_text_encoder(pipe.text_encoder, Path(self.config.export_to))
+        make_portable(Path(self.config.export_to))

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ from interactdiff.stickworld.detector import KINDS, Detections, Detector, Maps, 
 from interactdiff.stickworld.layouts import MOST_ENTITIES, MOST_INTERACTIONS, sample_scene
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import ACTIONS, HELD_OUT, WorldScene
+from interactdiff.training.config import (
+    Count,
+    Location,
+    OptionalLocation,
+    RecipeConfig,
+    arguments_named,
+    arguments_of,
+)
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.world_data import cached_renders
 
@@ -27,33 +35,51 @@ _LATENT_NOISE = 0.1  # most noise on latents of variance 1
 _HEADS = (PERSON_HEADS, OBJECT_HEADS)
 
 
-class DetectorRecipe(Recipe):
+class DetectorConfig(RecipeConfig):
+    """The keys of `DetectorRecipe`.
+
+    Attributes:
+        batch_size: pictures of a step.
+        cache_dir: where renders are kept.
+        renders: how many.
+        held_out: how many renders are for the accuracies.
+        autoencoder: folder of an `AutoencoderTiny` that half of the pictures are passed through, or null.
+        model: arguments of `Detector`.
+    """
+
+    batch_size: Count
+    cache_dir: Location
+    renders: Count
+    held_out: Count
+    autoencoder: OptionalLocation = None
+    model: Annotated[dict[str, Any], arguments_of(Detector, arguments_named(Detector))]
+
+
+class DetectorRecipe(Recipe[DetectorConfig]):
     """Trains a `Detector` on renders that are blurred, made noisy and recoloured a little.
 
     Beside each sample sheet a line of `accuracy.jsonl` tells the accuracy of every head on held-out renders,
     as they are and passed through the autoencoder.
-
-    Extra configuration keys: `cache_dir`, `renders`, `held_out` (how many renders are for the accuracies),
-    `autoencoder` (folder of an `AutoencoderTiny` that half of the pictures are passed through, or null),
-    `model` (arguments of `Detector`), `export_to`.
     """
 
+    config_type = DetectorConfig
+
     def build(self) -> nn.Module:
-        count = self.config["renders"]
-        detector = Detector(**self.config["model"])
-        self.renders = cached_renders(Path(self.config["cache_dir"]), count, detector.size)
+        count = self.config.renders
+        detector = Detector(**self.config.model)
+        self.renders = cached_renders(Path(self.config.cache_dir), count, detector.size)
         self.truth = scene_truth([sample_scene(seed) for seed in range(count)])
         self.autoencoder: Any = None
-        if self.config["autoencoder"]:
-            self.autoencoder = AutoencoderTiny.from_pretrained(self.config["autoencoder"]).float()
+        if self.config.autoencoder:
+            self.autoencoder = AutoencoderTiny.from_pretrained(self.config.autoencoder).float()
             self.autoencoder.requires_grad_(False).eval().to(self.device)
-        self.held_out = [sample_scene(HELD_OUT + n) for n in range(self.config["held_out"])]
+        self.held_out = [sample_scene(HELD_OUT + n) for n in range(self.config.held_out)]
         self.held_out_renders: np.ndarray | None = None  # drawn when they are first looked at
         return detector
 
     def batch(self, step: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self.config["seed"], step))
-        chosen = np.sort(rng.integers(len(self.renders), size=self.config["batch_size"]))
+        rng = np.random.default_rng((self.config.seed, step))
+        chosen = np.sort(rng.integers(len(self.renders), size=self.config.batch_size))
         truth = {
             name: values[torch.from_numpy(chosen)].to(self.device) for name, values in self.truth.items()
         }
@@ -102,7 +128,7 @@ class DetectorRecipe(Recipe):
         return found
 
     def export(self) -> None:
-        self.accelerator.unwrap_model(self.model).save_pretrained(self.config["export_to"])
+        self.accelerator.unwrap_model(self.model).save_pretrained(self.config.export_to)
 
 
 def as_pictures(pixels: np.ndarray) -> Tensor:

@@ -8,26 +8,38 @@ import copy
 import hashlib
 import random
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from pydantic import model_validator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from interactdiff.checkpoint import save_tensors
 from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
+from interactdiff.errors import RecipeError
 from interactdiff.files import write_aside
 from interactdiff.handle import attach
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.sites import attention_sites
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.world import HELD_OUT
+from interactdiff.training.config import (
+    Count,
+    Keys,
+    Location,
+    MeanAndDeviation,
+    OptionalLocation,
+    Rate,
+    RecipeConfig,
+    choice,
+)
 from interactdiff.training.dit import FlowBatch, encoded
-from interactdiff.training.recipe import Recipe, RecipeError
+from interactdiff.training.recipe import Recipe
 from interactdiff.training.world_data import grid
 
 
@@ -50,27 +62,82 @@ class AttentionOutputs:
         self.states.append(torch.cat(output[::-1], 1) if isinstance(output, tuple) else output)
 
 
-class DistillRecipe(Recipe):
-    """Trains a `ClearAdapter`: the attention projections of a Flux base, and the weights of pooling.
+class WindowSizes(Keys):
+    """Arguments of `ClearConfig`."""
 
-    Extra configuration keys: `base` (pipeline folder or Hub id), `clear` (arguments of `ClearConfig`),
-    `init_from` (folder of layers to go on from, or null; those trained without pooling are a start for
-    pooling), `data`: `folder`, `pictures` (how many the base draws), `prompts` (a text file with one a line,
-    or null for captions of stickworld), `size` (pixels), `steps`, `guidance_scale`, `batch_size`; `logits`
-    (mean and deviation of the times' logit-normal density, or null to spread them evenly, as published),
-    `output_weight`, `attention_weight` (of the losses against the teacher), `export_to`.
+    window: Count = 16
+    down_factor: Count = 1
+    shape: Annotated[str, choice("circle", "square")] = "circle"
+    dilation: Count = 1
+
+    @model_validator(mode="after")
+    def _can_be_computed(self) -> "WindowSizes":
+        ClearConfig(**self.model_dump())
+        return self
+
+
+class DataConfig(Keys):
+    """Pictures that the base draws itself.
+
+    Attributes:
+        folder: where they are kept.
+        pictures: how many.
+        prompts: a text file with one a line, or null for captions of stickworld.
+        size: pixels.
+        steps: denoising steps.
+        guidance_scale: classifier-free guidance, which is distilled with the base.
+        batch_size: drawn at a time.
     """
+
+    folder: Location
+    pictures: Count
+    prompts: OptionalLocation = None
+    size: Count
+    steps: Count
+    guidance_scale: Rate
+    batch_size: Count
+
+
+class DistillConfig(RecipeConfig):
+    """The keys of `DistillRecipe`.
+
+    Attributes:
+        batch_size: pictures of a step.
+        base: pipeline folder or Hub id.
+        clear: the windows.
+        init_from: folder of layers to go on from, or null; those trained without pooling are a start for
+            pooling.
+        data: what is trained on.
+        logits: of the times, see `FlowBatch`; null, as published, spreads them evenly.
+        output_weight: of the loss against the teacher's output.
+        attention_weight: of the loss against its attentions' outputs.
+    """
+
+    batch_size: Count
+    base: Location
+    clear: WindowSizes
+    init_from: OptionalLocation = None
+    data: DataConfig
+    logits: MeanAndDeviation = None
+    output_weight: Rate
+    attention_weight: Rate
+
+
+class DistillRecipe(Recipe[DistillConfig]):
+    """Trains a `ClearAdapter`: the attention projections of a Flux base, and the weights of pooling."""
+
+    config_type = DistillConfig
 
     def build(self) -> nn.Module:
         config = self.config
         load: Any = FluxPipeline.from_pretrained
-        self.pipe: Any = load(config["base"]).to(self.device, torch.float32)
+        self.pipe: Any = load(config.base).to(self.device, torch.float32)
         self.pipe.set_progress_bar_config(disable=True)
         self.teacher = self.pipe.transformer.requires_grad_(False).eval()
         self.student = sharing_copy(self.teacher)
-        adapter = ClearAdapter.for_denoiser(self.student, ClearConfig(**config["clear"]))
-        if config["init_from"]:
-            trained = ClearAdapter.from_pretrained(config["init_from"])
+        adapter = ClearAdapter.for_denoiser(self.student, ClearConfig(**config.clear.model_dump()))
+        if config.init_from:
+            trained = ClearAdapter.from_pretrained(config.init_from)
             trained.check(self.student)
             missing, unexpected = adapter.load_state_dict(trained.state_dict(), strict=False)
             if unexpected or not all(name.endswith(SPATIAL_WEIGHT) for name in missing):
@@ -79,26 +146,26 @@ class DistillRecipe(Recipe):
         self.handle = attach(self.student, adapter.train())
         self.handle["clear"].configure(min_tokens=0)
         self.outputs = AttentionOutputs(self.teacher), AttentionOutputs(self.student)
-        self.data = self_generated(self.pipe, config["data"], config["seed"])
+        self.data = self_generated(self.pipe, config.data, config.seed)
         self.empty = encoded(self.pipe, [""])
         return adapter
 
     def batch(self, step: int) -> dict[str, Any]:
-        rng = random.Random(self.config["seed"] * 1_000_003 + step)
+        rng = random.Random(self.config.seed * 1_000_003 + step)
         count = len(self.data["latents"])
-        chosen = [rng.randrange(count) for _ in range(self.config["batch_size"])]
+        chosen = [rng.randrange(count) for _ in range(self.config.batch_size)]
         return {name: tensor[chosen].float().to(self.device) for name, tensor in self.data.items()}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Flow matching, and the teacher's output and attention outputs (section 4, equations 5 to 7)."""
-        flow = FlowBatch(**batch, generator=generator, logits=self.config["logits"])
+        flow = FlowBatch(**batch, generator=generator, logits=self.config.logits)
         with torch.no_grad():
             wanted = self.predicted(self.teacher, flow.inputs)
         predicted = self.predicted(self.student, flow.inputs)
         pairs = zip(self.outputs[1].states, self.outputs[0].states, strict=True)
         attention = torch.stack([F.mse_loss(mine.float(), own.float()) for mine, own in pairs]).mean()
         output = F.mse_loss(predicted.float(), wanted.float())
-        weights = self.config["output_weight"], self.config["attention_weight"]
+        weights = self.config.output_weight, self.config.attention_weight
         return flow.loss(predicted) + weights[0] * output + weights[1] * attention
 
     def predicted(self, transformer: FluxTransformer2DModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -108,7 +175,7 @@ class DistillRecipe(Recipe):
         second call without a prompt (arXiv 2207.12598, equation 6): what both come to is distilled, since
         their errors are drawn with as many times over.
         """
-        scale = self.config["data"]["guidance_scale"]
+        scale = self.config.data.guidance_scale
         if cast(Any, transformer.config).guidance_embeds:
             return transformer(**inputs, guidance=torch.full_like(inputs["timestep"], scale)).sample
         if scale <= 1:
@@ -122,10 +189,10 @@ class DistillRecipe(Recipe):
     @torch.no_grad()
     def sample(self) -> Image.Image:
         """The teacher's pictures above the student's, from the same noise."""
-        data = self.config["data"]
+        data = self.config.data
         prompts = [sample_scene(HELD_OUT + n).caption for n in range(8)]
-        if data["prompts"]:
-            prompts = read_prompts(data["prompts"])[:8]
+        if data.prompts:
+            prompts = read_prompts(data.prompts)[:8]
         rows = []
         for transformer in (self.teacher, self.student):
             self.pipe.transformer = transformer
@@ -136,23 +203,23 @@ class DistillRecipe(Recipe):
     def export(self) -> None:
         adapter = self.accelerator.unwrap_model(self.model)
         half = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
-        ClearAdapter(adapter.config, half).save_pretrained(self.config["export_to"])
+        ClearAdapter(adapter.config, half).save_pretrained(self.config.export_to)
 
 
-def draw(pipe: Any, prompts: list[str], data: dict[str, Any], seed: int, output_type: str) -> Tensor:
+def draw(pipe: Any, prompts: list[str], data: DataConfig, seed: int, output_type: str) -> Tensor:
     """What the base draws for prompts, each from noise of its own."""
     return pipe(
-        **call_arguments(pipe, prompts, guidance_scale=data["guidance_scale"]),
-        height=data["size"],
-        width=data["size"],
-        num_inference_steps=data["steps"],
+        **call_arguments(pipe, prompts, guidance_scale=data.guidance_scale),
+        height=data.size,
+        width=data.size,
+        num_inference_steps=data.steps,
         generator=[torch.Generator().manual_seed(seed + n) for n in range(len(prompts))],
         output_type=output_type,
     ).images
 
 
 @torch.no_grad()
-def self_generated(pipe: Any, data: dict[str, Any], seed: int) -> dict[str, Tensor]:
+def self_generated(pipe: Any, data: DataConfig, seed: int) -> dict[str, Tensor]:
     """Latents that the base draws, with the text states that they were drawn by; made once and kept.
 
     A part is written as soon as it is drawn, so that a run that was cut off goes on where it stopped.
@@ -160,34 +227,34 @@ def self_generated(pipe: Any, data: dict[str, Any], seed: int) -> dict[str, Tens
     Returns:
         `latents` [N, C, H, W], `text` [N, T, D] and `pooled` [N, P], float16 on the CPU.
     """
-    folder = Path(data["folder"]) / _made_of(pipe, data, seed)
+    folder = Path(data.folder) / _made_of(pipe, data, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = read_prompts(data["prompts"]) if data["prompts"] else None
-    firsts = range(0, data["pictures"], data["batch_size"])
+    prompts = read_prompts(data.prompts) if data.prompts else None
+    firsts = range(0, data.pictures, data.batch_size)
     parts = []
     for first in tqdm(firsts, desc="pictures of the base", disable=None):
         file = folder / f"{first:06d}.safetensors"
         if not file.exists():
-            numbers = range(first, min(first + data["batch_size"], data["pictures"]))
+            numbers = range(first, min(first + data.batch_size, data.pictures))
             texts = [prompts[n % len(prompts)] if prompts else sample_scene(n).caption for n in numbers]
             part = _drawn(pipe, texts, data, seed * 1_000_003 + first)
-            write_aside(file, lambda aside, part=part: save_file(part, aside))
+            write_aside(file, lambda aside, part=part: save_tensors(aside, part))
         with safe_open(file, "pt") as opened:
             parts.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _drawn(pipe: Any, texts: list[str], data: dict[str, Any], seed: int) -> dict[str, Tensor]:
+def _drawn(pipe: Any, texts: list[str], data: DataConfig, seed: int) -> dict[str, Tensor]:
     tokens = draw(pipe, texts, data, seed, "latent")
-    latents = pipe._unpack_latents(tokens, data["size"], data["size"], pipe.vae_scale_factor)
+    latents = pipe._unpack_latents(tokens, data.size, data.size, pipe.vae_scale_factor)
     text, pooled = encoded(pipe, texts)
     tensors = {"latents": latents, "text": text, "pooled": pooled}
     return {name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _made_of(pipe: Any, data: dict[str, Any], seed: int) -> str:
+def _made_of(pipe: Any, data: DataConfig, seed: int) -> str:
     """A name for the pictures that this base draws under these settings."""
-    settings = {name: value for name, value in data.items() if name not in ("folder", "pictures")}
+    settings = data.model_dump(exclude={"folder", "pictures"})
     mark = hashlib.sha256(repr((sorted(settings.items()), seed)).encode())
     for parameter in pipe.transformer.parameters():
         mark.update(parameter.detach().float().sum().cpu().numpy().tobytes())

@@ -7,7 +7,7 @@ section 3).
 import copy
 import random
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,29 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipe
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, CLIPTokenizerFast, T5EncoderModel, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
 from interactdiff.training.base import token_ids
+from interactdiff.training.config import (
+    Flag,
+    Location,
+    Number,
+    OptionalLocation,
+    Positive,
+    Rate,
+    RecipeConfig,
+    Share,
+    arguments_named,
+    arguments_of,
+)
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
-from interactdiff.training.world_data import CaptionedLatents, grid
+from interactdiff.training.tokenizer import make_portable
+from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -97,8 +110,8 @@ class TextParts:
         self.text_encoder = load.float().eval().to(device).requires_grad_(False)
         load = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_2")
         self.text_encoder_2 = load.float().eval().to(device).requires_grad_(False)
-        self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        self.tokenizer_2: Any = T5Tokenizer.from_pretrained(folder, subfolder="tokenizer_2")
+        self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
+        self.tokenizer_2: Any = T5TokenizerFast.from_pretrained(folder, subfolder="tokenizer_2")
 
     def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """[B, L] tokens of CLIP and [B, T] of T5, as `FluxPipeline` pads them."""
@@ -121,45 +134,74 @@ def start_at_identity(transformer: FluxTransformer2DModel) -> None:
                 nn.init.zeros_(parameter)
 
 
-class DitRecipe(Recipe):
-    """Trains a `FluxTransformer2DModel` on captions; it never sees a box.
+class DitConfig(RecipeConfig):
+    """The keys of `DitRecipe`.
 
-    Extra configuration keys: `cache_dir`, `sizes` (see `CaptionedLatents`), `text` (a pipeline folder with
-    both tokenizers and text encoders, and the autoencoder), `transformer` (arguments of its class),
-    `pooled_dropout` (share of the examples without the pooled caption), `compile`, `init_from` (pipeline
-    folder to go on from, or null), `empty_caption` (probability), `logit_mean`, `logit_std`, `shift` (of the
-    sampler), `guidance_scale` (of samples), `export_to`.
+    Attributes:
+        cache_dir: where renders, captions and latents are kept.
+        sizes: of pictures, see `CaptionedLatents`.
+        text: a pipeline folder with both tokenizers and text encoders, and the autoencoder.
+        transformer: arguments of its class.
+        pooled_dropout: share of the examples without the pooled caption.
+        compile: whether to compile the transformer.
+        init_from: pipeline folder to go on from, or null.
+        empty_caption: probability.
+        logit_mean: of the times' logit-normal density, see `FlowBatch`.
+        logit_std: its standard deviation.
+        shift: of the sampler.
+        guidance_scale: of samples.
     """
+
+    may_change: ClassVar[frozenset[str]] = RecipeConfig.may_change | {"guidance_scale", "shift"}
+
+    cache_dir: Location
+    sizes: Sizes
+    text: Location
+    transformer: Annotated[
+        dict[str, Any], arguments_of(FluxTransformer2DModel, arguments_named(FluxTransformer2DModel))
+    ]
+    pooled_dropout: Share
+    compile: Flag
+    init_from: OptionalLocation = None
+    empty_caption: Share
+    logit_mean: Number
+    logit_std: Rate
+    shift: Positive
+    guidance_scale: Rate
+
+
+class DitRecipe(Recipe[DitConfig]):
+    """Trains a `FluxTransformer2DModel` on captions; it never sees a box."""
+
+    config_type = DitConfig
 
     def build(self) -> nn.Module:
         config = self.config
-        self.text = TextParts(config["text"], self.device)
-        self.vae: Any = AutoencoderTiny.from_pretrained(config["text"], subfolder="vae").float()
+        self.text = TextParts(config.text, self.device)
+        self.vae: Any = AutoencoderTiny.from_pretrained(config.text, subfolder="vae").float()
         self.vae.to(self.device).eval().requires_grad_(False)
-        self.data = CaptionedLatents(Path(config["cache_dir"]), self.vae, config["sizes"])
+        self.data = CaptionedLatents(Path(config.cache_dir), self.vae, config.sizes)
         make: Any = FluxTransformer2DModel
-        if config["init_from"]:
-            transformer = make.from_pretrained(config["init_from"], subfolder="transformer").float()
+        if config.init_from:
+            transformer = make.from_pretrained(config.init_from, subfolder="transformer").float()
         else:
-            transformer = make(**config["transformer"])
+            transformer = make(**config.transformer)
             start_at_identity(transformer)
-        if config["compile"]:
+        if config.compile:
             transformer.compile(dynamic=False)
         return transformer
 
     def batch(self, step: int) -> dict[str, Any]:
-        rng = random.Random(self.config["seed"] * 1_000_003 + step)
-        latents, captions = self.data.batch(rng, self.config["empty_caption"])
+        rng = random.Random(self.config.seed * 1_000_003 + step)
+        latents, captions = self.data.batch(rng, self.config.empty_caption)
         return {"latents": latents.to(self.device), "tokens": self.text.tokens(captions)}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         config = self.config
         text, pooled = self.text.states(*batch["tokens"])
-        kept = (
-            torch.rand(len(text), 1, generator=generator, device=generator.device) >= config["pooled_dropout"]
-        )
+        kept = torch.rand(len(text), 1, generator=generator, device=generator.device) >= config.pooled_dropout
         pooled = pooled * kept.to(pooled)
-        logits = config["logit_mean"], config["logit_std"]
+        logits = config.logit_mean, config.logit_std
         flow = FlowBatch(batch["latents"], text, pooled, generator, logits)
         return flow.loss(self.model(**flow.inputs).sample)
 
@@ -173,7 +215,7 @@ class DitRecipe(Recipe):
             text_encoder_2=self.text.text_encoder_2,
             tokenizer_2=self.text.tokenizer_2,
             transformer=self.accelerator.unwrap_model(self.model),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.config["shift"]),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.config.shift),
         )
 
     @torch.no_grad()
@@ -182,7 +224,7 @@ class DitRecipe(Recipe):
         pipe: Any = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         drawn = pipe(
-            **call_arguments(pipe, captions, guidance_scale=self.config["guidance_scale"]),
+            **call_arguments(pipe, captions, guidance_scale=self.config.guidance_scale),
             height=SIZE,
             width=SIZE,
             num_inference_steps=30,
@@ -195,6 +237,7 @@ class DitRecipe(Recipe):
         pipe: Any = self.pipeline()
         for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
             setattr(pipe, name, copy.deepcopy(getattr(pipe, name)).half())
-        pipe.save_pretrained(self.config["export_to"], safe_serialization=True)
+        pipe.save_pretrained(self.config.export_to, safe_serialization=True)
         for name in ("text_encoder", "text_encoder_2"):
-            save_text_encoder(getattr(pipe, name), Path(self.config["export_to"]), name)
+            save_text_encoder(getattr(pipe, name), Path(self.config.export_to), name)
+        make_portable(Path(self.config.export_to))

@@ -21,6 +21,7 @@ import yaml
 from diffusers import AutoencoderTiny
 
 from interactdiff.stickworld import model_path
+from interactdiff.training.tokenizer import make_portable
 from interactdiff.training.world_data import cached_captions, cached_latents, cached_renders
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -206,8 +207,8 @@ def train(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool) -> N
         RuntimeError: the recipe failed; with the end of its log.
     """
     log = runs / f"{stage.name}.log"
-    command = [sys.executable, "-m", "interactdiff", "train", str(CONFIGS / f"{stage.config}.yaml"), "--set"]
-    command += settings_of(stage, runs, minutes, again, toy)
+    command = [sys.executable, "-m", "interactdiff", "train", str(CONFIGS / f"{stage.config}.yaml")]
+    command += ["--overwrite", "--set", *settings_of(stage, runs, minutes, again, toy)]
     began = time.monotonic()
     with log.open("w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
@@ -348,6 +349,7 @@ def install(folder: Path) -> None:
         if (runs / base).exists():
             with_parts(runs, base)
     for made in sorted(path for path in runs.iterdir() if path.name != "parts"):
+        make_portable(made)
         subprocess.run(["cp", "-RL", str(made), str(model_path(""))], check=True)
 
 

@@ -1,13 +1,16 @@
 """Starts a recipe from its YAML file."""
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from interactdiff import registry
-from interactdiff.training.recipe import Recipe, RecipeError
+from interactdiff.errors import RecipeError
+from interactdiff.training.config import RecipeConfig, checked, nearest
+from interactdiff.training.recipe import Recipe
+from interactdiff.training.run_folder import RunFolder
 
 OWN_RECIPES = {  # of the embedded world; methods have theirs in the registry
     "text": "interactdiff.training.text:TextRecipe",
@@ -19,56 +22,42 @@ OWN_RECIPES = {  # of the embedded world; methods have theirs in the registry
 }
 
 
-COUNTS = ("steps", "batch_size", "log_every", "checkpoint_every", "checkpoints_total_limit", "sample_every")
-RATES = ("seed", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "ema_decay")
-
-
 def recipes() -> dict[str, str]:
     """All recipes by the name that a YAML file gives, and the "module:class" of each."""
     return {**OWN_RECIPES, **registry.recipes()}
 
 
-class Config(dict[str, Any]):
-    """A recipe's keys and values; a key that the file lacks is refused in words."""
-
-    def __missing__(self, key: str) -> Any:
-        raise RecipeError(f"expected the key {key} in the recipe's file, got only {', '.join(self)}")
-
-
 def load_config(path: str | Path, overrides: list[str]) -> dict[str, Any]:
     """Read a recipe's YAML file and lay `key=value` overrides over it (values are read as YAML).
 
+    Returns:
+        What was given, checked and converted to the types of the recipe's `RecipeConfig`.
+
     Raises:
-        RecipeError: the file is not a mapping with a known `recipe`, or an override names an unknown key or
-            is no YAML.
+        RecipeError: the file is not a mapping with a known `recipe`, an override is no YAML, or a key or a
+            value is none of the recipe's.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RecipeError(f"expected {path} to be YAML in UTF-8, got other bytes") from None
     config = _parsed(str(path), text)
-    if not isinstance(config, dict) or config.get("recipe") not in recipes():
-        got = config.get("recipe") if isinstance(config, dict) else type(config).__name__
-        raise RecipeError(f"expected {path} to name a recipe ({', '.join(recipes())}), got {got!r}")
+    if not isinstance(config, dict):
+        raise RecipeError(f"expected {path} to name a recipe, got {type(config).__name__}")
+    _check_recipe(config, path)
     for pair in overrides:
         key, _, value = pair.partition("=")
-        if key not in config:
-            raise RecipeError(f"expected an override of a key in {path} ({', '.join(config)}), got {key!r}")
-        config[key] = _parsed(f"the value of {key}", value)
-    _check_numbers(config)
-    return config
+        config[key.strip()] = _parsed(f"the value of {key}", value)
+    _check_recipe(config, path)
+    return checked(recipe_class(config).config_type, config, str(path)).model_dump(exclude_unset=True)
 
 
-def _check_numbers(config: dict[str, Any]) -> None:
-    """Refuse what would end in a traceback after the models are built."""
-    for key in COUNTS:
-        value = config.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RecipeError(f"{key}: expected a whole number from 1 up, got {value!r}")
-    for key in RATES:
-        value = config.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise RecipeError(f"{key}: expected a number from 0 up, got {value!r}")
+def _check_recipe(config: dict[str, Any], path: object) -> None:
+    if (name := config.get("recipe")) not in recipes():
+        known = ", ".join(recipes())
+        raise RecipeError(
+            f"expected {path} to name a recipe ({known}), got {name!r}{nearest(name, recipes())}"
+        )
 
 
 def _parsed(what: str, text: str) -> Any:
@@ -80,20 +69,43 @@ def _parsed(what: str, text: str) -> Any:
         raise RecipeError(f"expected {what} to be YAML, got a mistake{where}") from None
 
 
-def make_recipe(config: dict[str, Any]) -> Recipe:
-    """The recipe that a configuration names, built and ready to train."""
-    return registry.load_attribute(recipes()[config["recipe"]])(Config(config))
+def recipe_class(config: Mapping[str, Any]) -> type[Any]:
+    """The class of the recipe that a configuration names."""
+    return registry.load_attribute(recipes()[config["recipe"]])
 
 
-def run(config_path: str | Path, overrides: list[str], resume: str | None) -> None:
-    """Train by a recipe.
+def make_recipe(config: Mapping[str, Any]) -> Recipe[Any]:
+    """The recipe that a configuration names, built and ready to train.
+
+    Raises:
+        RecipeError: a key or a value is none of the recipe's.
+    """
+    kind = recipe_class(config)
+    return kind(checked(kind.config_type, config))
+
+
+def run(
+    config_path: str | Path, overrides: list[str], resume: str | None = None, overwrite: bool = False
+) -> None:
+    """Train by a recipe. What can be refused without a model or data is refused before they are loaded.
 
     Args:
         config_path: the YAML file.
         overrides: `key=value` pairs laid over it.
         resume: "latest", the path of a checkpoint, or None to start anew.
+        overwrite: whether to remove an older run's checkpoints from the output folder, once the new run is
+            about to begin; when resuming, those after the one that it goes on from.
+
+    Raises:
+        RecipeError: in one sentence.
     """
-    recipe = make_recipe(load_config(config_path, overrides))
-    if resume is not None:
-        recipe.resume(resume)
-    recipe.train()
+    values = load_config(config_path, overrides)
+    config: RecipeConfig = checked(recipe_class(values).config_type, values)
+    folder = RunFolder(config.output_dir)
+    checkpoint = None if resume is None else folder.find(resume, config)
+    if checkpoint is None and not overwrite:
+        folder.check_unused()
+    recipe = make_recipe(values)
+    if checkpoint is not None:
+        recipe.restore(checkpoint)
+    recipe.train(overwrite)

@@ -9,11 +9,12 @@ import copy
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel
 
@@ -28,8 +29,9 @@ from interactdiff.stickworld.captions import (
 )
 from interactdiff.stickworld.layouts import MOST_ENTITIES, MOST_INTERACTIONS, sample_scene
 from interactdiff.stickworld.world import ACTIONS, BACKGROUNDS, HELD_OUT, OBJECTS, WorldScene
+from interactdiff.training.config import Count, Keys, RecipeConfig, Share, arguments_of, refusal
 from interactdiff.training.recipe import Recipe
-from interactdiff.training.tokenizer import make_t5_tokenizer, make_tokenizer
+from interactdiff.training.tokenizer import make_portable, make_t5_tokenizer, make_tokenizer
 
 _SPECIAL = ("bos", "eos", "pad")
 _NAMES = ("person", *OBJECTS)
@@ -131,29 +133,82 @@ class Reader(nn.Module):
         return list(things), list(text)
 
 
-class TextRecipe(Recipe):
-    """Trains a `CLIPTextModel` to tell what captions and phrases say; it sees no picture.
+T5_SIZES = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
 
-    Extra configuration keys: `text_encoder` (arguments of its class), `phrases` (the share of phrases, the
-    rest are captions), `export_to` (a folder that gets `tokenizer` and `text_encoder`).
+
+def _t5_encoder(vocab_size: int = 8, **sizes: Any) -> T5EncoderModel:
+    """With weights drawn at random, and no dropout."""
+    config = T5Config(vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, dropout_rate=0.0, **sizes)
+    return T5EncoderModel(config)
+
+
+class ClipSizes(Keys):
+    """Sizes of a `CLIPTextConfig`."""
+
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    max_position_embeddings: Count
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "ClipSizes":
+        if self.hidden_size % self.num_attention_heads:
+            raise refusal(f"a hidden_size of {self.num_attention_heads} whole heads", self.hidden_size)
+        return self
+
+
+class TextConfig(RecipeConfig):
+    """The keys of `TextRecipe`, whose `export_to` gets `tokenizer` and `text_encoder`.
+
+    Attributes:
+        batch_size: texts of a step.
+        text_encoder: its sizes.
+        phrases: the share of phrases; the rest are captions.
     """
 
+    batch_size: Count
+    text_encoder: ClipSizes
+    phrases: Share
+
+
+class T5RecipeConfig(RecipeConfig):
+    """The keys of `T5Recipe`, whose `export_to` gets `tokenizer_2` and `text_encoder_2`.
+
+    Attributes:
+        batch_size: texts of a step.
+        text_encoder: arguments of `T5Config`.
+        max_length: tokens of a prompt.
+        phrases: the share of phrases; the rest are captions.
+    """
+
+    batch_size: Count
+    text_encoder: Annotated[dict[str, Any], arguments_of(_t5_encoder, T5_SIZES)]
+    max_length: Count
+    phrases: Share
+
+
+class TextRecipe(Recipe[Any]):
+    """Trains a `CLIPTextModel` to tell what captions and phrases say; it sees no picture."""
+
+    config_type: type[RecipeConfig] = TextConfig
+
     def build(self) -> nn.Module:
-        sizes = self.config["text_encoder"]
+        sizes = self.config.text_encoder.model_dump()
         self.tokenizer: Any = make_tokenizer(sizes["max_position_embeddings"])
         special = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in _SPECIAL}
         config = CLIPTextConfig(vocab_size=len(self.tokenizer), **special, **sizes)
         return nn.ModuleDict({"text_encoder": CLIPTextModel(config), "reader": Reader(sizes["hidden_size"])})
 
     def batch(self, step: int) -> dict[str, Any]:
-        rng = random.Random(self.config["seed"] * 1_000_003 + step)
-        return self._examples(rng, 0, self.config["batch_size"])
+        rng = random.Random(self.config.seed * 1_000_003 + step)
+        return self._examples(rng, 0, self.config.batch_size)
 
     def _examples(self, rng: random.Random, first: int, count: int) -> dict[str, Any]:
         described = []
         for _ in range(count):
             scene = sample_scene(first + rng.randrange(HELD_OUT))
-            if rng.random() < self.config["phrases"]:
+            if rng.random() < self.config.phrases:
                 described.append(phrase_example(scene, rng))
             else:
                 verbs, colours = rng.random() < 0.85, rng.random() < 0.9
@@ -214,36 +269,32 @@ class TextRecipe(Recipe):
 
     def export(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        save_text_encoder(copy.deepcopy(model["text_encoder"]).half(), Path(self.config["export_to"]))
-        self.tokenizer.save_pretrained(Path(self.config["export_to"], "tokenizer"))
+        save_text_encoder(copy.deepcopy(model["text_encoder"]).half(), Path(self.config.export_to))
+        self.tokenizer.save_pretrained(Path(self.config.export_to, "tokenizer"))
+        make_portable(Path(self.config.export_to))
 
 
 class T5Recipe(TextRecipe):
-    """Trains a `T5EncoderModel` to tell the same; what the whole text says it tells from the mean state.
+    """Trains a `T5EncoderModel` to tell the same; what the whole text says it tells from the mean state."""
 
-    Extra configuration keys: `text_encoder` (arguments of `T5Config`), `max_length` (tokens of a prompt),
-    `phrases`, `export_to` (a folder that gets `tokenizer_2` and `text_encoder_2`).
-    """
+    config_type = T5RecipeConfig
 
     def build(self) -> nn.Module:
-        self.tokenizer = make_t5_tokenizer(self.config["max_length"])
-        config = T5Config(
-            vocab_size=len(self.tokenizer), pad_token_id=0, eos_token_id=1, dropout_rate=0.0,
-            **self.config["text_encoder"],
-        )  # fmt: skip
-        encoder = T5EncoderModel(config)
+        self.tokenizer = make_t5_tokenizer(self.config.max_length)
+        encoder = _t5_encoder(len(self.tokenizer), **self.config.text_encoder)
         start_near(encoder)
-        return nn.ModuleDict({"text_encoder": encoder, "reader": Reader(config.d_model)})
+        return nn.ModuleDict({"text_encoder": encoder, "reader": Reader(encoder.config.d_model)})
 
     def _states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         states = self.model["text_encoder"](tokens).last_hidden_state
         return states, states.mean(1)
 
     def export(self) -> None:
-        folder = Path(self.config["export_to"])
+        folder = Path(self.config.export_to)
         model = self.accelerator.unwrap_model(self.model)
         save_text_encoder(copy.deepcopy(model["text_encoder"]).half(), folder, "text_encoder_2")
         self.tokenizer.save_pretrained(folder / "tokenizer_2")
+        make_portable(folder)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -12,31 +12,62 @@ from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from PIL import Image
 from torch import Tensor, nn
 
+from interactdiff.training.config import (
+    Count,
+    Flag,
+    Location,
+    OptionalLocation,
+    Rate,
+    RecipeConfig,
+    arguments_named,
+    arguments_of,
+)
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.world_data import as_images, cached_renders, grid
 
 
-class VaeRecipe(Recipe):
-    """Trains an `AutoencoderTiny` on renders, with latents of mean 0 and variance 1 that bear some noise.
+class VaeConfig(RecipeConfig):
+    """The keys of `VaeRecipe`.
 
-    Extra configuration keys: `cache_dir`, `renders`, `model` (arguments of `AutoencoderTiny`),
-    `init_from` (folder of an autoencoder to go on from, or null), `freeze_encoder` (polish the decoder alone:
-    latents, and whatever was trained on them, stay as they are), `latent_noise`, `edge_weight`, `export_to`.
+    Attributes:
+        batch_size: pictures of a step.
+        cache_dir: where renders are kept, for every recipe.
+        renders: how many.
+        model: arguments of `AutoencoderTiny`.
+        init_from: folder of an autoencoder to go on from, or null.
+        freeze_encoder: polish the decoder alone: latents, and whatever was trained on them, stay as they are.
+        latent_noise: standard deviation of the noise that latents bear.
+        edge_weight: of the error of pixels' differences.
     """
 
+    batch_size: Count
+    cache_dir: Location
+    renders: Count
+    model: Annotated[dict[str, Any], arguments_of(AutoencoderTiny, arguments_named(AutoencoderTiny))]
+    init_from: OptionalLocation = None
+    freeze_encoder: Flag = False
+    latent_noise: Rate
+    edge_weight: Rate
+
+
+class VaeRecipe(Recipe[VaeConfig]):
+    """Trains an `AutoencoderTiny` on renders, with latents of mean 0 and variance 1 that bear some noise."""
+
+    config_type = VaeConfig
+
     def build(self) -> nn.Module:
-        self.renders = cached_renders(Path(self.config["cache_dir"]), self.config["renders"])
-        if self.config["init_from"]:
-            model: Any = AutoencoderTiny.from_pretrained(self.config["init_from"]).float()
+        self.renders = cached_renders(Path(self.config.cache_dir), self.config.renders)
+        if self.config.init_from:
+            model: Any = AutoencoderTiny.from_pretrained(self.config.init_from).float()
         else:
-            model = AutoencoderTiny(**self.config["model"])
+            model = AutoencoderTiny(**self.config.model)
             keep_variance(model)
-        model.encoder.requires_grad_(not self.config["freeze_encoder"])
+        model.encoder.requires_grad_(not self.config.freeze_encoder)
         return model.to(memory_format=torch.channels_last)
 
     def batch(self, step: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self.config["seed"], step))
-        chosen = np.sort(rng.integers(len(self.renders), size=self.config["batch_size"]))
+        rng = np.random.default_rng((self.config.seed, step))
+        chosen = np.sort(rng.integers(len(self.renders), size=self.config.batch_size))
         images = as_images(self.renders[chosen]).to(self.device)
         return {"images": images.contiguous(memory_format=torch.channels_last)}
 
@@ -44,10 +75,10 @@ class VaeRecipe(Recipe):
         images = batch["images"]
         latents = self.model.encode(images).latents.float()
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
-        drawn = self.model.decode(latents + self.config["latent_noise"] * noise).sample.float()
+        drawn = self.model.decode(latents + self.config.latent_noise * noise).sample.float()
         mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
         spread = mean.square().mean() + (variance - 1).square().mean()
-        return reconstruction_loss(drawn, images, self.config["edge_weight"]) + 0.1 * spread
+        return reconstruction_loss(drawn, images, self.config.edge_weight) + 0.1 * spread
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
@@ -58,7 +89,7 @@ class VaeRecipe(Recipe):
     def export(self) -> None:
         model = copy.deepcopy(self.accelerator.unwrap_model(self.model))
         model.to(torch.float16, memory_format=torch.contiguous_format)
-        model.save_pretrained(self.config["export_to"])
+        model.save_pretrained(self.config.export_to)
 
 
 def keep_variance(model: AutoencoderTiny) -> None:

@@ -3,21 +3,24 @@
 import hashlib
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import AfterValidator
 from torch import Tensor
 
+from interactdiff.files import write_aside
 from interactdiff.stickworld.captions import caption
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE, render
 from interactdiff.stickworld.world import WorldScene
+from interactdiff.training.config import Count, Keys, Share, refusal
 
 _CHUNK = 500
 CAPTIONS = 4  # wordings of each scene
@@ -81,12 +84,18 @@ def cached_renders(folder: Path, count: int, size: int = SIZE) -> np.ndarray:
     look = hashlib.sha256(_render_chunk(0, min(count, 32), size).tobytes()).hexdigest()[:12]
     path = folder / f"renders-{count}-{size}-{look}.npy"
     if not path.exists():
-        aside = path.with_suffix(f".{os.getpid()}.aside")
-        store = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
-        for first, last, chunk in _in_chunks(count, _render_chunk, size):
-            store[first:last] = chunk
-        store.flush()
-        aside.rename(path)
+
+        def write(aside: Path) -> None:
+            shape = (count, size, size, 3)
+            store = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash in mapped memory
+                with aside.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
+            for first, last, chunk in _in_chunks(count, _render_chunk, size):
+                store[first:last] = chunk
+            store.flush()
+
+        write_aside(path, write)
     return np.load(path, mmap_mode="r")
 
 
@@ -97,9 +106,7 @@ def cached_captions(folder: Path, count: int) -> list[list[str]]:
     path = folder / f"captions-{count}-{wording}.txt"
     if not path.exists():
         lines = [line for _, _, chunk in _in_chunks(count, _caption_chunk) for line in chunk]
-        aside = path.with_suffix(f".{os.getpid()}.aside")
-        aside.write_text("\n".join(lines), encoding="utf-8")
-        aside.rename(path)
+        write_aside(path, lambda aside: aside.write_text("\n".join(lines), encoding="utf-8"))
     return [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")]
 
 
@@ -119,10 +126,32 @@ def cached_latents(folder: Path, vae: Any, renders: np.ndarray) -> Tensor:
         for first in range(0, len(renders), 250):
             images = as_images(renders[first : first + 250]).to(vae.device)
             parts.append(vae.encode(images).latents.half().cpu().numpy())
-        aside = path.with_suffix(f".{os.getpid()}.aside.npy")
-        np.save(aside, np.concatenate(parts))
-        aside.rename(path)
+        write_aside(path, lambda aside: np.save(aside, np.concatenate(parts)))
     return torch.from_numpy(np.load(path))
+
+
+class SizeConfig(Keys):
+    """How pictures of one size are trained on.
+
+    Attributes:
+        renders: how many there are.
+        batch_size: of a step.
+        share: of the steps.
+    """
+
+    renders: Count
+    batch_size: Count
+    share: Share
+
+
+def _add_up(sizes: dict[int, SizeConfig]) -> dict[int, SizeConfig]:
+    if abs((total := sum(one.share for one in sizes.values())) - 1) > 1e-6:
+        raise refusal("shares of the sizes that add up to 1", total)
+    return sizes
+
+
+Sizes = Annotated[dict[Count, SizeConfig], AfterValidator(_add_up)]
+"""By height and width in pixels."""
 
 
 class CaptionedLatents:
@@ -131,26 +160,21 @@ class CaptionedLatents:
     Args:
         folder: where the caches are kept.
         vae: the autoencoder.
-        sizes: for each size in pixels `renders` (how many), `batch_size`, and `share` of the steps.
-
-    Raises:
-        ValueError: the shares do not add up to 1.
+        sizes: in pixels.
     """
 
-    def __init__(self, folder: Path, vae: Any, sizes: dict[int, dict[str, Any]]):
+    def __init__(self, folder: Path, vae: Any, sizes: Mapping[int, SizeConfig]):
         self.sizes = sizes
-        if abs(sum(one["share"] for one in sizes.values()) - 1) > 1e-6:
-            raise ValueError(f"expected shares of the sizes that add up to 1, got {sizes}")
         self.latents = {
-            size: cached_latents(folder, vae, cached_renders(folder, one["renders"], size))
+            size: cached_latents(folder, vae, cached_renders(folder, one.renders, size))
             for size, one in sizes.items()
         }
-        self.captions = cached_captions(folder, max(one["renders"] for one in sizes.values()))
+        self.captions = cached_captions(folder, max(one.renders for one in sizes.values()))
 
     def batch(self, rng: random.Random, empty: float) -> tuple[Tensor, list[str]]:
         """[B, C, H, W] latents of one size, and their captions, each empty with probability `empty`."""
-        (size,) = rng.choices(list(self.sizes), [one["share"] for one in self.sizes.values()])
-        latents, count = self.latents[size], self.sizes[size]["batch_size"]
+        (size,) = rng.choices(list(self.sizes), [one.share for one in self.sizes.values()])
+        latents, count = self.latents[size], self.sizes[size].batch_size
         chosen = [rng.randrange(len(latents)) for _ in range(count)]
         texts = ["" if rng.random() < empty else rng.choice(self.captions[index]) for index in chosen]
         return latents[chosen].float(), texts

@@ -65,13 +65,14 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"--port: expected a number from 1 to 65535, got {args.port}")
     quiet_libraries()
     try:
-        from interactdiff.app.serve import LAUNCH, MODEL, limits_for, make_studio
+        from interactdiff.app.serve import LAUNCH, MODEL, leave_on_sigterm, limits_for, make_studio
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "gradio":
             raise
         raise UsageError(
             "expected gradio for the studio, got none: pip install 'interactdiff[app]'"
         ) from None
+    leave_on_sigterm()
     limits = limits_for(args.host, args.share)
     given = {name: value for name in LIMITS if (value := getattr(args, f"max_{name}")) is not None}
     if args.allow is not None:

@@ -42,6 +42,15 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda, mps (default: auto)")
 
 
+def add_variant(parser: argparse.ArgumentParser) -> None:
+    """The flag that chooses among a model's weights."""
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="of the model's weights, such as fp16 (default: those that are there)",
+    )
+
+
 def adapter_methods() -> list[str]:
     """The names of the methods that have adapters."""
     return [name for name, spec in methods().items() if spec.adapter is not None]

@@ -10,6 +10,7 @@ from interactdiff.commands.arguments import (
     UsageError,
     adapters_of,
     add_models,
+    add_variant,
     check_picture_path,
     number,
     quiet_libraries,
@@ -72,6 +73,7 @@ def add_to(commands: Commands) -> None:
         "high_resolution:scale=2 (docs/clear.md); may be repeated, with one sampler at most",
     )
     add_models(parser)
+    add_variant(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
@@ -106,7 +108,12 @@ def _run(args: argparse.Namespace) -> None:
     from interactdiff.generation import ScenePipeline
 
     pipeline = ScenePipeline.from_pretrained(
-        args.model or MODEL, adapters, args.device or "auto", args.dtype or "auto", methods=used
+        args.model or MODEL,
+        adapters,
+        args.device or "auto",
+        args.dtype or "auto",
+        methods=used,
+        variant=args.variant,
     )
     image = pipeline.generate(scene, methods=used)
     saved = pipeline.record(scene, pipeline.checked_settings(used))

@@ -15,6 +15,9 @@ def add_to(commands: Commands) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the file"
     )
     parser.add_argument("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on where a run stopped")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove an older run's checkpoints from the output folder"
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -27,4 +30,4 @@ def _run(args: argparse.Namespace) -> None:
         from interactdiff.training.run import run
     except ModuleNotFoundError as error:
         raise UsageError(f"expected the packages of interactdiff[train], got no {error.name}") from None
-    run(args.config, args.set, args.resume_from_checkpoint)
+    run(args.config, args.set, args.resume_from_checkpoint, args.overwrite)

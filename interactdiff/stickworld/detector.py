@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from interactdiff.checkpoint import save_tensors
 from interactdiff.files import write_aside
 from interactdiff.scene import Box
 from interactdiff.stickworld.appearance import COLOURS
@@ -217,7 +218,7 @@ class Detector(nn.Module):
         config = {"widths": list(self.widths), "size": self.size, **_VOCABULARY}
         if self.reader_widths is not None:
             config |= {"reader_widths": list(self.reader_widths), **_ATTRIBUTES}
-        write_aside(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        write_aside(folder / WEIGHTS, lambda file: save_tensors(file, tensors))
         text = json.dumps(config, indent=2) + "\n"
         write_aside(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
 

@@ -9,6 +9,7 @@ from PIL import ImageOps
 from interactdiff.badge.items import Badge  # type: ignore[import-not-found]
 from interactdiff.registry import Cost, EvaluationOptions
 from interactdiff.scene import Scene
+from interactdiff.training.config import Count, Keys
 
 
 class InvertedSampler:
@@ -30,10 +31,19 @@ class InvertedSampler:
 INVERTED = InvertedSampler()
 
 
+class BadgeConfig(Keys):
+    """The keys of the recipe."""
+
+    recipe: str
+    steps: Count
+
+
 class BadgeRecipe:
     """Remembers its configuration."""
 
-    def __init__(self, config: dict[str, Any]):
+    config_type = BadgeConfig
+
+    def __init__(self, config: BadgeConfig):
         self.config = config
 
 

@@ -1,0 +1,211 @@
+"""A recipe's keys and values as people type them: read, or refused in one sentence before any work."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from recipes import CONFIGS
+
+from interactdiff.cli import main
+from interactdiff.errors import RecipeError
+from interactdiff.training.run import load_config, recipe_class, recipes
+
+FILES = sorted(CONFIGS.glob("*.yaml"))
+VAE, INTERACTION, DIT, CLEAR, TEXT, T5, BASE, DETECTOR = (
+    CONFIGS / f"{name}.yaml"
+    for name in (
+        "stickworld_vae",
+        "stickworld_interaction",
+        "stickworld_dit",
+        "distill_clear_stickworld",
+        "stickworld_text",
+        "stickworld_t5",
+        "stickworld_base",
+        "stickworld_detector",
+    )
+)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_what_the_packaged_files_say_stays_as_it_is(file: Path) -> None:
+    read = json.loads(json.dumps(load_config(file, [])))
+    assert read == json.loads(json.dumps(yaml.safe_load(file.read_text())))
+
+
+def test_every_recipe_has_typed_keys() -> None:
+    for name in recipes():
+        fields = recipe_class({"recipe": name}).config_type.model_fields
+        assert {"output_dir", "export_to", "steps", "learning_rate"} <= fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "value"),
+    [
+        ("learning_rate=3e-3", "learning_rate", 0.003),
+        ("learning_rate=1E-4", "learning_rate", 0.0001),
+        ("learning_rate=.5", "learning_rate", 0.5),
+        ("weight_decay=0", "weight_decay", 0.0),
+        ("steps=1_000", "steps", 1000),
+        ("steps=1e4", "steps", 10_000),
+        ("batch_size=4.0", "batch_size", 4),
+        ("batch_size='8'", "batch_size", 8),
+        ("stop_after=inf", "stop_after", math.inf),
+        ("stop_after=.inf", "stop_after", math.inf),
+        ("stop_at=Infinity", "stop_at", math.inf),
+        ("stop_after=1.5", "stop_after", 1.5),
+        ("max_grad_norm=inf", "max_grad_norm", math.inf),
+        ("mixed_precision=no", "mixed_precision", "no"),
+        ("mixed_precision=off", "mixed_precision", "no"),
+        ("mixed_precision=null", "mixed_precision", "no"),
+        ("mixed_precision=None", "mixed_precision", "no"),
+        ("mixed_precision=float32", "mixed_precision", "no"),
+        ("mixed_precision=float16", "mixed_precision", "fp16"),
+        ("mixed_precision=bfloat16", "mixed_precision", "bf16"),
+        ("mixed_precision=BF16", "mixed_precision", "bf16"),
+        ("lr_scheduler=Cosine", "lr_scheduler", "cosine"),
+        ("optimizer=AdamW", "optimizer", "adamw"),
+        ("init_from=None", "init_from", None),
+        ("init_from=", "init_from", None),
+        ("freeze_encoder=yes", "freeze_encoder", True),
+        ("freeze_encoder=0", "freeze_encoder", False),
+        ("output_dir=2024", "output_dir", "2024"),
+        ("output_dir=runs//vae/", "output_dir", "runs/vae"),
+        ("output_dir=~/vae", "output_dir", str(Path("~/vae").expanduser())),
+    ],
+)
+def test_values_are_read_as_people_type_them(typed: str, key: str, value: Any) -> None:
+    got = load_config(VAE, [typed])[key]
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("file", "typed", "sentence"),
+    [
+        (VAE, "batch_size=two", "batch_size: expected a whole number from 1 up, got 'two'"),
+        (VAE, "batch_size=2.5", "batch_size: expected a whole number from 1 up, got 2.5"),
+        (VAE, "batch_size=yes", "batch_size: expected a whole number from 1 up, got True"),
+        (VAE, "batch_size=[2]", "batch_size: expected a whole number from 1 up, got [2]"),
+        (VAE, "steps=inf", "steps: expected a whole number from 1 up, got 'inf'"),
+        (VAE, "steps=", "steps: expected a whole number from 1 up, got None"),
+        (VAE, "learning_rate=3e", "learning_rate: expected a number from 0 up, got '3e'"),
+        (VAE, "learning_rate=-1e-3", "learning_rate: expected a number from 0 up, got '-1e-3'"),
+        (VAE, "learning_rate=nan", "learning_rate: expected a number from 0 up, got 'nan'"),
+        (VAE, "seed=4294967296", "seed: expected a whole number from 0 to 4294967295, got 4294967296"),
+        (VAE, "ema_decay=1.1", "ema_decay: expected a number from 0 to 1, got 1.1"),
+        (VAE, "lr_scheduler=cosin", "got 'cosin': did you mean cosine?"),
+        (VAE, "lr_scheduler=cosine_with_restart", "did you mean cosine_with_restarts?"),
+        (VAE, "lr_scheduler=piecewise_constant", "lr_scheduler: expected linear, cosine, cosine_with_re"),
+        (VAE, "lr_scheduler=cosine_by_time", "stop_after: expected minutes for lr_scheduler=cosine_by_time"),
+        (VAE, "optimizer=adam", "optimizer: expected adamw or muon, got 'adam': did you mean adamw?"),
+        (VAE, "optimizer=sgd", "optimizer: expected adamw or muon, got 'sgd'"),
+        (
+            VAE,
+            "mixed_precision=fp61",
+            "mixed_precision: expected no, fp16 or bf16, got 'fp61': did you mean fp16",
+        ),
+        (VAE, "mixed_precision=yes", "mixed_precision: expected no, fp16 or bf16, got True"),
+        (VAE, "learning_rat=1", "got 'learning_rat': did you mean learning_rate?"),
+        (VAE, "base=x", "expected a key of "),
+        (VAE, "freeze_encoder=maybe", "freeze_encoder: expected true or false, got 'maybe'"),
+        (VAE, "output_dir=yes", "output_dir: expected a path or a name, got True"),
+        (VAE, "init_from=[a]", "init_from: expected a path or a name, got ['a']"),
+        (VAE, "model=3", "model: expected a valid dictionary, got 3"),
+        (
+            VAE,
+            "model={latent_chanels: 8}",
+            "model: expected an argument of the model, got 'latent_chanels': did",
+        ),
+        (VAE, "model={latent_channels: two}", "model: expected arguments that fit together, got TypeError"),
+        (VAE, "recipe=vea", "got 'vea': did you mean vae?"),
+        (INTERACTION, "adapter.hidden=3", "expected a key of "),
+        (INTERACTION, "adapter={hiden: 3}", "got 'adapter.hiden': did you mean hidden?"),
+        (INTERACTION, "adapter={hidden: 0}", "adapter.hidden: expected a whole number from 1 up, got 0"),
+        (
+            INTERACTION,
+            "adapter={init: opened}",
+            "adapter.init: expected published or open, got 'opened': did you",
+        ),
+        (INTERACTION, "adapter=[hidden]", "adapter: expected "),
+        (
+            INTERACTION,
+            "keep_caption=0.9",
+            "expected keep_caption and strip_caption of at most 1 in all, got 1.2",
+        ),
+        (INTERACTION, "null_all=110%", "null_all: expected a number from 0 to 1, got '110%'"),
+        (DIT, "logit_std=-1", "logit_std: expected a number from 0 up, got -1"),
+        (
+            DIT,
+            "transformer={num_layers: 1, heads: 2}",
+            "transformer: expected an argument of the model, got 'heads'",
+        ),
+        (DIT, "sizes={96: {renders: 8, batch_size: 2, shares: 1}}", "got 'sizes.96.shares'"),
+        (
+            DIT,
+            "sizes={96: {renders: 8, batch_size: 2, share: 2}}",
+            "sizes.96.share: expected a number from 0 to",
+        ),
+        (
+            DIT,
+            "sizes={96: {renders: 8, batch_size: 2, share: .5}}",
+            "sizes: expected shares of the sizes that",
+        ),
+        (CLEAR, "logits=1.3", "logits: expected two numbers, a mean and a deviation, or null, got 1.3"),
+        (CLEAR, "logits=[a, 1]", "logits.0: expected a number, got 'a'"),
+        (CLEAR, "clear={window: 0}", "clear.window: expected a whole number from 1 up, got 0"),
+        (
+            CLEAR,
+            "clear={shape: cirkle}",
+            "clear.shape: expected circle or square, got 'cirkle': did you mean ci",
+        ),
+        (CLEAR, "data={folder: x}", "expected the key data.pictures in "),
+        (TEXT, "text_encoder={hidden_size: 16}", "expected the key text_encoder.intermediate_size in "),
+        (TEXT, "phrases=2", "phrases: expected a number from 0 to 1, got 2"),
+        (
+            T5,
+            "text_encoder={d_modle: 8}",
+            "text_encoder: expected an argument of the model, got 'd_modle': did",
+        ),
+        (BASE, "unet={block_out_channels: [8], down_block_types: []}", "unet: expected arguments that fit"),
+        (BASE, "batch_size=3", "got 'batch_size': there are recipe, output_dir"),
+        (BASE, "timestep_power=0", "timestep_power: expected a number above 0, got 0"),
+        (DETECTOR, "model={widths: [8]}", "model: expected arguments that fit together, got ValueError"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(file: Path, typed: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_config(file, [typed])
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_misspelt_key_is_named_rather_than_the_missing_one(tmp_path: Path) -> None:
+    text = VAE.read_text().replace("learning_rate:", "learning-rate:")
+    (tmp_path / "vae.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"got 'learning-rate': did you mean learning_rate\?"):
+        load_config(tmp_path / "vae.yaml", [])
+
+
+def test_fp16_without_a_gpu_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"output_dir={tmp_path}", f"cache_dir={tmp_path}", "renders=2", "mixed_precision=float16"]
+    assert main(["train", str(VAE), "--set", *overrides]) == 2
+    assert (
+        "mixed_precision: expected no or bf16 on a machine without a GPU, got 'fp16'\n"
+        in capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("*.npy"))  # before anything was made
+
+
+def test_the_command_line_refuses_before_a_folder_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"output_dir={tmp_path / 'run'}", "lr_scheduler=cosin"]
+    assert main(["train", str(VAE), "--set", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("interactdiff: lr_scheduler: expected linear, cosine, ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "run").exists()
