@@ -53,7 +53,7 @@ def load_pipeline(
             check_model_folder(folder)
             variant = chosen_variant(folder, variant, dtype)
             source = str(stack.enter_context(as_safetensors(folder)))
-        pipeline = _loaded(path_or_id, source, variant).to(device, dtype)
+        pipeline = _loaded(path_or_id, source, variant, device, dtype)
     kind = type(pipeline).__name__
     for part in ("tokenizer", "text_encoder"):
         if getattr(pipeline, part, None) is None:
@@ -67,9 +67,12 @@ def load_pipeline(
     return pipeline
 
 
-def _loaded(path_or_id: str, source: str, variant: str | None) -> Any:
+def _loaded(
+    path_or_id: str, source: str, variant: str | None, device: torch.device, dtype: torch.dtype
+) -> Any:
     try:
-        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, variant=variant)
+        loaded = DiffusionPipeline.from_pretrained(source, use_safetensors=True, variant=variant)
+        return loaded.to(device, dtype)  # a tensor that was missing is found here
     except Exception as error:  # loaders of a dozen kinds of files raise as many kinds of errors
         reason = shorten(str(error), 160, placeholder=" ...")
         raise ModelError(
