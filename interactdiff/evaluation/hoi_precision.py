@@ -1,0 +1,125 @@
+"""Average precision by class and its means, from what `hoi_matching` found, for resampled pictures too."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from interactdiff.evaluation.hoi_matching import Outcomes
+from interactdiff.evaluation.hoi_protocols import PROTOCOLS, Protocol
+
+TENTHS = 10
+
+
+def average_precisions(
+    outcomes: Outcomes, protocol: Protocol, counts: np.ndarray, known_object: bool = False
+) -> np.ndarray:
+    """Average precision of each class.
+
+    Args:
+        outcomes: of all pictures.
+        protocol: one of those that they were matched by.
+        counts: [R, S] how often each picture is taken; ones for the score itself.
+        known_object: whether a class is scored in the pictures alone that hold its object.
+
+    Returns:
+        [R, C] in 0..1; NaN where a class is left out of the mean.
+    """
+    bit = 1 << outcomes.protocols.index(protocol.name)
+    counts = np.asarray(counts, dtype=np.float64)
+    keep = (outcomes.counted & bit) > 0
+    truth = np.ones(len(outcomes.truth_cls), dtype=bool)
+    if known_object:
+        keep &= outcomes.known
+        truth = outcomes.truth_known
+    picture, cls, score = outcomes.picture[keep], outcomes.cls[keep], outcomes.score[keep]
+    correct = (outcomes.correct[keep] & bit) > 0
+    order = np.lexsort((-score, cls))  # stable: of equal scores the earlier picture, then the list's order
+    picture, correct = picture[order], correct[order]
+    edges = np.searchsorted(cls[order], np.arange(outcomes.classes + 1))
+    truth_order = np.argsort(outcomes.truth_cls[truth], kind="stable")
+    truth_picture = outcomes.truth_picture[truth][truth_order]
+    truth_edges = np.searchsorted(outcomes.truth_cls[truth][truth_order], np.arange(outcomes.classes + 1))
+    precisions = np.zeros((len(counts), outcomes.classes))
+    for number in range(outcomes.classes):
+        found = slice(edges[number], edges[number + 1])
+        wanted = counts[:, truth_picture[truth_edges[number] : truth_edges[number + 1]]].sum(1)
+        weights = counts[:, picture[found]]
+        if correct[found].any():
+            precisions[:, number] = _precision(correct[found], weights, wanted, protocol)
+        if protocol.empty != "zero":
+            left_out = wanted == 0
+            if protocol.empty == "zero if undetected":
+                left_out &= weights.sum(1) > 0
+            precisions[left_out, number] = np.nan
+    return precisions
+
+
+def _precision(
+    correct: np.ndarray, weights: np.ndarray, wanted: np.ndarray, protocol: Protocol
+) -> np.ndarray:
+    """[R] average precision of one class: correct [D] surest first, weights [R, D], wanted [R]."""
+    hits = np.cumsum(weights * correct, 1)
+    precision = hits / np.maximum(np.cumsum(weights, 1), 1)
+    envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    if protocol.points is None:
+        gained = np.diff(hits, axis=1, prepend=0.0)
+        return (gained * envelope).sum(1) / np.maximum(wanted, 1)
+    # Recall rises along the list, so the best precision from a recall on is the envelope where it is reached.
+    envelope = np.concatenate([envelope, np.zeros((len(envelope), 1))], 1)
+    totals = np.zeros(len(weights))
+    for row, positives in enumerate(wanted):
+        if positives == 0:
+            continue
+        if protocol.points == "tenths":
+            reached = np.searchsorted(hits[row] * TENTHS, np.arange(TENTHS + 1) * positives)
+        else:
+            reached = np.searchsorted(hits[row] / positives, protocol.points)
+        totals[row] = envelope[row, reached].sum() / len(reached)
+    return totals
+
+
+def mean_of_classes(precisions: np.ndarray, which: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """The plain mean over classes that are not left out: [R] of [R, C]; 0 where all are."""
+    chosen = precisions if which is None else precisions[:, np.asarray(which, dtype=np.int64)]
+    there = ~np.isnan(chosen)
+    return np.where(there, chosen, 0).sum(1) / np.maximum(there.sum(1), 1)
+
+
+@dataclass(frozen=True)
+class MeanPrecision:
+    """mAP over some of the classes, a `Score`; with several seeds the mean over them.
+
+    Attributes:
+        outcomes: one for each seed, of the same pictures.
+        protocol: its name.
+        known_object: as in `average_precisions`.
+        which: numbers of the classes; None is all.
+    """
+
+    outcomes: tuple[Outcomes, ...]
+    protocol: str
+    known_object: bool = False
+    which: tuple[int, ...] | None = None
+
+    def value(self, counts: np.ndarray) -> np.ndarray:
+        """[R] values for [R, S] counts of how often each picture is taken."""
+        return np.mean(self.by_seed(counts), 0)
+
+    def by_seed(self, counts: np.ndarray) -> np.ndarray:
+        """[seeds, R]: the value of each seed."""
+        protocol = PROTOCOLS[self.protocol]
+        return np.stack(
+            [
+                mean_of_classes(average_precisions(one, protocol, counts, self.known_object), self.which)
+                for one in self.outcomes
+            ]
+        )
+
+
+def class_subsets(classes: int, rare: Sequence[int] | None) -> Mapping[str, tuple[int, ...] | None]:
+    """Full, and where it is known which classes are rare, those and the others."""
+    if rare is None:
+        return {"full": None}
+    others = set(range(classes)) - set(rare)
+    return {"full": None, "rare": tuple(sorted(rare)), "non_rare": tuple(sorted(others))}
