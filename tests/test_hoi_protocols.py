@@ -195,9 +195,9 @@ def test_a_recall_that_a_point_misses_by_rounding(name: str) -> None:
 
 def test_suppression_equals_the_slow_one_and_keeps_a_product_of_one_half() -> None:
     official = PROTOCOLS["official"]
-    rng = np.random.default_rng(0)
+    rng, dropped = np.random.default_rng(0), 0
     for _ in range(20):
-        corners = rng.integers(0, 8, (2, 14, 2)).astype(float)
+        corners = rng.integers(0, 5, (2, 14, 2)).astype(float)
         boxes_ = np.concatenate([corners, corners + rng.choice([9, 19], (2, 14, 2))], 2)
         scores, classes = rng.choice([0.2, 0.5, 0.9], 14), rng.integers(0, 2, 14)
         want = reference_suppressed(
@@ -209,7 +209,8 @@ def test_suppression_equals_the_slow_one_and_keeps_a_product_of_one_half() -> No
             official,
         )
         assert suppressed(Pairs.of(classes, boxes_[0], boxes_[1], scores)).tolist() == want
-        assert any(want)
+        dropped += sum(want)
+    assert dropped > 20
     half = Pairs.of([0, 0], [(0, 0, 19, 9), (0, 0, 9, 9)], [OBJECT, OBJECT], [0.9, 0.8])
     assert not suppressed(half).any()
     assert suppressed(half.take(np.array([0, 0]))).tolist() == [False, True]
