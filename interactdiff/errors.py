@@ -23,3 +23,7 @@ class ClearError(InteractdiffError):
 
 class RecipeError(InteractdiffError):
     """A training recipe that cannot be run."""
+
+
+class DataError(InteractdiffError):
+    """A file of a data set that cannot be read, or does not say what it should."""

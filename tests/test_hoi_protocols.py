@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from interactdiff.evaluation.hoi_matching import HoiEvaluator, Outcomes, Pairs, counted, suppressed
 from interactdiff.evaluation.hoi_precision import (
-    MeanPrecision,
+    HoiPrecisions,
     average_precisions,
     class_subsets,
     mean_of_classes,
@@ -231,17 +231,18 @@ def test_means_over_rare_classes_and_seeds() -> None:
     truth = [OnePair(0, 0, PERSON, OBJECT), OnePair(0, 1, PERSON, OBJECT)]
     found = [replace(truth[0], score=0.5)]
     one, none = outcomes_of(truth, found, 1), outcomes_of(truth, [], 1)
-    subsets = class_subsets(CLASSES, [1])
     once = np.ones((1, 1))
 
-    def value(name: str, subset: str, *outcomes: Outcomes) -> float:
-        return float(MeanPrecision(outcomes, name, False, subsets[subset]).value(once)[0])
+    def value(name: str, *outcomes: Outcomes) -> float:
+        protocol, _, _ = name.partition(".")
+        return float(HoiPrecisions(outcomes, (protocol,), (1,)).values(once)[name][0])
 
-    assert value("official", "full", one) == pytest.approx(1 / 3)
-    assert value("qpic", "full", one) == pytest.approx(1 / 2)
-    assert value("official", "rare", one) == 0
-    assert value("official", "non_rare", one) == pytest.approx(1 / 2)
-    assert value("official", "non_rare", one, none) == pytest.approx(1 / 4)
+    assert value("official.default.full", one) == pytest.approx(1 / 3)
+    assert value("qpic.default.full", one) == pytest.approx(1 / 2)
+    assert value("official.default.rare", one) == 0
+    assert value("official.known_object.non_rare", one) == pytest.approx(1 / 2)
+    assert value("official.default.non_rare", one, none) == pytest.approx(1 / 4)
+    assert HoiPrecisions((one, none), ("qpic",)).by_seed(once)["qpic.default.full"].tolist() == [[0.5], [0]]
     assert class_subsets(CLASSES, None) == {"full": None}
     assert mean_of_classes(np.array([[np.nan, np.nan]])).tolist() == [0]
 

@@ -23,12 +23,15 @@ class Pairs:
         persons: [N, 4] xyxy in pixels.
         objects: [N, 4] xyxy in pixels.
         scores: [N] in any range; of the truth all are 1.
+        inclusive: whether boxes end with their last pixel: a protocol of plain areas then adds a pixel to
+            their far edges, as PViC's data set does.
     """
 
     classes: np.ndarray
     persons: np.ndarray
     objects: np.ndarray
     scores: np.ndarray
+    inclusive: bool = False
 
     @classmethod
     def of(
@@ -37,6 +40,7 @@ class Pairs:
         persons: Sequence[Sequence[float]] | np.ndarray,
         objects: Sequence[Sequence[float]] | np.ndarray,
         scores: Sequence[float] | np.ndarray | None = None,
+        inclusive: bool = False,
     ) -> "Pairs":
         """Make pairs of plain lists.
 
@@ -48,6 +52,7 @@ class Pairs:
             np.asarray(persons, dtype=np.float64).reshape(-1, 4),
             np.asarray(objects, dtype=np.float64).reshape(-1, 4),
             np.ones(len(classes)) if scores is None else np.asarray(scores, dtype=np.float64).reshape(-1),
+            inclusive,
         )
         sizes = {len(pairs.classes), len(pairs.persons), len(pairs.objects), len(pairs.scores)}
         if len(sizes) > 1:
@@ -75,24 +80,27 @@ class Pairs:
         return replace(self, persons=self.persons * factors, objects=self.objects * factors)
 
 
-class _Extents:
-    """Intersections and areas of two lists of boxes, [..., 4] each, broadcast against each other."""
+def iou(a: np.ndarray, b: np.ndarray, overlap: Overlap, pixels: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Intersection over union of boxes as a protocol counts it.
 
-    def __init__(self, a: np.ndarray, b: np.ndarray):
-        sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-        self.width, self.height = sides[..., 0], sides[..., 1]
-        self.sides = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
-
-    def iou(self, overlap: Overlap) -> np.ndarray:
-        more = 0.0 if overlap == "plain" else 1.0
-        shared = np.maximum(self.width + more, 0) * np.maximum(self.height + more, 0)
-        areas = [(one[..., 0] + more) * (one[..., 1] + more) for one in self.sides]
-        union = areas[0] + areas[1] - shared
-        if overlap.endswith("padded"):
-            union = union + PADDING
-        if "touching is 0" in overlap:
-            shared = np.where((self.width <= 0) | (self.height <= 0), 0.0, shared)
-        return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    Args:
+        a: [..., 4] xyxy.
+        b: [..., 4] xyxy, broadcast against `a`.
+        overlap: see `Protocol`.
+        pixels: added to the far edges of `a` and of `b` where areas are plain.
+    """
+    far_a, far_b = a[..., 2:], b[..., 2:]
+    if overlap == "plain":
+        far_a, far_b = far_a + pixels[0], far_b + pixels[1]
+    more = 0.0 if overlap == "plain" else 1.0
+    sides = np.minimum(far_a, far_b) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.maximum(sides + more, 0).prod(-1)
+    union = (far_a - a[..., :2] + more).prod(-1) + (far_b - b[..., :2] + more).prod(-1) - shared
+    if overlap.endswith("padded"):
+        union = union + PADDING
+    if "touching is 0" in overlap:
+        shared = np.where((sides <= 0).any(-1), 0.0, shared)
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def suppressed(pairs: Pairs) -> np.ndarray:
@@ -105,7 +113,7 @@ def suppressed(pairs: Pairs) -> np.ndarray:
     ours = pairs.take(order)
     product = np.ones((len(ours), len(ours)))
     for boxes in (ours.persons, ours.objects):
-        product *= _Extents(boxes[:, None], boxes[None]).iou("inclusive")
+        product *= iou(boxes[:, None], boxes[None], "inclusive")
     drops = np.triu((product > SUPPRESSED_ABOVE) & (ours.classes[:, None] == ours.classes[None]), 1)
     kept = np.ones(len(ours), dtype=bool)
     for number in np.flatnonzero(drops.any(1)):
@@ -136,16 +144,17 @@ class Matcher:
         self.rank[np.argsort(-detections.scores, kind="stable")] = np.arange(self.count)
         found, wanted = np.nonzero(detections.classes[:, None] == truth.classes[None])
         self.found, self.wanted = found, wanted
-        self._extents = [
-            _Extents(getattr(detections, role)[found], getattr(truth, role)[wanted])
+        self._boxes = [
+            (getattr(detections, role)[found], getattr(truth, role)[wanted])
             for role in ("persons", "objects")
         ]
+        self._pixels = (int(detections.inclusive), int(truth.inclusive))
         self._quality: dict[Overlap, np.ndarray] = {}
 
     def quality(self, overlap: Overlap) -> np.ndarray:
         """The smaller IoU of both boxes, by candidate."""
         if overlap not in self._quality:
-            persons, objects = (one.iou(overlap) for one in self._extents)
+            persons, objects = (iou(a, b, overlap, self._pixels) for a, b in self._boxes)
             self._quality[overlap] = np.minimum(persons, objects)
         return self._quality[overlap]
 

@@ -9,6 +9,7 @@ from interactdiff.evaluation.hoi_matching import Outcomes
 from interactdiff.evaluation.hoi_protocols import PROTOCOLS, Protocol
 
 TENTHS = 10
+SETTINGS = ("default", "known_object")
 
 
 def average_precisions(
@@ -86,40 +87,44 @@ def mean_of_classes(precisions: np.ndarray, which: Sequence[int] | np.ndarray | 
     return np.where(there, chosen, 0).sum(1) / np.maximum(there.sum(1), 1)
 
 
-@dataclass(frozen=True)
-class MeanPrecision:
-    """mAP over some of the classes, a `Score`; with several seeds the mean over them.
-
-    Attributes:
-        outcomes: one for each seed, of the same pictures.
-        protocol: its name.
-        known_object: as in `average_precisions`.
-        which: numbers of the classes; None is all.
-    """
-
-    outcomes: tuple[Outcomes, ...]
-    protocol: str
-    known_object: bool = False
-    which: tuple[int, ...] | None = None
-
-    def value(self, counts: np.ndarray) -> np.ndarray:
-        """[R] values for [R, S] counts of how often each picture is taken."""
-        return np.mean(self.by_seed(counts), 0)
-
-    def by_seed(self, counts: np.ndarray) -> np.ndarray:
-        """[seeds, R]: the value of each seed."""
-        protocol = PROTOCOLS[self.protocol]
-        return np.stack(
-            [
-                mean_of_classes(average_precisions(one, protocol, counts, self.known_object), self.which)
-                for one in self.outcomes
-            ]
-        )
-
-
 def class_subsets(classes: int, rare: Sequence[int] | None) -> Mapping[str, tuple[int, ...] | None]:
     """Full, and where it is known which classes are rare, those and the others."""
     if rare is None:
         return {"full": None}
     others = set(range(classes)) - set(rare)
     return {"full": None, "rare": tuple(sorted(rare)), "non_rare": tuple(sorted(others))}
+
+
+@dataclass(frozen=True)
+class HoiPrecisions:
+    """mAP by several protocols, Default and Known Object, over all, the rare and the other classes.
+
+    Attributes:
+        outcomes: one for each seed, of the same pictures.
+        protocols: names of those that are wanted, which the outcomes have.
+        rare: numbers of the rare classes; None where it is not known which are.
+    """
+
+    outcomes: tuple[Outcomes, ...]
+    protocols: tuple[str, ...]
+    rare: tuple[int, ...] | None = None
+
+    def values(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """[R] values for [R, S] counts of how often each picture is taken: the mean over seeds.
+
+        Named PROTOCOL.default.full, PROTOCOL.known_object.rare and so on.
+        """
+        return {name: by_seed.mean(0) for name, by_seed in self.by_seed(counts).items()}
+
+    def by_seed(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """[seeds, R] values of each seed."""
+        subsets = class_subsets(self.outcomes[0].classes, self.rare)
+        values = {}
+        for name in self.protocols:
+            for setting in SETTINGS:
+                known = setting == "known_object"
+                precisions = [average_precisions(o, PROTOCOLS[name], counts, known) for o in self.outcomes]
+                for subset, which in subsets.items():
+                    means = [mean_of_classes(one, which) for one in precisions]
+                    values[f"{name}.{setting}.{subset}"] = np.stack(means)
+        return values
