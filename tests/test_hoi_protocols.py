@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from interactdiff.evaluation.bootstrap import resampled
 from interactdiff.evaluation.hoi_matching import HoiEvaluator, Outcomes, Pairs, counted, suppressed
 from interactdiff.evaluation.hoi_precision import (
     HoiPrecisions,
@@ -139,10 +140,26 @@ def test_pictures_that_are_not_taken_count_as_if_they_were_not_there(
     outcomes = outcomes_of(truth, found, PICTURES)
     kept = [[one for one in ones if taken[one.picture]] for ones in (truth, found)]
     alone = outcomes_of(kept[0], kept[1], PICTURES)
+    there, ever = ({one.cls for one in ones} for ones in (kept[0], truth))
     for protocol in EVERY:
         got = average_precisions(outcomes, protocol, np.array([taken, [True] * PICTURES], dtype=float))
         want = average_precisions(alone, protocol, np.ones((1, PICTURES)))
-        np.testing.assert_array_equal(got[0], want[0])
+        for cls in range(CLASSES):
+            if cls in there:
+                assert got[0, cls] == want[0, cls]
+            elif cls in ever:  # left out: a class that was not drawn says nothing of the detections
+                assert np.isnan(got[0, cls])
+            else:
+                np.testing.assert_array_equal(got[0, cls], got[1, cls])
+
+
+def test_an_interval_holds_the_score_where_classes_are_in_few_pictures() -> None:
+    truth = [OnePair(n, n, PERSON, OBJECT) for n in range(CLASSES)]
+    outcomes = outcomes_of(truth, truth, CLASSES)
+    counts = resampled(CLASSES, 50)
+    for name in NAMES:
+        scores = HoiPrecisions((outcomes,), (name,)).values(counts)
+        assert scores[f"{name}.default.full"].tolist() == [1.0] * 50
 
 
 @pytest.mark.parametrize("name", ["official", "world"])

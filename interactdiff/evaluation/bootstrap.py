@@ -77,7 +77,7 @@ class Difference:
 def differences(
     first: Sequence[Scores], second: Sequence[Scores], pictures: int, counts: np.ndarray
 ) -> dict[str, Difference]:
-    """Differences of the scores that both have, of the same pictures in the same order: a paired bootstrap."""
+    """Differences of the scores that both have, over the same pictures in one order: a paired bootstrap."""
     before, after = once(first, pictures), once(second, pictures)
     spread = all_values(first, counts), all_values(second, counts)
     found = {}

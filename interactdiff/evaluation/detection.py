@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from interactdiff.errors import DataError, SceneError
 from interactdiff.scene_checks import as_float, json_object, malformed, shown, unique_keys
 
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on a picture lies on its side
 PixelBox = tuple[float, float, float, float]
 
 
@@ -66,6 +67,15 @@ class Picture:
     file_name: str
     path: Path | None
     size: tuple[int, int] | None = None
+
+    @property
+    def shown_size(self) -> tuple[int, int] | None:
+        """Width and height of `image`, without reading more than the file's header; None without a file."""
+        if self.size is not None or self.path is None or not self.path.is_file():
+            return self.size
+        with Image.open(self.path) as opened:
+            turned = opened.getexif().get(ORIENTATION, 1) >= 5
+            return opened.size[::-1] if turned else opened.size
 
     @cached_property
     def image(self) -> Image.Image:

@@ -48,7 +48,7 @@ class DetectionFile:
         """What the file says of each picture; nothing is found in those that it does not name."""
         rows = {one.file_name: found for one in pictures if (found := self.find(one.file_name)) is not None}
         return [
-            found if found.size is not None else replace(found, size=self.size or picture.size)
+            found if found.size is not None else replace(found, size=self.size or picture.shown_size)
             for found, picture in zip(by_name(rows, pictures), pictures, strict=True)
         ]
 

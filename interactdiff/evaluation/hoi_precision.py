@@ -17,6 +17,9 @@ def average_precisions(
 ) -> np.ndarray:
     """Average precision of each class.
 
+    What a protocol says of a class without truth is of the whole data set. A class that has truth, but none
+    in the pictures that are taken, is left out: it would tell of the resampling and not of the detections.
+
     Args:
         outcomes: of all pictures.
         protocol: one of those that they were matched by.
@@ -45,14 +48,15 @@ def average_precisions(
     for number in range(outcomes.classes):
         found = slice(edges[number], edges[number + 1])
         wanted = counts[:, truth_picture[truth_edges[number] : truth_edges[number + 1]]].sum(1)
-        weights = counts[:, picture[found]]
         if correct[found].any():
+            weights = counts[:, picture[found]]
             precisions[:, number] = _precision(correct[found], weights, wanted, protocol)
-        if protocol.empty != "zero":
-            left_out = wanted == 0
-            if protocol.empty == "zero if undetected":
-                left_out &= weights.sum(1) > 0
-            precisions[left_out, number] = np.nan
+        if truth_edges[number] < truth_edges[number + 1]:
+            precisions[wanted == 0, number] = np.nan
+        elif protocol.empty == "left out" or (
+            protocol.empty == "zero if undetected" and edges[number] < edges[number + 1]
+        ):
+            precisions[:, number] = np.nan
     return precisions
 
 

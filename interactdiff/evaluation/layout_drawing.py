@@ -35,10 +35,17 @@ PAPER_SEED, PAPER_STEPS, PAPER_GUIDANCE, PAPER_ITEMS, PAPER_QUALITY = 489, 50, 7
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share the work."""
+    """This process among those that share the work.
+
+    Attributes:
+        index: its number.
+        count: how many there are.
+        local: its number on this machine, and that of its GPU.
+    """
 
     index: int = 0
     count: int = 1
+    local: int = 0
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -49,7 +56,7 @@ class Ranks:
 
         # The slowest process may be hours behind the first one, which waits for it.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
-        return cls(state.process_index, state.num_processes)
+        return cls(state.process_index, state.num_processes, state.local_process_index)
 
     @property
     def main(self) -> bool:
