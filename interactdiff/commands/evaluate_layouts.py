@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 LAYOUT_STEPS = 50  # as published
 ROWS = ("base", "boxes_only", "adapter")
-FILE = "file:"
+FILE, TWO_STAGE = "file:", "two-stage:"
+MEASURES = {"fid": None, "kid": None, "clip": "clip_model", "miou": "box_model", "ap50": "box_model"}
+MEASURES |= {"relations": "vlm_model"}  # further scores, and the flag of the model that each needs
 
 
 def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
@@ -108,6 +110,7 @@ def evaluate_data(args: argparse.Namespace) -> None:
         paper=args.paper,
         limit=args.limit,
         calibration=calibration,
+        measures=_measures(args, data, size, ranks),
         progress=ranks.main,
     )
     evaluation = evaluate_layouts(run, ranks, drawn, folders)
@@ -131,6 +134,10 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UsageError(f"--sheet: expected a file that can be written, got {args.sheet}: {reason}")
     if args.json is not None and args.json.suffix == ".safetensors":
         raise UsageError(f"--json: expected another ending than .safetensors, got {args.json}")
+    for name in args.scores:
+        needed = MEASURES[name]
+        if needed is not None and getattr(args, needed) is None:
+            raise UsageError(f"--scores {name}: expected --{needed.replace('_', '-')} beside it, got none")
     if args.pictures and (args.model or args.adapter):
         raise UsageError("--pictures: expected no --model and no --adapter beside it, got one")
 
@@ -145,12 +152,10 @@ def _drawn(args: argparse.Namespace, ranks: "Ranks") -> "Drawn":
     from interactdiff.evaluation.layout_run import Drawn
     from interactdiff.evaluation.sampling import Sampling
     from interactdiff.generation import ScenePipeline
-    from interactdiff.pipeline_loading import usable_device
 
     model = args.model or MODEL
-    device = usable_device(args.device or "auto")
-    name = f"{device.type}:{ranks.local}" if device.type == "cuda" and ranks.count > 1 else str(device)
-    pipeline = ScenePipeline.from_pretrained(model, adapters_of(args) or default_adapter(model), name)
+    given = adapters_of(args) or default_adapter(model)
+    pipeline = ScenePipeline.from_pretrained(model, given, str(_device(args, ranks)))
     pipeline.check_side("--size", args.size)
     guidance = args.guidance_scale if args.guidance_scale is not None else model_info(model).guidance_scale
     how = Sampling(args.steps, guidance, args.size)
@@ -172,6 +177,14 @@ def _drawn(args: argparse.Namespace, ranks: "Ranks") -> "Drawn":
         raise UsageError(f"--rows: expected an adapter for {missing[0]}, got none for {model}")
     rows = tuple(row for row in can if args.rows is None or row in args.rows)
     return Drawn(pipeline, rows, Drawing(args.out, how, args.batch_size, args.paper))
+
+
+def _device(args: argparse.Namespace, ranks: "Ranks") -> Any:
+    """The torch device of this process."""
+    from interactdiff.pipeline_loading import usable_device
+
+    device = usable_device(args.device or "auto")
+    return usable_device(f"cuda:{ranks.local}") if device.type == "cuda" and ranks.count > 1 else device
 
 
 def _is_file(detector: str | None) -> bool:
@@ -197,15 +210,62 @@ def _detector(
     named = args.detector or "stickworld"
     if named == "stickworld":
         info = model_info(args.model or MODEL)
-        detector = StickworldDetector(packaged_detector(info.detector))
+        found = packaged_detector(info.detector)
     elif Path(named).is_dir():
-        detector = StickworldDetector(load_detector(Path(named)), f"stickworld in {named}")
+        found = load_detector(Path(named))
+    elif named.startswith(TWO_STAGE):
+        return _two_stage(args, named, data, size, ranks)
     else:
         raise UsageError(
             f"--detector: expected stickworld, a folder with a detector of stickworld, file:PATH or "
             f"two-stage:BOXES,VERBS, got {named!r}"
         )
-    return (lambda row, seed: detector), detector.name, None
+    name = named if named == "stickworld" else f"stickworld in {named}"
+    detector = StickworldDetector(found.to(_device(args, ranks)), name)
+    return (lambda row, seed: detector), name, None
+
+
+def _two_stage(
+    args: argparse.Namespace, named: str, data: "LayoutData", size: int | None, ranks: "Ranks"
+) -> tuple[Any, str, dict[str, Any]]:
+    """Boxes and verbs by models of transformers, calibrated on real pictures."""
+    from interactdiff.evaluation.calibration import calibrate
+    from interactdiff.evaluation.model_loading import load_box_detector, load_verb_scorer
+    from interactdiff.evaluation.two_stage import TwoStageDetector
+
+    boxes, comma, verbs = named.removeprefix(TWO_STAGE).partition(",")
+    if not (boxes and comma and verbs):
+        raise UsageError(f"--detector: expected two-stage:BOXES,VERBS, got {named!r}")
+    device = _device(args, ranks)
+    box_detector, verb_scorer = load_box_detector(boxes, device), load_verb_scorer(verbs, device)
+    calibration = calibrate(verb_scorer, data, size)
+    detector = TwoStageDetector(
+        box_detector, verb_scorer, data.table, scale=(calibration["scale"][0], calibration["scale"][1])
+    )
+    return (lambda row, seed: detector), detector.name, calibration
+
+
+def _measures(
+    args: argparse.Namespace, data: "LayoutData", size: int | None, ranks: "Ranks"
+) -> tuple[Any, ...]:
+    """Further scores, with the models that they need."""
+    from interactdiff.evaluation import measures
+    from interactdiff.evaluation import model_loading as models
+
+    if not args.scores or not ranks.main:
+        return ()
+    device, made = _device(args, ranks), []
+    if wanted := {name for name in args.scores if name in ("fid", "kid")}:
+        from interactdiff.evaluation.quality import inception_features
+
+        made.append(measures.distances(wanted, data, size, inception_features(device)))
+    if "clip" in args.scores:
+        made.append(measures.clip(models.load_contrastive(args.clip_model, device)))
+    if wanted := {name for name in args.scores if name in ("miou", "ap50")}:
+        made.append(measures.boxes(wanted, models.load_box_detector(args.box_model, device)))
+    if "relations" in args.scores:
+        made.append(measures.relations(models.load_vision_language(args.vlm_model, device).answer))
+    return tuple(made)
 
 
 def _file_detector(

@@ -38,11 +38,13 @@ ROWS = {
 SUBSETS = {"full": "Full", "rare": "Rare", "non_rare": "Non-rare"}
 SETTING_TITLES = {"default": "Default", "known_object": "Known Object"}
 SHARES = {
+    "clip": "CLIP",
+    "clip_local": "CLIP, local",
     "miou": "mean IoU",
     "miou_50": "IoU over 0.5",
     "relations": "relations (SR_R)",
 }
-PLAIN = {"fid": "FID", "kid": "KID x 1000", "clip": "CLIP", "clip_local": "CLIP, local", "ap50": "AP50"}
+PLAIN = {"fid": "FID", "kid": "KID x 1000", "ap50": "AP50, %"}
 RESAMPLES = (100, 1000)  # least and most
 RESAMPLING_WORK = 200_000_000  # detections times resamplings, about a minute on one core
 _FORMAT = "interactdiff evaluation 1"
