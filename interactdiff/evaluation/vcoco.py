@@ -142,9 +142,8 @@ def vcoco_truth(
         name, names = action["action_name"], list(action["role_name"])
         count = len(action["image_id"])
         if len(action["role_object_id"]) != count * len(names):
-            raise DataError(
-                f"{name}: expected {count * len(names)} of role_object_id, got {len(action['role_object_id'])}"
-            )
+            got = len(action["role_object_id"])
+            raise DataError(f"{name}: expected {count * len(names)} of role_object_id, got {got}")
         objects = np.array(action["role_object_id"]).reshape(len(names), count)  # role by role
         roles += [(name, role) for role in names if role != "agent"]
         for place, (image, person, label) in enumerate(
