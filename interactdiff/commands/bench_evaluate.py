@@ -12,8 +12,8 @@ def add_to(kinds: Commands) -> None:
     parser = kinds.add_parser(
         "evaluate",
         help="scoring as many detections as HICO-DET has pictures to test on",
-        description="Match made-up detections of as many pictures as HICO-DET has to test on, and compute mAP "
-        "by several protocols, on one core.",
+        description="Match made-up detections of as many pictures as HICO-DET has to test on, and compute "
+        "mAP by several protocols, on one core.",
     )
     parser.set_defaults(run=_run)
     parser.add_argument("--pictures", type=positive, default=9546, help="default: %(default)s")

@@ -63,6 +63,10 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
         metavar="DIR",
         help="pictures and detections (%(default)s)",
     )
+    layouts.add_argument("--scores", nargs="+", choices=MEASURES, default=[], help="further scores")
+    layouts.add_argument("--box-model", metavar="PATH_OR_ID", help="of transformers, for miou and ap50")
+    layouts.add_argument("--clip-model", metavar="PATH_OR_ID", help="likewise, for clip")
+    layouts.add_argument("--vlm-model", metavar="PATH_OR_ID", help="likewise, for relations")
     layouts.add_argument(
         "--sheet", type=Path, metavar="FILE", help="PNG of the best, median and worst pictures"
     )

@@ -181,8 +181,9 @@ def _mat_files(folder: Path) -> Callable[[str], PictureDetections | None]:
         of_object = [hoi for hoi, (_, thing) in enumerate(table.numbers) if thing == number]
         try:
             boxes = loadmat(folder / name)["all_boxes"]
-        except (KeyError, ValueError, NotImplementedError, OSError, TypeError) as error:
-            raise DataError(f"expected all_boxes in {folder / name}, got {error}") from None
+        except Exception as error:  # damaged files raise as many kinds of errors as there are damages
+            kind = type(error).__name__
+            raise DataError(f"expected all_boxes in {folder / name}, got {kind}: {error}") from None
         if boxes.ndim != 2 or len(boxes) != len(of_object):
             raise DataError(
                 f"expected {len(of_object)} rows of {table.objects[number]} in {folder / name}, got "
