@@ -165,35 +165,55 @@ class PhraseBoxes:
     def _some(self, images: Sequence[Image.Image], names: list[str]) -> list[list[Instance]]:
         owl = self.model.config.model_type.startswith("owl")
         text: Any = [[f"a photo of a {name}" for name in names]] if owl else [". ".join(names) + "."]
+        padding = "max_length" if owl else True  # OWL's text encoder takes full rows alone
         inputs = self.processor(
-            images=list(images), text=text * len(images), padding=True, return_tensors="pt"
+            images=list(images),
+            text=text * len(images),
+            padding=padding,
+            truncation=True,
+            return_tensors="pt",
         )
         outputs = self.model(**_on(inputs, self.model))
         sizes = _target_sizes(images)
-        if owl:
-            results = self.processor.post_process_grounded_object_detection(
-                outputs, threshold=0.0, target_sizes=sizes, text_labels=[names] * len(images)
-            )
-        else:
-            results = self.processor.post_process_grounded_object_detection(
-                outputs, inputs["input_ids"], threshold=0.0, text_threshold=0.25, target_sizes=sizes
-            )
-        found = []
-        for result, image in zip(results, images, strict=True):
-            labels = [_nearest(label, names) for label in result["text_labels"]]
-            instances = _instances(result, [label or "" for label in labels], image.size)
-            found.append([one for one in instances if one.name])
-        return found
+        if not owl:
+            return _phrase_instances(outputs, inputs["input_ids"], self.processor.tokenizer, names, images)
+        results = self.processor.post_process_grounded_object_detection(
+            outputs, threshold=0.0, target_sizes=sizes, text_labels=[names] * len(images)
+        )
+        return [
+            _instances(result, result["text_labels"], image.size)
+            for result, image in zip(results, images, strict=True)
+        ]
 
 
-def _nearest(label: str | None, names: Sequence[str]) -> str | None:
-    """The name that a phrase of the model's stands for: it may hold a part of a name, or more than one."""
-    if label is None:
-        return None
-    words = set(label.split())
-    shared = {name: len(words & set(name.split())) / len(set(name.split()) | words) for name in names}
-    best = max(names, key=lambda name: shared[name])
-    return best if shared[best] > 0 else None
+def _phrase_instances(
+    outputs: Any, tokens: torch.Tensor, tokenizer: Any, names: Sequence[str], images: Sequence[Image.Image]
+) -> list[list[Instance]]:
+    """GroundingDINO's boxes, each of the name whose words it is surest of.
+
+    transformers would put together a label of all words above a threshold, of several names or of none.
+    """
+    stop = tokenizer.convert_tokens_to_ids(".")
+    of_name: list[list[int]] = [[]]
+    for place, token in enumerate(tokens[0].tolist()):
+        if token == stop:
+            of_name.append([])
+        elif token not in tokenizer.all_special_ids:
+            of_name[-1].append(place)
+    of_name = of_name[: len(names)]
+    if len(of_name) < len(names) or not all(of_name):
+        raise ModelError(f"expected names without full stops, not too many, got {', '.join(names)}")
+    probabilities = outputs.logits.float().sigmoid()
+    scores = torch.stack([probabilities[..., places].amax(-1) for places in of_name], -1)
+    best, labels = scores.max(-1)
+    middle, sides = outputs.pred_boxes.float().chunk(2, -1)
+    corners = torch.cat([middle - sides / 2, middle + sides / 2], -1)
+    found = []
+    for number, image in enumerate(images):
+        pixels = corners[number] * corners.new_tensor([*image.size, *image.size])
+        chosen = [names[label] for label in labels[number].tolist()]
+        found.append(_instances({"scores": best[number], "boxes": pixels}, chosen, image.size))
+    return found
 
 
 @dataclass

@@ -128,8 +128,10 @@ class VisionLanguage:
         found = []
         for word in ("yes", "no"):
             forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-            encoded = (self.processor.tokenizer.encode(form, add_special_tokens=False) for form in forms)
-            found.append(sorted({tokens[0] for tokens in encoded if len(tokens) == 1}))
+            tokenizer = self.processor.tokenizer
+            encoded = (tokenizer.encode(form, add_special_tokens=False) for form in forms)
+            single = {tokens[0] for tokens in encoded if len(tokens) == 1}
+            found.append(sorted(single - {tokenizer.unk_token_id}))
         if not found[0] or not found[1]:
             raise ModelError(f"expected yes and no as tokens of {self.name}, got a tokenizer without them")
         return found[0], found[1]
