@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 
 from interactdiff.data.layouts import Layout
 from interactdiff.errors import ModelError
@@ -44,7 +43,15 @@ def found_boxes(detector: BoxDetector, picture: Picture, names: Sequence[str]) -
 
 
 def box_ious(wanted: Sequence[tuple[str, PixelBox]], found: Sequence[Instance]) -> list[float]:
-    """IoU of each box with what is found for it, one to one within a name, the largest sum; else 0."""
+    """IoU of each box with what is found for it, one to one within a name, the largest sum; else 0.
+
+    Raises:
+        ModelError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise ModelError("expected scipy for mean IoU, got none: pip install 'interactdiff[eval]'") from None
     values = [0.0] * len(wanted)
     for name in {name for name, _ in wanted}:
         places = [n for n, (other, _) in enumerate(wanted) if other == name]
