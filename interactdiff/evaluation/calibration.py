@@ -62,7 +62,7 @@ def calibrate(
         "pairs": len(right),
         "accuracy": float(np.mean(right)),
         "auc": float(np.mean(above)),
-        "scale": list(fitted_scale(scored)),
+        "scale": [round(one, 4) for one in fitted_scale(scored)],  # the same on every process
     }
 
 

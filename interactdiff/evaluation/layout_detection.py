@@ -60,8 +60,9 @@ class Looking:
 
 
 def detections_folder(out: Path, detector: HoiDetector, table: ClassTable) -> Path:
-    """A folder for what a detector finds: another one for another detector or other classes."""
-    digest = hashlib.sha256(json.dumps([detector.name, table.classes]).encode()).hexdigest()[:8]
+    """A folder for what a detector finds: another one for another detector, calibration or classes."""
+    decides = [detector.name, getattr(detector, "scale", None), table.classes]
+    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
     return out / "detections" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', detector.name)[:60]}-{digest}"
 
 
