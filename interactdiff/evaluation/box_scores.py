@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -100,7 +101,7 @@ def ap50(detector: BoxDetector, pictures: Sequence[Picture], layouts: Sequence[L
             results.append({**_coco(number, names.index(one.name), one.box), "score": one.score})
     if not truth or not results:
         return 0.0
-    coco = COCO()
+    coco: Any = COCO()
     coco.dataset = {
         "images": [{"id": number} for number in range(1, len(layouts) + 1)],
         "annotations": truth,
@@ -108,17 +109,12 @@ def ap50(detector: BoxDetector, pictures: Sequence[Picture], layouts: Sequence[L
     }
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-        scores = COCOeval(coco, _results(coco, results), "bbox")
+        scores = COCOeval(coco, coco.loadRes(results), "bbox")
         scores.params.iouThrs = np.array([LEAST_IOU])
         scores.evaluate()
         scores.accumulate()
     precision = scores.eval["precision"][0, :, :, 0, -1]  # [recalls, categories], all areas
     return float(precision[precision > -1].mean())
-
-
-def _results(coco: object, results: list[dict]) -> object:
-    load = coco.loadRes  # type: ignore[attr-defined]
-    return load(results)
 
 
 def _coco(number: int, category: int, box: PixelBox) -> dict:

@@ -74,8 +74,9 @@ class Picture:
         if self.size is not None or self.path is None or not self.path.is_file():
             return self.size
         with Image.open(self.path) as opened:
+            width, height = opened.size
             turned = opened.getexif().get(ORIENTATION, 1) >= 5
-            return opened.size[::-1] if turned else opened.size
+            return (height, width) if turned else (width, height)
 
     @cached_property
     def image(self) -> Image.Image:

@@ -143,7 +143,7 @@ def evaluate_layouts(
     ranks.wait()
     if not ranks.main:
         return None
-    matched_by = chosen_protocols(dict.fromkeys(("exact", *run.protocols)))
+    matched_by = chosen_protocols(("exact", *run.protocols))
     rows = {}
     for name, of_row in sets.items():
         outcomes = tuple(_outcomes(run, one, looking(one), matched_by) for one in of_row)
@@ -188,13 +188,14 @@ def _picture_sets(
     if run.data.picture(run.data.layouts[0]) is not None:
         sets[CEILING] = [PictureSet(CEILING, 0, of_folder(run.data.picture))]
     if drawn is not None:
+        drawing = drawn.drawing
         for row in drawn.rows:
             sets[row] = [
                 PictureSet(
                     row,
                     seed,
                     lambda layout, row=row, seed=seed: Picture(
-                        layout.file_name, drawn.drawing.picture_path(row, seed, layout), squeezed
+                        layout.file_name, drawing.picture_path(row, seed, layout), squeezed
                     ),
                 )
                 for seed in run.seeds

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def inception_features(device: torch.device) -> FeatureExtractor:
         ModelError: torch-fidelity is not installed, or its weights cannot be had.
     """
     try:
-        from torch_fidelity.utils import create_feature_extractor
+        create_feature_extractor = import_module("torch_fidelity.utils").create_feature_extractor
     except ImportError:
         raise ModelError(
             "expected torch-fidelity for FID and KID, got none: pip install 'interactdiff[eval]'"
@@ -93,7 +94,8 @@ def fid(features: np.ndarray, others: np.ndarray) -> float:
         warnings.warn(f"FID of {len(features)} pictures: below {FID_LEAST} it is too high", stacklevel=2)
     mean = features.mean(0) - others.mean(0)
     a, b = (np.atleast_2d(np.cov(one, rowvar=False)) for one in (features, others))
-    root = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
+    roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex))
+    root = float(np.real(roots).sum())
     return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * root)
 
 

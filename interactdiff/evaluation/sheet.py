@@ -1,6 +1,6 @@
 """A sheet of the best, the median and the worst pictures, with the boxes of their layouts and those found."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def _looked_up(
             yield number, SheetPicture(float(scores[number]), layout, found, image)
 
 
-def sheet(rows: dict[str, Sequence[SheetPicture]], title: str) -> Image.Image:
+def sheet(rows: Mapping[str, Sequence[SheetPicture]], title: str) -> Image.Image:
     """Draw the sheet.
 
     Args:

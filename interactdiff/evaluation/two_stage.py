@@ -31,7 +31,10 @@ EXPONENT = 2.8  # l, of DETR; PViC has 1.7 for H-DETR
 class BoxDetector(Protocol):
     """Finds instances of named kinds."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
 
     def boxes(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Instance]]:
         """What of these kinds is in each picture, in its pixels."""
@@ -50,7 +53,10 @@ class Candidate:
 class VerbScorer(Protocol):
     """Says how likely each verb is of a person and an object."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
 
     def verbs(
         self, image: Image.Image, candidates: Sequence[Candidate], verbs_of: Mapping[str, Sequence[str]]
@@ -211,7 +217,8 @@ def _phrase_instances(
     found = []
     for number, image in enumerate(images):
         pixels = corners[number] * corners.new_tensor([*image.size, *image.size])
-        chosen = [names[label] for label in labels[number].tolist()]
+        numbers: list[int] = labels[number].tolist()
+        chosen = [names[label] for label in numbers]
         found.append(_instances({"scores": best[number], "boxes": pixels}, chosen, image.size))
     return found
 
