@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from interactdiff.evaluation.hoi_matching import HoiEvaluator, Pairs, suppressed
+from interactdiff.evaluation.hoi_matching import HoiEvaluator, Pairs, iou, suppressed
 from interactdiff.evaluation.hoi_precision import average_precisions, mean_of_classes
 from interactdiff.evaluation.hoi_protocols import ARANGE, LINSPACE, PROTOCOLS
 from interactdiff.evaluation.hoi_reference import OnePair, reference_average_precisions
@@ -37,7 +37,7 @@ def fast(golden: dict[str, Any], name: str, known_object: bool) -> list[float]:
             pairs_of([row for row in golden[kind] if row["image"] == image], classes)
             for kind in ("ground_truth", "detections")
         )
-        known = golden.get("known_object_images", {})
+        known = golden.get("known_object_images") or {}
         holds = np.array([image in known.get(one, golden["images"]) for one in classes])
         evaluator.add(truth, found, holds)
     once = np.ones((1, evaluator.pictures))
@@ -93,10 +93,15 @@ def test_pairs_are_suppressed_as_fgahoi_does(file: Path) -> None:
     count = len(golden["scores"])
     dropped = suppressed(Pairs.of([0] * count, golden["subjects"], golden["objects"], golden["scores"]))
     assert np.flatnonzero(~dropped).tolist() == golden["kept"]
+    products = np.ones(count)
+    for boxes in (np.array(golden["subjects"], dtype=float), np.array(golden["objects"], dtype=float)):
+        products *= iou(boxes[:1], boxes, "inclusive")
+    for got, expected in zip(products, golden.get("product_with_first", []), strict=False):
+        assert expected is None or got == pytest.approx(expected, abs=DIGITS)
 
 
 def test_there_is_a_golden_file() -> None:
-    assert FILES
+    assert (Path(__file__).parent / "golden/hoi_map.json").is_file()
 
 
 def test_recalls_at_which_precision_is_read_are_the_libraries() -> None:

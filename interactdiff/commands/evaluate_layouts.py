@@ -138,6 +138,9 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UsageError(f"--sheet: expected a file that can be written, got {args.sheet}: {reason}")
     if args.json is not None and args.json.suffix == ".safetensors":
         raise UsageError(f"--json: expected another ending than .safetensors, got {args.json}")
+    for name in ("fast", "interactions", "word_iou"):
+        if getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')}: expected --world beside it, got --data")
     for name in args.scores:
         needed = MEASURES[name]
         if needed is not None and getattr(args, needed) is None:
