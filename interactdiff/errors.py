@@ -27,3 +27,7 @@ class RecipeError(InteractdiffError):
 
 class DamagedCheckpointError(RecipeError):
     """A checkpoint of a training that is not whole."""
+
+
+class DataError(InteractdiffError):
+    """A file of a data set that cannot be read, or does not say what it should."""

@@ -20,6 +20,7 @@ from interactdiff.evaluation.hoi import (
 from interactdiff.evaluation.sampling import (
     held_out_scenes,
 )
+from interactdiff.evaluation.table import format_scores
 from interactdiff.scene import Box
 from interactdiff.stickworld.appearance import Appearance, PersonAppearance
 from interactdiff.stickworld.detector import Detections, Found, FoundTriplet
@@ -48,6 +49,15 @@ def found_triplet(
 
 def value(found: list[list[FoundTriplet]], truth: list[list[Triplet]]) -> float:
     return float(hoi_map(found, truth).value(np.ones((1, len(truth))))[0])
+
+
+def test_scores_of_a_method_are_lines_or_rows_of_the_same_table() -> None:
+    assert format_scores({"inside": 0.5, "out": 0.25}) == "inside  0.500\nout     0.250"
+    rows = {"real": {"identity": 0.75, "alike": 0.5}, "subject": {"identity": 0.5, "alike": 0.25}}
+    lines = format_scores({"rows": rows, "intervals": {"subject": {"identity": [0.4, 0.6]}}}).splitlines()
+    assert lines[0].split() == ["%", "identity", "alike"]
+    assert lines[1].split() == ["real", "renders", "75.0", "50.0"]
+    assert lines[2].split() == ["subject", "50.0", "[", "40,", "60]", "25.0"]
 
 
 def test_iou_of_boxes_known_by_hand() -> None:

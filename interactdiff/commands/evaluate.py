@@ -16,11 +16,14 @@ from interactdiff.commands.arguments import (
     quiet_libraries,
     whole,
 )
+from interactdiff.commands.evaluate_layouts import LAYOUT_STEPS, add_layouts, compare, evaluate_data
 from interactdiff.files import why_unwritable, write_aside
 from interactdiff.models import MODEL, default_adapter, model_info
 from interactdiff.registry import EvaluationOptions, load_attribute, methods
 from interactdiff.scene import MAX_GUIDANCE, MAX_STEPS
 from interactdiff.scene_checks import checked_number, checked_side, checked_whole
+
+STEPS = 20
 
 
 def add_to(commands: Commands) -> None:
@@ -29,11 +32,14 @@ def add_to(commands: Commands) -> None:
         "evaluate",
         help="score a model and its adapters",
         description="Score a model and its adapters: --world on scenes with interactions, with the adapter "
-        "and from the caption alone; any other by the scores of its method.",
+        "and from the caption alone; --data on layouts of a data set, as papers do (docs/evaluation.md); "
+        "--compare says which differences between two such runs are larger than chance; any other by the "
+        "scores of its method.",
     )
     parser.set_defaults(run=_run, method=None)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--world", action="store_true", help="on held-out stickworld scenes")
+    add_layouts(parser, what)
     for name, spec in methods().items():
         if spec.scores is not None:
             what.add_argument(
@@ -41,7 +47,7 @@ def add_to(commands: Commands) -> None:
             )
     parser.add_argument("--scenes", type=positive, default=50, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=whole, default=0, help="which ones, and their noise (default: 0)")
-    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, help="denoising steps (default: 20, with --data 50)")
     parser.add_argument(
         "--guidance-scale",
         type=number,
@@ -63,9 +69,9 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument(
         "--detector",
-        type=Path,
-        metavar="FOLDER",
-        help="that scores the pictures, and whose world scenes are of (default: a packaged one)",
+        metavar="DETECTOR",
+        help="that scores the pictures: a folder with one of stickworld, whose world scenes are of (default: "
+        "a packaged one); with --data also file:PATH or two-stage:BOXES,VERBS",
     )
     parser.add_argument("--batch-size", type=positive, default=16, help="default: %(default)s")
     parser.add_argument("--fast", action="store_true", help="also score fast control")
@@ -76,15 +82,23 @@ def add_to(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     if args.json is not None and (reason := why_unwritable(args.json)):
         raise UsageError(f"--json: expected a file that can be written, got {args.json}: {reason}")
+    if args.compare is not None:
+        compare(args)
+        return
     model, adapters = args.model or MODEL, adapters_of(args)
     if args.fast and "interaction" not in adapters and default_adapter(model) is None:
         raise UsageError(f"--fast: expected --adapter for the model {model}, got none")
     checked_side("--size", args.size)
     checked_whole("--seed", args.seed, 0, 2**32 - 1)
+    if args.steps is None:
+        args.steps = LAYOUT_STEPS if args.data is not None else STEPS
     checked_whole("--steps", args.steps, 1, MAX_STEPS)
     if args.guidance_scale is not None:
         checked_number("--guidance-scale", args.guidance_scale, 0.0, MAX_GUIDANCE)
     quiet_libraries()
+    if args.data is not None:
+        evaluate_data(args)
+        return
     table = _world(args, model, adapters) if args.method is None else _method(args, model, adapters)
     if args.json is not None:
         text = json.dumps(table, indent=2) + "\n"
@@ -115,7 +129,7 @@ def _world(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> di
         fast=args.fast,
         n_interactions=args.interactions,
         word_iou=args.word_iou,
-        detector=None if args.detector is None else load_detector(args.detector),
+        detector=None if args.detector is None else load_detector(Path(args.detector)),
         clear=ClearAdapter.from_pretrained(adapters["clear"]) if "clear" in adapters else None,
     )
     print(format_table(table))
@@ -124,6 +138,7 @@ def _world(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> di
 
 def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> dict[str, Any]:
     """The scores that a method brings with it."""
+    from interactdiff.evaluation.table import format_scores
     from interactdiff.generation import ScenePipeline
 
     spec = methods()[args.method]
@@ -134,7 +149,6 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
         args.scenes, args.seed, args.steps, args.batch_size, args.guidance_scale, args.size
     )
     scores = load_attribute(spec.scores)(pipeline, options)
-    width = max(map(len, scores), default=0)
-    print("\n".join(f"{name:{width}}  {value:.3f}" for name, value in scores.items()))
+    print(format_scores(scores))
     run = {**asdict(options), "model": pipeline.model, "adapters": dict(pipeline.adapters)}
     return {"method": spec.name, "scores": scores, **run}

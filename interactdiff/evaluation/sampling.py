@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -156,20 +156,49 @@ def draw_pictures(
 
     All of them are drawn in one way.
     """
-    if scene_pipeline.handle is not None:
-        scene_pipeline.handle.set_scene(
-            [request.items for request in requests], fast=requests[0].way == "fast"
-        )
     noise_seeds = [HELD_OUT + seed * 1_000_000 + request.scene for request in requests]
-    prompts = [request.prompt for request in requests]
+    return draw_batch(
+        scene_pipeline,
+        [request.prompt for request in requests],
+        [request.items for request in requests],
+        how,
+        fast=requests[0].way == "fast",
+        generator=[torch.Generator("cpu").manual_seed(s) for s in noise_seeds],
+    )
+
+
+def draw_batch(
+    scene_pipeline: ScenePipeline,
+    prompts: Sequence[str],
+    items: Sequence[Sequence[Interaction | Entity]],
+    how: Sampling,
+    *,
+    fast: bool = False,
+    negative_prompt: str | None = None,
+    **noise: Any,
+) -> Tensor:
+    """Draw a batch of pictures: [B, 3, H, W] in [0, 1].
+
+    Args:
+        scene_pipeline: with adapters or without.
+        prompts: B captions.
+        items: of each picture.
+        how: steps, guidance and size.
+        fast: whether control is fast.
+        negative_prompt: of all pictures.
+        **noise: `generator`, one for each picture, or `latents`.
+    """
+    if scene_pipeline.handle is not None:
+        scene_pipeline.handle.set_scene(items, fast=fast)
+    negative = None if negative_prompt is None else [negative_prompt] * len(prompts)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         drawn = scene_pipeline.pipeline(
-            **call_arguments(scene_pipeline.pipeline, prompts, guidance_scale=how.guidance_scale),
+            **call_arguments(scene_pipeline.pipeline, list(prompts), negative, how.guidance_scale),
             num_inference_steps=how.steps,
             width=how.size or scene_pipeline.size,
             height=how.size or scene_pipeline.size,
-            generator=[torch.Generator("cpu").manual_seed(s) for s in noise_seeds],
             output_type="pt",
+            **noise,
         )
     return drawn.images.float().clamp(0, 1)
 

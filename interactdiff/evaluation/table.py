@@ -1,7 +1,9 @@
-"""The scores of a model as text."""
+"""Tables of scores, as text and in markdown: a row for each way of drawing, a column for each score."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+Values = Mapping[str, Mapping[str, float]]  # by row and score
 
 ROWS = {
     "real": "real renders",
@@ -24,21 +26,99 @@ def _cell(value: float, interval: Sequence[float]) -> str:
     return f"{100 * value:5.1f} [{100 * interval[0]:3.0f}, {100 * interval[1]:3.0f}]"
 
 
-def _block(table: dict[str, Any], kind: str, titles: dict[str, str], corner: str = "%") -> list[str]:
-    """One part of the table, with a column for each score that its first row has."""
-    there = next(iter(table[kind].values()))
-    titles = {score: title for score, title in titles.items() if score in there}
-    lines = [f"{corner:20}" + "".join(f"{title:>19}" for title in titles.values())]
-    for row, values in table[kind].items():
-        ends = table["intervals"][kind][row]
-        lines.append(f"{ROWS[row]:20}" + "".join(f"{_cell(values[s], ends[s]):>19}" for s in titles))
+def text_block(
+    values: Values,
+    intervals: Mapping[str, Mapping[str, Sequence[float]]],
+    rows: Mapping[str, str],
+    columns: Mapping[str, str],
+    corner: str = "%",
+) -> list[str]:
+    """Scores in percent, each with its interval where it has one.
+
+    Args:
+        values: by row and score.
+        intervals: likewise, both ends.
+        rows: titles; a row without one is called by its name.
+        columns: titles of the scores that are shown, those that the first row has.
+        corner: what stands above the rows.
+    """
+    there = next(iter(values.values()), {})
+    columns = {score: title for score, title in columns.items() if score in there}
+    lines = [f"{corner:20}" + "".join(f"{title:>19}" for title in columns.values())]
+    for row, scores in values.items():
+        ends = intervals.get(row, {})
+        cells = [
+            _cell(scores[name], ends[name]) if name in ends else f"{100 * scores[name]:.1f}"
+            for name in columns
+        ]
+        lines.append(f"{rows.get(row, row):20}" + "".join(f"{cell:>19}" for cell in cells))
     return lines
+
+
+def markdown_block(
+    values: Values,
+    intervals: Mapping[str, Mapping[str, Sequence[float]]],
+    rows: Mapping[str, str],
+    columns: Mapping[str, str],
+    corner: str,
+    percent: bool = True,
+    shares: Values | None = None,
+) -> list[str]:
+    """A table in markdown, with two decimals as papers have them.
+
+    Args:
+        values: by row and score; a score that a row lacks is a dash.
+        intervals: likewise, both ends.
+        rows: titles; a row without one is called by its name.
+        columns: titles of the scores that are shown.
+        corner: what stands above the rows.
+        percent: whether values are shares, shown times 100.
+        shares: of the ceiling, by row and score, shown in brackets.
+    """
+    times = 100 if percent else 1
+    lines = [
+        f"| {corner} | " + " | ".join(columns.values()) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for row, scores in values.items():
+        cells = []
+        for name in columns:
+            if name not in scores:
+                cells.append("-")
+                continue
+            text = f"{times * scores[name]:.2f}"
+            if name in intervals.get(row, {}):
+                low, high = intervals[row][name]
+                text += f" [{times * low:.2f}, {times * high:.2f}]"
+            if shares is not None and name in shares.get(row, {}):
+                text += f" ({shares[row][name]:.2f})"
+            cells.append(text)
+        lines.append(f"| {rows.get(row, row)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def format_scores(scores: Mapping[str, Any]) -> str:
+    """What a method's `scores` return, as text.
+
+    Args:
+        scores: a number for each name; or {"rows": {row: {score: share}}, "intervals": likewise, both ends}.
+    """
+    if "rows" in scores:
+        columns = {name: name for row in scores["rows"].values() for name in row}
+        return "\n".join(text_block(scores["rows"], scores.get("intervals", {}), ROWS, columns))
+    width = max(map(len, scores), default=0)
+    return "\n".join(f"{name:{width}}  {value:.3f}" for name, value in scores.items())
 
 
 def format_table(table: dict[str, Any]) -> str:
     """The scores of `evaluate_world` as text: percent, with 95% intervals."""
     rows, intervals = table["rows"], table["intervals"]
-    lines = [*_block(table, "rows", SCORES), "", *_block(table, "text", TEXT_SCORES, "found anywhere, %"), ""]
+    lines = [
+        *text_block(rows, intervals["rows"], ROWS, SCORES),
+        "",
+        *text_block(table["text"], intervals["text"], ROWS, TEXT_SCORES, "found anywhere, %"),
+        "",
+    ]
     ceiling = rows["real"]["hoi_map"]
     shares = [
         f"{ROWS[row]} {values['hoi_map'] / ceiling if ceiling else 0:.2f}"

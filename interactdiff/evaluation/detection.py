@@ -1,0 +1,242 @@
+"""What detectors of interactions find in pictures: one form for all of them, and its JSON lines."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image, ImageOps
+
+from interactdiff.errors import DataError, SceneError
+from interactdiff.scene_checks import as_float, json_object, malformed, shown, unique_keys
+
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on a picture lies on its side
+PixelBox = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A person or an object: `box` xyxy in pixels, `score` in 0..1."""
+
+    name: str
+    box: PixelBox
+    score: float
+
+
+@dataclass(frozen=True)
+class DetectedPair:
+    """Who does what to what: numbers of a person and an object of the same picture; `score` ranks pairs."""
+
+    person: int
+    object: int
+    verb: str
+    score: float
+
+
+@dataclass(frozen=True)
+class PictureDetections:
+    """What is found in one picture.
+
+    Attributes:
+        size: width and height in pixels of the picture that the boxes are of; None where a file does not say.
+        persons: who.
+        objects: what; persons to whom something is done are here too.
+        pairs: who does what to what.
+        inclusive: whether boxes end with their last pixel, rather than behind it.
+    """
+
+    size: tuple[int, int] | None
+    persons: tuple[Instance, ...] = ()
+    objects: tuple[Instance, ...] = ()
+    pairs: tuple[DetectedPair, ...] = ()
+    inclusive: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to look at.
+
+    Attributes:
+        file_name: its layout's.
+        path: of the file; None where only detections are at hand.
+        size: width and height that it is squeezed to; None is its own size.
+    """
+
+    file_name: str
+    path: Path | None
+    size: tuple[int, int] | None = None
+
+    @property
+    def shown_size(self) -> tuple[int, int] | None:
+        """Width and height of `image`, without reading more than the file's header; None without a file."""
+        if self.size is not None or self.path is None or not self.path.is_file():
+            return self.size
+        with Image.open(self.path) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ORIENTATION, 1) >= 5
+            return (height, width) if turned else (width, height)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """In RGB, as shown (after EXIF), of the size wanted.
+
+        Raises:
+            DataError: there is no such picture, or it is not whole.
+        """
+        if self.path is None:
+            raise DataError(f"{self.file_name}: expected its picture, got none")
+        try:
+            with Image.open(self.path) as opened:
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"expected a whole picture at {self.path}, got {reason}") from None
+        if self.size is not None and image.size != self.size:
+            image = image.resize(self.size, Image.Resampling.BICUBIC)
+        return image
+
+
+class HoiDetector(Protocol):
+    """Finds persons, objects and who does what to what."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
+
+    def detect(self, pictures: Sequence[Picture]) -> list[PictureDetections]:
+        """What is in each picture."""
+        ...
+
+
+def to_row(file_name: str, found: PictureDetections, **more: Any) -> str:
+    """A JSON line of what is found in a picture; `from_row` reads it back, exactly."""
+    row: dict[str, Any] = {"file_name": file_name, **more}
+    if found.size is not None:
+        row["size"] = list(found.size)
+    row["persons"] = [{"box": list(one.box), "score": one.score} for one in found.persons]
+    row["objects"] = [{"name": one.name, "box": list(one.box), "score": one.score} for one in found.objects]
+    row["pairs"] = [vars(one) for one in found.pairs]
+    if found.inclusive:
+        row["inclusive"] = True
+    return json.dumps(row)
+
+
+def from_row(line: str, where: str) -> tuple[str, PictureDetections, dict[str, Any]]:
+    """Read a JSON line of detections.
+
+    Args:
+        line: JSON with `file_name`, `persons` (box, score), `objects` (name, box, score) and `pairs` (person,
+            object, verb, score); `size` and `inclusive` may be left out.
+        where: what errors call it.
+
+    Returns:
+        The picture's file name, what is found, and further keys of cached rows.
+
+    Raises:
+        DataError: it is no such line.
+    """
+    try:
+        row = json.loads(line, object_pairs_hook=unique_keys)
+        row = json_object(row, ("file_name", "persons", "objects", "pairs"), ("size", "inclusive", "crc32"))
+        persons = _all(row["persons"], "person", _person)
+        objects = _all(row["objects"], "object", _object)
+
+        def pair(values: Any) -> DetectedPair:
+            given = json_object(values, ("person", "object", "verb", "score"), ())
+            for key, listed in (("person", persons), ("object", objects)):
+                number = given[key]
+                if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(listed):
+                    raise SceneError(f"{key}: expected a number below {len(listed)}, got {shown(number)}")
+            if not isinstance(given["verb"], str):
+                raise SceneError(f"verb: expected text, got {shown(given['verb'])}")
+            return DetectedPair(given["person"], given["object"], given["verb"], _score(given["score"]))
+
+        found = PictureDetections(
+            _size(row.get("size")),
+            persons,
+            objects,
+            _all(row["pairs"], "pair", pair),
+            bool(row.get("inclusive")),
+        )
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}, column {error.colno}: expected JSON, got {malformed(error)}") from None
+    except SceneError as error:
+        raise DataError(f"{where}: {error}") from None
+    if not isinstance(row["file_name"], str):
+        raise DataError(f"{where}, file_name: expected text, got {shown(row['file_name'])}")
+    return row["file_name"], found, {key: row[key] for key in ("crc32",) if key in row}
+
+
+def _all(listed: Any, name: str, make: Callable[[Any], Any]) -> tuple[Any, ...]:
+    if not isinstance(listed, list):
+        raise SceneError(f"{name}s: expected a list, got {shown(listed)}")
+    made = []
+    for number, values in enumerate(listed, start=1):
+        try:
+            made.append(make(values))
+        except SceneError as error:
+            raise SceneError(f"{name} {number}: {error}") from None
+    return tuple(made)
+
+
+def _person(values: Any) -> Instance:
+    given = json_object(values, ("box", "score"), ("name",))
+    return Instance("person", _box(given["box"]), _score(given["score"]))
+
+
+def _object(values: Any) -> Instance:
+    given = json_object(values, ("name", "box", "score"), ())
+    if not isinstance(given["name"], str):
+        raise SceneError(f"name: expected text, got {shown(given['name'])}")
+    return Instance(given["name"], _box(given["box"]), _score(given["score"]))
+
+
+def _finite(value: Any) -> float | None:
+    number = as_float(value)
+    return number if number is not None and abs(number) < float("inf") else None  # NaN compares false
+
+
+def _box(value: Any) -> PixelBox:
+    edges = [_finite(edge) for edge in value] if isinstance(value, list) else []
+    x0, y0, x1, y1 = edges if len(edges) == 4 else (None,) * 4
+    if x0 is None or y0 is None or x1 is None or y1 is None:
+        raise SceneError(f"box: expected four numbers x0, y0, x1, y1 in pixels, got {shown(value)}")
+    return x0, y0, x1, y1
+
+
+def _score(value: Any) -> float:
+    if (number := _finite(value)) is None:
+        raise SceneError(f"score: expected a number, got {shown(value)}")
+    return number
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sides = value if isinstance(value, list) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise SceneError(f"size: expected width and height in pixels, got {shown(value)}")
+    return sides[0], sides[1]
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, PictureDetections, dict[str, Any]]]:
+    """Read a file of JSON lines, one picture after the other.
+
+    Raises:
+        DataError: as `from_row`, with the file and the line.
+    """
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield from_row(line, f"{file}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"expected detections at {file}, got {error}") from None
+
+
+def by_name(rows: Mapping[str, PictureDetections], pictures: Sequence[Picture]) -> list[PictureDetections]:
+    """What a file says of pictures; nothing is found in those that it does not name."""
+    return [rows.get(picture.file_name, PictureDetections(picture.size)) for picture in pictures]

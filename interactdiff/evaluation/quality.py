@@ -1,0 +1,177 @@
+"""Image quality: FID and KID as torch-fidelity computes them, CLIP score for the whole and for each box."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from interactdiff.data.layouts import Layout
+from interactdiff.errors import DataError, ModelError
+from interactdiff.evaluation.detection import Picture
+from interactdiff.evaluation.hoi import Share
+from interactdiff.evaluation.two_stage import _on
+from interactdiff.evaluation.verb_scorers import ContrastiveVerbs, _normalised
+
+FeatureExtractor = Callable[[Tensor], Tensor]
+"""[B, D] features of [B, 3, H, W] pictures in uint8."""
+
+KID_LEAST, FID_LEAST = 1000, 5000  # pictures
+KID_SUBSETS, KID_SEED, KID_DEGREE = 100, 2020, 3
+BATCH = 32
+
+
+def inception_features(device: torch.device) -> FeatureExtractor:
+    """The 2,048 features of InceptionV3 as FID was defined with, by torch-fidelity.
+
+    Raises:
+        ModelError: torch-fidelity is not installed, or its weights cannot be had.
+    """
+    try:
+        create_feature_extractor = import_module("torch_fidelity.utils").create_feature_extractor
+    except ImportError:
+        raise ModelError(
+            "expected torch-fidelity for FID and KID, got none: pip install 'interactdiff[eval]'"
+        ) from None
+    try:
+        extractor: Any = create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda")
+    except Exception as error:  # its weights are fetched
+        raise ModelError(f"expected the weights of torch-fidelity's Inception, got {error}") from error
+    return lambda pictures: extractor(pictures.to(device))[0]
+
+
+def check_alike(pictures: Sequence[Picture], others: Sequence[Picture]) -> None:
+    """Refuse two sides of which one differs in size, format or count: that alone moves FID and KID.
+
+    A picture that is resized here is compared without loss, like PNG.
+
+    Raises:
+        DataError: they do.
+    """
+    if len(pictures) != len(others):
+        raise DataError(f"expected as many pictures on both sides, got {len(pictures)} and {len(others)}")
+    kinds = [{_kind(one) for one in side} for side in (pictures, others)]
+    for side in kinds:
+        if len(side) > 1:
+            first, second = sorted(side)[:2]
+            raise DataError(
+                f"expected pictures of one size and format, got {first} and {second}: give --size"
+            )
+    if kinds[0] != kinds[1]:
+        first, second = (next(iter(side)) for side in kinds)
+        raise DataError(f"expected the same size and format on both sides, got {first} and {second}")
+
+
+def _kind(picture: Picture) -> str:
+    own = Picture(picture.file_name, picture.path).shown_size
+    if own is None or picture.path is None:
+        raise DataError(f"{picture.file_name}: expected its picture, got none")
+    resized = picture.size is not None and picture.size != own
+    width, height = picture.size or own
+    lossy = not resized and picture.path.suffix.lower() in (".jpg", ".jpeg")
+    return f"{width} x {height} px, {'JPEG' if lossy else 'lossless'}"
+
+
+@torch.no_grad()
+def features_of(pictures: Sequence[Picture], extract: FeatureExtractor) -> np.ndarray:
+    """[N, D] features of pictures of one size, in float64."""
+    parts = []
+    for first in range(0, len(pictures), BATCH):
+        pixels = np.stack([np.asarray(one.image) for one in pictures[first : first + BATCH]])
+        parts.append(extract(torch.from_numpy(pixels).permute(0, 3, 1, 2)).double().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def fid(features: np.ndarray, others: np.ndarray) -> float:
+    """Frechet distance of Gaussians fitted to two sets of features (Heusel et al., 2017, equation 6).
+
+    Below `FID_LEAST` pictures it is biased upwards by much, and a warning says so.
+    """
+    if len(features) < FID_LEAST:
+        warnings.warn(f"FID of {len(features)} pictures: below {FID_LEAST} it is too high", stacklevel=2)
+    mean = features.mean(0) - others.mean(0)
+    a, b = (np.atleast_2d(np.cov(one, rowvar=False)) for one in (features, others))
+    roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex))
+    root = float(np.real(roots).sum())
+    return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * root)
+
+
+def kid(
+    features: np.ndarray, others: np.ndarray, subset: int = KID_LEAST, subsets: int = KID_SUBSETS
+) -> float:
+    """Unbiased squared MMD with a cubic kernel (Binkowski et al., 2018), the mean over random subsets.
+
+    Args:
+        features: [N, D].
+        others: [M, D].
+        subset: pictures in each.
+        subsets: how many, drawn as torch-fidelity draws them.
+
+    Raises:
+        DataError: there are fewer pictures than a subset has.
+    """
+    least = min(len(features), len(others))
+    if least < subset:
+        raise DataError(f"expected at least {subset} pictures for KID, got {least}")
+    rng = np.random.RandomState(KID_SEED)
+    values = []
+    for _ in range(subsets):
+        x = features[rng.choice(len(features), subset, replace=False)]
+        y = others[rng.choice(len(others), subset, replace=False)]
+        within = [(_kernel(one, one).sum() - np.trace(_kernel(one, one))) for one in (x, y)]
+        values.append(sum(within) / (subset * (subset - 1)) - 2 * _kernel(x, y).mean())
+    return float(np.mean(values))
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** KID_DEGREE
+
+
+@torch.no_grad()
+def clip_scores(
+    clip: ContrastiveVerbs, pictures: Sequence[Picture], layouts: Sequence[Layout]
+) -> dict[str, Share]:
+    """CLIP score of captions, and of phrases with the crops of their boxes (local), by picture.
+
+    Cosines, 0 where negative: times 100 the CLIP score of Hessel et al. (2021), as torchmetrics has it.
+
+    Args:
+        clip: CLIP or SigLIP.
+        pictures: one of each layout.
+        layouts: whose captions and phrases.
+    """
+    hits = {name: np.zeros(len(layouts)) for name in ("clip", "clip_local")}
+    totals = {"clip": np.ones(len(layouts)), "clip_local": np.zeros(len(layouts))}
+    for number, (picture, layout) in enumerate(zip(pictures, layouts, strict=True)):
+        image = picture.image
+        boxes = [
+            (phrase, box)
+            for one in layout.interactions
+            for phrase, box in ((one.subject, one.subject_box), (one.object, one.object_box))
+        ] + [(one.phrase, one.box) for one in layout.entities]
+        crops = [image, *(image.crop(_pixels(box, image.size)) for _, box in boxes)]
+        texts = [layout.prompt, *(phrase for phrase, _ in boxes)]
+        cosines = _cosines(clip, crops, texts)
+        hits["clip"][number] = cosines[0]
+        hits["clip_local"][number] = sum(cosines[1:])
+        totals["clip_local"][number] = len(boxes)
+    return {name: Share(hits[name], totals[name]) for name in hits}
+
+
+def _pixels(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    x0, y0 = int(box[0] * size[0]), int(box[1] * size[1])
+    return x0, y0, max(x0 + 1, round(box[2] * size[0])), max(y0 + 1, round(box[3] * size[1]))
+
+
+def _cosines(clip: ContrastiveVerbs, crops: list[Any], texts: list[str]) -> list[float]:
+    model, processor = clip.model, clip.processor
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True
+    pictures = _normalised(
+        model.get_image_features(**_on(processor(images=crops, return_tensors="pt"), model))
+    )
+    inputs = processor(text=texts, padding=padding, truncation=True, return_tensors="pt")
+    words = _normalised(model.get_text_features(**_on(inputs, model)))
+    return (pictures * words).sum(1).clamp(min=0).tolist()
