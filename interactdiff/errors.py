@@ -23,3 +23,7 @@ class ClearError(InteractdiffError):
 
 class RecipeError(InteractdiffError):
     """A training recipe that cannot be run."""
+
+
+class DataError(InteractdiffError):
+    """Pictures and their annotations that cannot be read."""
