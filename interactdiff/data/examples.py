@@ -26,7 +26,6 @@ from interactdiff.data.framing import Framing, Placement
 from interactdiff.data.order import Draw, Order
 from interactdiff.data.reading import Records
 from interactdiff.data.records import ImageRecord
-from interactdiff.data.words import speaks_of_lettering
 from interactdiff.errors import DataError
 
 MAX_BAD_SHARE = 0.001
@@ -51,11 +50,6 @@ def make_order(records: Records, framing: Framing, batch_size: int, seed: int) -
     buckets = np.fromiter((framing.bucket(width, height) for width, height in sides), np.uint16, len(records))
     shards = records.shards
     return Order(buckets, batch_size, seed, records.weights, shards if shards.any() else None)
-
-
-def may_flip(record: ImageRecord) -> bool:
-    """Whether a record may be mirrored: not if it says so itself, or speaks of lettering."""
-    return record.flip and not any(map(speaks_of_lettering, record.prompts))
 
 
 def pixels_of(record: ImageRecord, placement: Placement) -> Tensor:
@@ -94,10 +88,10 @@ class Examples(Dataset):
         """The example of a draw.
 
         Returns:
-            `pixels` [3, H, W] float32 in [-1, 1], or `latents` [C, h, w]; `prompt`; `items`, boxes in shares of
-            what is seen; `original_size`, `crop` (top, left) and `target_size`, which SDXL's time ids are made
-            of: height and width in pixels; `name`, `index`, `epoch`, `position`, `flipped`; `bad`, names of
-            pictures that could not be read, in whose place this one is.
+            `pixels` [3, H, W] float32 in [-1, 1], or `latents` [C, h, w]; `prompt`; `items`, boxes in shares
+            of what is seen; `original_size`, `crop` (top, left) and `target_size`, which SDXL's time ids are
+            made of, height before width in pixels; `name`, `index`, `epoch`, `position`, `flipped`; `bad`,
+            names of pictures that could not be read, in whose place this one is.
 
         Raises:
             DataError: nor could several others of the bucket be read.
@@ -114,7 +108,7 @@ class Examples(Dataset):
     def _example(self, index: int, draw: Draw) -> dict[str, Any]:
         rng = random.Random(f"{self.order.seed} {draw.position}")
         record = self.records[index]
-        flipped = rng.random() < self.flip and may_flip(record)
+        flipped = rng.random() < self.flip and record.may_flip
         prompt = rng.choice(record.prompts)
         sides = int(self.records.widths[index]), int(self.records.heights[index])
         placement = self.framing.place(*sides, record.items, flipped)
@@ -142,7 +136,7 @@ class Examples(Dataset):
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of examples of one bucket: tensors are stacked, everything else is a list; `prompt` is `prompts`."""
+    """A batch of examples of one bucket: tensors stacked, everything else in lists; `prompt` is `prompts`."""
     batch = {name: [one[name] for one in examples] for name in examples[0]}
     for name in ("pixels", "latents"):
         if name in batch:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from interactdiff.data.examples import may_flip, pixels_of
+from interactdiff.data.examples import pixels_of
 from interactdiff.data.framing import Framing, Placement
 from interactdiff.data.reading import Records
 from interactdiff.data.records import FileRange, ImageRecord
@@ -148,7 +148,7 @@ class LatentCache:
             for index in self._indices(block):
                 record = self.records[index]
                 placement = self._placement(index, record)
-                flip = self.flip and may_flip(record)
+                flip = self.flip and record.may_flip
                 made_of.update(f"{_stamp(self.records, record)} {placement} {flip}".encode())
             self._keys[block] = made_of.hexdigest()
         return self._keys[block]
@@ -191,7 +191,7 @@ class LatentCache:
         plain = self._placement(index, record)
         pixels = pixels_of(record, plain)
         made = [(False, plain.size, pixels)]
-        if self.flip and may_flip(record):
+        if self.flip and record.may_flip:
             made.append((True, plain.size, pixels.flip(-1)))
         return made
 

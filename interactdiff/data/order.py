@@ -80,8 +80,8 @@ class Order:
         batch_size: G, of all processes and accumulated micro-batches together.
         seed: of the order.
         weights: [N] how often each record comes in an epoch; once each if not given.
-        shards: [N] the shard of each record, ascending. Shards are permuted as wholes, and their examples within
-            windows of some of them, so that few files are read at a time.
+        shards: [N] the shard of each record, ascending. Shards are permuted as wholes, and their examples
+            within windows of some of them, so that few files are read at a time.
         window: W, shards in a window.
 
     Raises:
@@ -199,8 +199,9 @@ class Order:
 class GlobalBatches:
     """A batch sampler: this process's micro-batches, from a step on, without an end.
 
-    Goes into `torch.utils.data.DataLoader(examples, batch_sampler=...)`, which keeps its order at any number of
-    workers. It knows the processes, so accelerate's `prepare` must not get the loader: it would divide it again.
+    Goes into `torch.utils.data.DataLoader(examples, batch_sampler=...)`, which keeps its order at any number
+    of workers. It knows the processes: accelerate's `prepare` must not get the loader, or it would divide it
+    again.
 
     Args:
         order: of all examples.

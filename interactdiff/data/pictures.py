@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from interactdiff.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not those that call other programs
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not those that call other programs
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
 _HIGH = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 

@@ -54,9 +54,14 @@ class Problem:
 
 
 class Problems:
-    """Counts mistakes, and keeps the first `SHOWN` of them."""
+    """Counts mistakes, and keeps the first of them.
 
-    def __init__(self) -> None:
+    Args:
+        of_kind: how many of one kind are kept.
+    """
+
+    def __init__(self, of_kind: int = SHOWN) -> None:
+        self.of_kind = of_kind
         self.first: list[Problem] = []
         self.counts: Counter[str] = Counter()
 
@@ -66,7 +71,7 @@ class Problems:
     def add(self, problem: Problem) -> None:
         """Take one more."""
         self.counts[problem.kind] += 1
-        if len(self.first) < SHOWN:
+        if self.counts[problem.kind] <= self.of_kind and (self.of_kind < SHOWN or len(self.first) < SHOWN):
             self.first.append(problem)
 
     def lines(self) -> list[str]:

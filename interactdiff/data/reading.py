@@ -130,11 +130,14 @@ class Names:
     def __init__(self) -> None:
         self.hashes, self.lines = array("Q"), array("I")
 
+    @staticmethod
+    def hash(name: str) -> int:
+        """64 bits of a name."""
+        return int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest(), "big")
+
     def add(self, name: str, line: int) -> None:
         """Take the name of a line."""
-        self.hashes.append(
-            int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest(), "big")
-        )
+        self.hashes.append(self.hash(name))
         self.lines.append(line)
 
     def repeated(self) -> list[tuple[int, int]]:

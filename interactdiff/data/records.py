@@ -1,5 +1,6 @@
 """A picture and what is said of it: what every reader of data gives."""
 
+import io
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from interactdiff.data.pictures import PictureInfo, open_picture, picture_info
+from interactdiff.data.words import speaks_of_lettering
 from interactdiff.registry import item_specs
 from interactdiff.scene import Scene
 from interactdiff.scene_items import Entity, Interaction
@@ -63,7 +65,7 @@ class ImageRecord:
         items: interactions, entities and items of other methods, boxes as shares of the picture as shown,
             which is after its EXIF orientation.
         weight: how often it comes in an epoch, from 1.
-        flip: whether it may be mirrored.
+        flip: whether the row allows it to be mirrored.
         id: of the data set that it is from.
         source: where it is from.
         license: its licence.
@@ -101,6 +103,11 @@ class ImageRecord:
         """What else is where."""
         return tuple(item for item in self.items if isinstance(item, Entity))
 
+    @property
+    def may_flip(self) -> bool:
+        """Whether training may mirror it: not if `flip` forbids it, or a caption speaks of lettering."""
+        return self.flip and not any(map(speaks_of_lettering, self.prompts))
+
     def to_row(self) -> dict[str, Any]:
         """The record as a row of `metadata.jsonl`, without `file_name`; what has its default is left out."""
         row: dict[str, Any] = (
@@ -123,6 +130,16 @@ class ImageRecord:
         """The record as a scene with the defaults of sampling."""
         extra = tuple(item for item in self.items if not isinstance(item, (Interaction, Entity)))
         return Scene(self.prompt, self.interactions, self.entities, extra_items=extra)
+
+    @property
+    def format(self) -> str:
+        """What the picture's file name should end in."""
+        if suffix := Path(self.name).suffix:
+            return suffix[1:].lower()
+        with Image.open(io.BytesIO(self.stored.read())) as image:
+            return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(
+                str(image.format), str(image.format).lower()
+            )
 
     def open(self) -> Image.Image:
         """Decode the picture: RGB, as shown, see `pictures.open_picture`.

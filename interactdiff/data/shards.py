@@ -205,7 +205,7 @@ def _write_shard(path: Path, records: list[ImageRecord], examples: list[list[int
             if any("reference" in one for value in row.values() if isinstance(value, list) for one in value):
                 raise DataError(f"expected rows without reference files for shards, got one at {record.name}")
             row.setdefault("id", record.name)
-            key, suffix = f"{number:09d}", Path(record.name).suffix.lower() or _suffix(record)
+            key, suffix = f"{number:09d}", f".{record.format}"
             text = json.dumps(row, ensure_ascii=False).encode()
             places = []
             for name, data in ((f"{key}.json", text), (f"{key}{suffix}", record.stored.read())):
@@ -214,14 +214,6 @@ def _write_shard(path: Path, records: list[ImageRecord], examples: list[list[int
                 places += [tar.offset + _BLOCK, len(data)]
                 tar.addfile(member, io.BytesIO(data))
             examples.append(places)
-
-
-def _suffix(record: ImageRecord) -> str:
-    """The suffix of a picture that has no file name."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(record.stored.read())) as image:
-        return {"PNG": ".png", "WEBP": ".webp"}.get(image.format or "", ".jpg")
 
 
 def _read_index(folder: Path) -> dict[str, dict[str, Any]]:

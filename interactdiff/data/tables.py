@@ -30,7 +30,7 @@ class Table:
     def __init__(
         self, path: str, split: str | None, columns: Mapping[str, str] | None = None, form: str = "shares"
     ):
-        library = _library()
+        datasets = library()
         self.name, self.form = path, form
         self.files: list[Path] = []
         self.ignored: dict[str, int] = {}
@@ -40,9 +40,11 @@ class Table:
                 self.files = [here] if here.is_file() else sorted(here.rglob("*.parquet"))
                 if split and len(matching := [f for f in self.files if f.name.startswith(split)]):
                     self.files = matching
-                rows = library.load_dataset("parquet", data_files=[str(f) for f in self.files], split="train")
+                rows = datasets.load_dataset(
+                    "parquet", data_files=[str(f) for f in self.files], split="train"
+                )
             else:
-                rows = library.load_dataset(path, split=split or "train")
+                rows = datasets.load_dataset(path, split=split or "train")
         except Exception as error:  # `datasets` raises errors of many libraries
             words = " ".join(str(error).split())[:200]
             raise DataError(
@@ -57,7 +59,7 @@ class Table:
         if IMAGE not in self.columns:
             raise DataError(f"expected a column of pictures in {path}, got {', '.join(rows.column_names)}")
         rows = rows.select_columns(sorted(set(self.columns.values())))
-        self.rows = rows.cast_column(self.columns[IMAGE], library.Image(decode=False))
+        self.rows = rows.cast_column(self.columns[IMAGE], datasets.Image(decode=False))
         self.fingerprint = rows._fingerprint
 
     def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
@@ -103,20 +105,20 @@ def features() -> Any:
     Raises:
         DataError: `datasets` is not installed.
     """
-    library = _library()
-    text, box = library.Value("string"), library.List(library.Value("float64"), length=4)
-    number = library.Value("float64")
+    datasets = library()
+    text, box = datasets.Value("string"), datasets.List(datasets.Value("float64"), length=4)
+    number = datasets.Value("float64")
     interaction = {"subject": text, "action": text, "object": text, "subject_box": box, "object_box": box}
     common = {"strength": number}
-    return library.Features(
+    return datasets.Features(
         {
-            IMAGE: library.Image(),
+            IMAGE: datasets.Image(),
             "prompt": text,
-            "prompts": library.List(text),
-            "interactions": library.List({**interaction, **common, "action_region": text}),
-            "entities": library.List({"phrase": text, "box": box, **common}),
-            "weight": library.Value("int64"),
-            "flip": library.Value("bool"),
+            "prompts": datasets.List(text),
+            "interactions": datasets.List({**interaction, **common, "action_region": text}),
+            "entities": datasets.List({"phrase": text, "box": box, **common}),
+            "weight": datasets.Value("int64"),
+            "flip": datasets.Value("bool"),
             **{key: text for key in ("id", "source", "license")},
         }
     )
@@ -128,7 +130,12 @@ def _without_nulls(item: Any) -> Any:
     return {key: value for key, value in item.items() if value is not None or key == "action"}
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The `datasets` package.
+
+    Raises:
+        DataError: it is not installed.
+    """
     try:
         import datasets
     except ModuleNotFoundError as error:

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from interactdiff.data.examples import may_flip
 from interactdiff.data.framing import NO_PHRASES
 from interactdiff.data.records import ImageRecord
 from interactdiff.data.words import swap_sides
@@ -120,7 +119,7 @@ def texts_of(records: Sequence[ImageRecord], flip: bool = True) -> Iterator[str]
         record = records[number]
         for prompt in record.prompts:
             yield prompt
-            if flip and may_flip(record):
+            if flip and record.may_flip:
                 yield swap_sides(prompt)
 
 
@@ -132,7 +131,7 @@ def phrases_of(records: Sequence[ImageRecord], flip: bool = True) -> Iterator[st
             for name, value in vars(item).items():
                 if isinstance(value, str) and name not in NO_PHRASES:
                     yield value
-                    if flip and may_flip(record):
+                    if flip and record.may_flip:
                         yield swap_sides(value)
 
 
