@@ -13,7 +13,7 @@ from interactdiff.picture import overlay
 from interactdiff.scene_items import Entity, Interaction
 
 CELL = 480  # pixels: the longer side of a picture on the sheet
-_GAP, _LINES, _FONT = 16, 3, 17
+_GAP, _LINES, _FONT = 16, 4, 17
 
 
 def contact_sheet(

@@ -97,8 +97,12 @@ class Examples(Dataset):
             DataError: nor could several others of the bucket be read.
         """
         bad: list[str] = []
+        tried: set[int] = set()
         for attempt in range(-1, _ATTEMPTS):
             index = draw.index if attempt < 0 else self.order.replacement(draw, attempt)
+            if index in tried:
+                continue
+            tried.add(index)
             try:
                 return {**self._example(index, draw), "bad": bad}
             except DataError as error:

@@ -20,7 +20,7 @@ def parse_json(text: str | bytes) -> Any:
         DataError: the text is no such JSON; the attribute `column` is where it breaks off, from 1, or None.
     """
     try:
-        text = text.decode() if isinstance(text, bytes) else text
+        text = (text.decode() if isinstance(text, bytes) else text).rstrip()
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         reason, column = (

@@ -33,7 +33,9 @@ Encode = Callable[[Tensor], Tensor]
 
 def weights_key(module: nn.Module) -> str:
     """SHA-256 of a module's configuration and weights, in hexadecimal: the same on every device."""
-    made_of = hashlib.sha256(json.dumps(dict(getattr(module, "config", {}) or {}), default=str).encode())
+    config: Any = getattr(module, "config", {})
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    made_of = hashlib.sha256(json.dumps(values, default=str, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         made_of.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         made_of.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

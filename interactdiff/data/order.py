@@ -4,8 +4,8 @@ No list is shuffled and no state is kept, so the order is the same at any number
 a run resumes at any step by its number alone.
 
 Every bucket is an endless sequence: in each epoch its examples once, permuted anew. Its batches are cut from
-that sequence, so the last one of an epoch takes what it lacks from the next epoch. An epoch's batches, of all
-buckets, come in an order drawn anew as well.
+that sequence, so the last one of an epoch takes what it lacks from the next epoch. How an epoch's batches of
+different buckets follow each other is drawn anew as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,10 +70,19 @@ def permuted(position: int, count: int, key: int) -> int:
             return position
 
 
+def _mixed_range(key: int, count: int) -> np.ndarray:
+    """`mixed(key, n)` of each n below `count`, [count] uint64."""
+    state = np.uint64(mixed(key)) ^ np.arange(count, dtype=np.uint64)
+    state += np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return state ^ state >> np.uint64(31)
+
+
 class Order:
     """The endless order of all examples.
 
-    In memory: 4 bytes for each time that an example comes in an epoch.
+    In memory: 4 bytes for each time that an example comes in an epoch, and 6 for each step of one.
 
     Args:
         buckets: [N] the bucket of each record.
@@ -118,6 +127,7 @@ class Order:
             else:
                 firsts = np.unique(np.asarray(shards)[here], return_index=True)[1]
                 self._starts.append(np.append(firsts, len(here)))
+        self._plan = lru_cache(maxsize=2)(self._planned)
         self._shard_order = lru_cache(maxsize=4 * len(self.buckets))(self._ordered_shards)
 
     def steps_before(self, epoch: int) -> int:
@@ -135,24 +145,17 @@ class Order:
     def batch(self, step: int) -> list[Draw]:
         """The G examples of a step, all of one bucket."""
         epoch = self.epoch_of(step)
-        first = self.steps_before(epoch)
-        chosen = permuted(step - first, self.steps_before(epoch + 1) - first, mixed(self.seed, epoch, 1))
-        for place, bucket in enumerate(self.buckets):
-            before = self._batches_before(place, epoch)
-            count = self._batches_before(place, epoch + 1) - before
-            if chosen < count:
-                start, size = (before + chosen) * self.batch_size, len(self.members[place])
-                return [
-                    Draw(
-                        self._index(place, *divmod(start + n, size)),
-                        (start + n) // size,
-                        step * self.batch_size + n,
-                        bucket,
-                    )
-                    for n in range(self.batch_size)
-                ]
-            chosen -= count
-        raise AssertionError("an epoch has as many batches as its buckets have")
+        places, numbers = self._plan(epoch)
+        slot = step - self.steps_before(epoch)
+        place, number = int(places[slot]), int(numbers[slot])
+        size, bucket = len(self.members[place]), self.buckets[place]
+        start = (self._batches_before(place, epoch) + number) * self.batch_size
+        draws = []
+        for n in range(self.batch_size):
+            of_epoch, position = divmod(start + n, size)
+            index = self._index(place, of_epoch, position)
+            draws.append(Draw(index, of_epoch, step * self.batch_size + n, bucket))
+        return draws
 
     def replacement(self, draw: Draw, attempt: int) -> int:
         """Another record of the same bucket, chosen by the position, for one that cannot be read.
@@ -186,6 +189,22 @@ class Order:
         return int(
             self.members[place][self._starts[place][shard] + within - (int(ends[slot - 1]) if slot else 0)]
         )
+
+    def _planned(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of an epoch's batches: of each step the bucket's place, and the batch's number in it.
+
+        Batches of one bucket stay in their order, so that shards are read window by window.
+        """
+        before, after = (
+            [self._batches_before(p, e) for p in range(len(self.buckets))] for e in (epoch, epoch + 1)
+        )
+        counts = np.subtract(after, before)
+        places = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
+        places = places[np.argsort(_mixed_range(mixed(self.seed, epoch, 1), len(places)), kind="stable")]
+        numbers = np.empty(len(places), np.uint32)
+        for place, count in enumerate(counts):
+            numbers[places == place] = np.arange(count)
+        return places, numbers
 
     def _ordered_shards(self, place: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """A bucket's shards in the order of an epoch, and where each of them ends."""

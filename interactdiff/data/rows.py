@@ -178,8 +178,12 @@ class RowParser:
         values = {key: value for key, value in one.items() if key in known}
         for key in one:
             if key not in known:
-                text = f"expected the keys {', '.join(known)}, got {shown(key)}{nearest(key, known)}"
+                like = nearest(key, known)
+                text = f"expected the keys {', '.join(known)}, got {shown(key)}{like}"
                 report("key", text, item=item)
+                for name in required:  # its value is checked under the name that was meant
+                    if repr(name) in like:
+                        values.setdefault(name, one[key])
         boxes = box_fields(spec.type)
         for name in boxes:
             if name in values:
@@ -202,7 +206,7 @@ class RowParser:
                     del values[field]
                 else:
                     values[field] = (0.0, 0.0, 1.0, 1.0) if field in boxes else "x"
-        return made if not wrong and len(values) == len(one) else None
+        return made if not wrong and set(one) <= set(known) else None
 
     def _box_text(self, value: Any, text: str, size: tuple[int, int] | None, stored: Stored | None) -> str:
         """The message of a box that is refused, with the form that it seems to be in."""
