@@ -82,16 +82,17 @@ def test_a_bucket_keeps_what_a_square_crop_cuts_off() -> None:
     ride = Interaction("person", "riding", "bike", (0.0, 0.2, 0.2, 0.8), (0.05, 0.5, 0.3, 0.9))
     ball = Entity("ball", (0.4, 0.4, 0.6, 0.6))
     items = [ride, ball]
-    square, buckets = (Framing(resolution=128, multiple=64, square=s) for s in (True, False))
-    (kept,) = square.items(square.place(400, 200, items), items)
+    square, buckets = (Framing(resolution=128, multiple=32, square=s) for s in (True, False))
+    (kept,) = square.items(square.place(400, 150, items), items)
     assert kept.phrase == "ball"
-    assert kept.box == pytest.approx((0.3, 0.4, 0.7, 0.6))
-    placement = buckets.place(400, 200, items)
-    assert placement.size == (64, 192)
+    assert kept.box == pytest.approx((35 / 150, 0.4, 115 / 150, 0.6))
+    placement = buckets.place(400, 150, items)
+    assert placement.size == (96, 192)
     assert len(buckets.items(placement, items)) == 2
-    assert placement.window[1] < 200 - placement.window[3] + 20  # moved to the boxes' middle, 0.55 down
+    assert placement.window == (0.0, 0.0, 300.0, 150.0)  # moved to the boxes, as far as the picture goes
+    assert buckets.place(400, 150).window == (50.0, 0.0, 350.0, 150.0)
     said = triplet_caption(items)
-    cropped = square.place(400, 200, items, flipped=True)
+    cropped = square.place(400, 150, items, flipped=True)
     assert said == "a person is riding a bike"
     assert cropped.prompt(said, items, square.items(cropped, items)) == ""
     assert cropped.prompt("the left one", items, square.items(cropped, items)) == "the right one"

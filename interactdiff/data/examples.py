@@ -141,7 +141,7 @@ class Examples(Dataset):
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of examples of one bucket: tensors stacked, everything else in lists; `prompt` is `prompts`."""
-    batch = {name: [one[name] for one in examples] for name in examples[0]}
+    batch: dict[str, Any] = {name: [one[name] for one in examples] for name in examples[0]}
     for name in ("pixels", "latents"):
         if name in batch:
             batch[name] = torch.stack(batch[name])

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from interactdiff.data.json_lines import json_lines, parse_json, read_line
 from interactdiff.data.pictures import SUFFIXES
 from interactdiff.data.problems import Problem, Problems, nearest
 from interactdiff.data.records import FileRange, ImageRecord
-from interactdiff.data.rows import RowParser
+from interactdiff.data.rows import RowParser, check_relative, is_file
 from interactdiff.errors import DataError
 from interactdiff.picture import NoRecordError, PictureError, read_record
 from interactdiff.scene_checks import shown
@@ -35,7 +35,7 @@ class MetadataFolder:
 
     def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
         """All records with their positions, streamed; mistakes go to `problems`."""
-        parser = RowParser(self.name, problems, self.form)
+        parser = RowParser(self.name, problems, self.form, self.folder)
         self.ignored = parser.ignored
         for line, offset, values in json_lines(self.folder / METADATA, self.name, problems):
             record = parser.parse(values, line, self._find, self._sidecar)
@@ -52,7 +52,9 @@ class MetadataFolder:
         with (self.folder / METADATA).open("rb") as file:
             file.seek(position)
             values = read_line(file)
-        record = RowParser(self.name, problems, self.form).parse(values, line, self._find, self._sidecar)
+        record = RowParser(self.name, problems, self.form, self.folder).parse(
+            values, line, self._find, self._sidecar
+        )
         problems.raise_if_any(str(self.folder))
         assert record is not None
         return record
@@ -60,7 +62,7 @@ class MetadataFolder:
     def _find(self, name: Any) -> tuple[str, FileRange]:
         check_relative(name, self.folder)
         path = self.folder / name
-        if not _is_file(path):
+        if not is_file(path):
             names = [one for one in picture_names(self.folder) if Path(one).name == Path(name).name]
             hint = f" (did you mean {names[0]!r}?)" if names else ""
             hint = hint or nearest(name, list(picture_names(self.folder)))
@@ -87,7 +89,7 @@ class LooseFolder:
         self.names = sorted(picture_names(folder))
         beside = (folder / name for name in self.names)
         self.files = [
-            f for p in beside for f in (p.with_suffix(".json"), p.with_suffix(".txt")) if _is_file(f)
+            f for p in beside for f in (p.with_suffix(".json"), p.with_suffix(".txt")) if is_file(f)
         ]
         self.ignored: dict[str, int] = {}
 
@@ -115,7 +117,7 @@ class LooseFolder:
         path = self.folder / name
         file, values = str(path), {}
         try:
-            if _is_file(scene := path.with_suffix(".json")):
+            if is_file(scene := path.with_suffix(".json")):
                 file, values = str(scene), parse_json(scene.read_bytes().removeprefix(b"\xef\xbb\xbf"))
             elif path.suffix.lower() == ".png":
                 values = read_record(path).scene.to_dict()
@@ -127,25 +129,12 @@ class LooseFolder:
         except (DataError, PictureError) as error:
             problems.add(Problem("json", file, str(error)))
             return None
-        parser = RowParser(file, problems, self.form)
+        parser = RowParser(file, problems, self.form, self.folder)
         stored = FileRange(path)
         record = parser.parse(values, 1, lambda _: (name, stored), lambda _: caption_beside(path))
         for key, count in parser.ignored.items():
             self.ignored[key] = self.ignored.get(key, 0) + count
         return record
-
-
-def check_relative(name: Any, folder: Path) -> None:
-    """Refuse what is no path of a file inside a folder.
-
-    Raises:
-        DataError: it is no text, absolute, or leads out of the folder.
-    """
-    if not isinstance(name, str) or not name.strip():
-        raise DataError(f"expected the name of a picture in {folder}/, got {shown(name)}")
-    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or name.startswith("\\")
-    if absolute or ".." in PurePosixPath(name.replace("\\", "/")).parts:
-        raise DataError(f"expected a path inside {folder}/, got {shown(name)}")
 
 
 def caption_beside(path: Path) -> str | None:
@@ -155,7 +144,7 @@ def caption_beside(path: Path) -> str | None:
         DataError: it is no text in UTF-8.
     """
     beside = path.with_suffix(".txt")
-    if not _is_file(beside):
+    if not is_file(beside):
         return None
     try:
         return beside.read_text(encoding="utf-8-sig").strip()
@@ -170,10 +159,3 @@ def picture_names(folder: Path) -> Iterator[str]:
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield (Path(here) / name).relative_to(folder).as_posix()
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name too long for the system, or with a null character in it
-        return False

@@ -135,9 +135,8 @@ class Framing:
             width: of the picture as shown, in pixels.
             height: likewise.
         """
-        if self.square:
-            return 0
-        for share in _SMALLER:
+        best = self.buckets[0]
+        for share in () if self.square else _SMALLER:
             sizes = aspect_buckets(max(self.multiple, self.resolution * share), self.multiple)
             best = min(sizes, key=lambda size: abs(height * size[1] - width * size[0]))
             if max(best[0] / height, best[1] / width) <= self.max_enlarge:

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -207,13 +207,20 @@ class Records(Sequence[ImageRecord]):
         found = _scanned(source)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(kept, lambda aside: np.savez(aside, **found))
+            arrays: dict[str, Any] = {**found}
+            write_aside(kept, lambda aside: np.savez(aside, **arrays))
         return cls(source, digest, found)
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, number):  # type: ignore[override, no-untyped-def]
+    @overload
+    def __getitem__(self, number: int) -> ImageRecord: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[ImageRecord]: ...
+
+    def __getitem__(self, number: int | slice) -> ImageRecord | list[ImageRecord]:
         """The record of a number from 0; a slice gives a list."""
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from interactdiff.data.boxes import box_fields, likely_form, to_shares
@@ -15,6 +16,7 @@ from interactdiff.scene_checks import checked_flag, checked_text, checked_whole,
 from interactdiff.scene_items import required_and_optional
 
 MAX_WEIGHT = 1000
+REFERENCE = "reference"  # the field of an item that names a picture
 OWN_KEYS = ("file_name", "prompt", "prompts", "weight", "source", "license", "id", "flip")
 _OTHER_NAMES = {"text": "prompt", "caption": "prompt", "image": "file_name", "boxes": "entities"}
 
@@ -33,10 +35,11 @@ class RowParser:
         file: what messages call the file.
         problems: takes the mistakes.
         form: of the boxes, see `boxes.FORMS`.
+        folder: that reference pictures of items are in; None if rows have no place for them.
     """
 
-    def __init__(self, file: str, problems: Problems, form: str = "shares"):
-        self.file, self.problems, self.form = file, problems, form
+    def __init__(self, file: str, problems: Problems, form: str = "shares", folder: Path | None = None):
+        self.file, self.problems, self.form, self.folder = file, problems, form, folder
         self.ignored: dict[str, int] = {}  # keys of scene files, and in how many rows they stand
 
     def parse(
@@ -189,6 +192,12 @@ class RowParser:
             if name in values:
                 values[name] = to_shares(values[name], self.form, size)
         made, wrong = None, set()
+        if isinstance(reference := values.get(REFERENCE), str):
+            try:
+                values[REFERENCE] = self._reference(reference)
+            except DataError as error:
+                report("reference", str(error), REFERENCE, item)
+                return None
         while made is None:
             try:
                 made = spec.type.from_dict(values)
@@ -207,6 +216,15 @@ class RowParser:
                 else:
                     values[field] = (0.0, 0.0, 1.0, 1.0) if field in boxes else "x"
         return made if not wrong and set(one) <= set(known) else None
+
+    def _reference(self, name: str) -> str:
+        """The path of an item's reference picture."""
+        if self.folder is None:
+            raise DataError(f"expected no reference picture where there is no folder, got {shown(name)}")
+        check_relative(name, self.folder)
+        if not is_file(self.folder / name):
+            raise DataError(f"expected a reference picture in {self.folder}/, got {shown(name)}")
+        return str(self.folder / name)
 
     def _box_text(self, value: Any, text: str, size: tuple[int, int] | None, stored: Stored | None) -> str:
         """The message of a box that is refused, with the form that it seems to be in."""
@@ -240,3 +258,24 @@ class RowParser:
 def _without_field(error: SceneError) -> str:
     """An error's sentence without the field's name in front of it."""
     return str(error).partition(": ")[2]
+
+
+def check_relative(name: Any, folder: Path) -> None:
+    """Refuse what is no path of a file inside a folder.
+
+    Raises:
+        DataError: it is no text, absolute, or leads out of the folder.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"expected the name of a picture in {folder}/, got {shown(name)}")
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or name.startswith("\\")
+    if absolute or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+        raise DataError(f"expected a path inside {folder}/, got {shown(name)}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file; not if no path can be so named."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long for the system, or with a null character in it
+        return False

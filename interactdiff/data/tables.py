@@ -137,7 +137,7 @@ def library() -> Any:
         DataError: it is not installed.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise DataError(
             f"expected the packages of interactdiff[data] for parquet, got no {error.name}"

@@ -84,17 +84,18 @@ class TextCache:
         for first in range(0, len(mine), _CHUNK):
             chunk = mine[first : first + _CHUNK]
             tensors: dict[str, Tensor] = {}
+            names: list[str] = []
             for start in range(0, len(chunk), batch_size):
                 batch = chunk[start : start + batch_size]
                 with torch.no_grad():
                     encoded = encode(batch)
+                names = sorted(encoded[batch[0]])  # of every text: the encoders are the same
                 for text in batch:
                     for name, tensor in encoded[text].items():
                         tensors[f"{_hash(text)}.{name}"] = tensor.detach().to("cpu", self.dtype).contiguous()
             hashes = [_hash(text) for text in chunk]
             contents = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
             path = self.folder / f"texts-{self.key}-{contents}.safetensors"
-            names = sorted(encoded[chunk[-1]])  # of every text: the encoders are the same
             meta = {"texts": json.dumps(hashes), "names": json.dumps(names)}
             write_aside(path, lambda aside, t=tensors, m=meta: save_file(t, aside, m))
             self.files |= dict.fromkeys(hashes, path)

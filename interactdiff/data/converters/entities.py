@@ -49,8 +49,7 @@ def convert_layoutsam(source: str, options: Options, notes: Counter[str]) -> Ite
                 f"expected as many boxes as captions for {name}, got {len(listed[0])} and {len(listed[1])}"
             )
         size = int(row["width"]), int(row["height"])
-        in_file = isinstance(picture, Path)
-        to_shares = PixelBoxes(picture, size, "stored").shares if in_file else _plain(size)
+        to_shares = PixelBoxes(picture, size, "stored").shares if isinstance(picture, Path) else _plain(size)
         entities = []
         for box, phrase in zip(*listed, strict=True):
             if (shares := to_shares(*map(float, box))) is None or not str(phrase).strip():

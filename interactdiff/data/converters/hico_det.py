@@ -52,7 +52,7 @@ def classes() -> dict[str, Any]:
 def gerund(verb: int, spelling: str = "source") -> str:
     """The phrase of a verb; `no_interaction` is "with"."""
     words = classes()["gerunds"][classes()["verbs"][verb]]
-    return _FIXED.get(words, words) if spelling == "fixed" else words
+    return _FIXED[words] if spelling == "fixed" and words in _FIXED else words
 
 
 def convert(source: str, options: Options, notes: Counter[str]) -> Iterator[Converted]:

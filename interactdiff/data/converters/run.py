@@ -12,7 +12,8 @@ from typing import Any, TextIO
 
 from interactdiff.data.converters import CONVERTERS
 from interactdiff.data.converters.base import Converted, Options
-from interactdiff.data.folder import METADATA, check_relative
+from interactdiff.data.folder import METADATA
+from interactdiff.data.rows import check_relative
 from interactdiff.errors import DataError
 from interactdiff.registry import load_attribute
 

@@ -82,9 +82,10 @@ def _labelled(
     for one in results:
         kind, value = one.get("type"), one.get("value", {})
         if kind == "relation":
-            ends = one["from_id"], one["to_id"]
-            ends = ends[::-1] if one.get("direction") == "left" else ends
-            relations.append((*ends, one.get("labels") or [None]))
+            start, end = one["from_id"], one["to_id"]
+            if one.get("direction") == "left":
+                start, end = end, start
+            relations.append((start, end, one.get("labels") or [None]))
         elif kind == "textarea" and value.get("text"):
             text = value["text"]
             caption = caption or (text if isinstance(text, str) else " ".join(text))
