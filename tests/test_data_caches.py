@@ -139,7 +139,7 @@ def test_states_are_kept_once_a_distinct_text(tmp_path: Path, pipe: Any) -> None
         one["prompt"] = "on the left" if number % 2 else f"number {number}"
     write_rows(tmp_path / "rows", rows)
     records = Records.open(tmp_path / "rows")
-    texts = list(texts_of(records))
+    texts = list(texts_of(records, FRAMING))
     assert set(texts) == {"on the left", "on the right", *(f"number {n}" for n in range(0, 20, 2))}
     key, encode = weights_key(pipe.text_encoder), states_of(pipe)
     caches = [TextCache(tmp_path / "texts", key, torch.float32) for _ in range(2)]
@@ -167,6 +167,25 @@ def test_states_are_kept_once_a_distinct_text(tmp_path: Path, pipe: Any) -> None
     with pytest.raises(DataError, match="expected cached states of every text, got none of 'unknown'"):
         merged.get("unknown")
     assert TextCache(tmp_path / "texts", "another encoder").missing(["number 0"]) == ["number 0"]
+
+
+def test_every_caption_of_training_is_known_before(tmp_path: Path) -> None:
+    rows = make_folder(tmp_path / "rows", 8)
+    for one in rows:
+        one["interactions"][0]["subject_box"] = [0.0, 0.0, 0.1, 1.0]
+        one["interactions"].append(
+            {**one["interactions"][0], "subject_box": [0.4, 0.1, 0.6, 0.9], "action": None}
+        )
+        one["prompt"] = "a person is riding a bike, a person with a bike"
+        one["interactions"][0]["action"] = "riding"
+        one.pop("entities", None)
+    write_rows(tmp_path / "rows", rows)
+    records, framing = Records.open(tmp_path / "rows"), Framing(32, 16, square=True)
+    known = set(texts_of(records, framing))
+    order = make_order(records, framing, 4, 0)
+    examples = Examples(records, framing, order)
+    drawn = {examples[draw]["prompt"] for step in range(order.steps_before(3)) for draw in order.batch(step)}
+    assert drawn == known == {rows[0]["prompt"], "a person with a bike"}
 
 
 def test_phrase_features_are_kept_the_same_way(tmp_path: Path, pipe: Any) -> None:

@@ -457,6 +457,30 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_annotations_of_another_form_are_one_sentence(tmp_path: Path) -> None:
+    make_folder(tmp_path / "rows", 1)
+    for kind, name in (
+        ("hico-det", "test_hico.json"),
+        ("vg", "relationships.json"),
+        ("hoia", "train_hoia.json"),
+    ):
+        (tmp_path / "rows" / "image_data.json").write_text('[{"image_id": 1, "width": 1, "height": 1}]')
+        (tmp_path / "rows" / "names.json").write_text('{"objects": [], "actions": []}')
+        (tmp_path / "rows" / name).write_text('[{"image_id": 1, "relationships": [{}], "a": 2}]')
+        with pytest.raises(DataError, match=f"expected annotations of {kind} in .*, got others"):
+            run(
+                kind,
+                str(tmp_path / "rows"),
+                tmp_path / "out",
+                Options(names=tmp_path / "rows" / "names.json"),
+            )
+    row = {"image": "../rows/0000.png", "prompt": "", "eligen_entity_prompts": [], "eligen_entity_masks": []}
+    (tmp_path / "rows" / "metadata_eligen.json").write_text(json.dumps([row]))
+    with pytest.raises(DataError, match="expected a path inside"):
+        run("eligen", str(tmp_path / "rows"), tmp_path / "out", Options())
+    assert not (tmp_path / "out").exists()
+
+
 def test_json_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from interactdiff.data.converters import base
 

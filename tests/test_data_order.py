@@ -149,6 +149,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_ranks_and_workers_read_shards_without_a_repeat(sharded: Path) -> None:
     """Two epochs of the reference; a part of them by other numbers of ranks and workers."""
     records = Records.open(sharded)
@@ -193,7 +194,7 @@ def test_a_picture_that_breaks_is_replaced_by_one_of_its_bucket(tmp_path: Path) 
         BadPictures(len(records)).count(collate(replaced))
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"broken")
-    with pytest.raises(DataError, match="expected pictures that can be read, got 3 that cannot"):
+    with pytest.raises(DataError, match=r"expected pictures that can be read, got \d that cannot"):
         examples[order.batch(0)[0]]
 
 

@@ -117,7 +117,7 @@ def test_one_bad_line_in_a_thousand_is_named(thousand: Any, kind: str) -> None:
     seen = []
     with pytest.raises(DataError) as raised:
         seen += list(read_folder(folder))
-    (problem,) = raised.value.problems  # type: ignore[attr-defined]
+    (problem,) = raised.value.problems
     message = str(problem)
     assert message.startswith(f"{folder}/metadata.jsonl, line {BAD}")
     assert expected.replace("FOLDER", str(folder)) in message

@@ -63,6 +63,16 @@ def test_a_size_limit_and_a_second_split(packed: Path, tmp_path: Path) -> None:
         write_shards(read_folder(tmp_path / "rows"), packed, "test")
 
 
+def test_nothing_is_left_where_a_row_is_wrong(tmp_path: Path) -> None:
+    rows = make_folder(tmp_path / "rows")
+    write_rows(tmp_path / "rows", [*rows, {"file_name": "none.png", "prompt": ""}])
+    with pytest.raises(DataError, match="line 11, file_name: expected a picture in"):
+        write_shards(read_folder(tmp_path / "rows"), tmp_path / "shards", "train", count=4)
+    assert not list((tmp_path / "shards").iterdir())
+    write_rows(tmp_path / "rows", rows)
+    assert len(write_shards(read_folder(tmp_path / "rows"), tmp_path / "shards", "train", count=4)) == 3
+
+
 def test_damage_is_named(packed: Path) -> None:
     second = packed / "train-000001.tar"
     data = second.read_bytes()

@@ -17,7 +17,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse one JSON text: no key twice, no NaN, no infinity.
 
     Raises:
-        DataError: the text is no such JSON; the attribute `column` is where it breaks off, from 1, or None.
+        DataError: the text is no such JSON; its `column` is where it breaks off, if that is known.
     """
     try:
         text = (text.decode() if isinstance(text, bytes) else text).rstrip()
@@ -33,9 +33,7 @@ def parse_json(text: str | bytes) -> Any:
         reason, column = str(error), None
     except (RecursionError, ValueError):
         reason, column = "expected a row, got JSON nested too deep or digits too many", None
-    error = DataError(reason)
-    error.column = column  # type: ignore[attr-defined]
-    raise error
+    raise DataError(reason, column=column)
 
 
 def read_line(file: BinaryIO) -> Any:
@@ -76,8 +74,7 @@ def json_lines(path: Path, name: str, problems: Problems) -> Iterator[tuple[int,
                 try:
                     value = parse_json(text)
                 except DataError as error:
-                    column = getattr(error, "column", None)
-                    problems.add(Problem("json", name, str(error), line, column=column))
+                    problems.add(Problem("json", name, str(error), line, column=error.column))
                     continue
                 yield line, start, value
     except OSError as error:

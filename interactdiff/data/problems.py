@@ -91,9 +91,7 @@ class Problems:
         if not self:
             return
         more = f" (and {len(self) - 1} more; interactdiff data check {name})" if len(self) > 1 else ""
-        error = DataError(f"{self.first[0]}{more}")
-        error.problems = self.first  # type: ignore[attr-defined]
-        raise error
+        raise DataError(f"{self.first[0]}{more}", self.first)
 
 
 def nearest(name: Any, known: list[str]) -> str:

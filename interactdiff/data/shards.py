@@ -135,25 +135,42 @@ def write_shards(
     index = _read_index(folder) if (folder / INDEX).is_file() else {}
     if taken := [*folder.glob(f"{split}-*.tar")]:
         raise DataError(f"expected no shards of {split} in {folder} yet, got {taken[0].name}")
-    source, pending, made, number = iter(records), [], {}, 0
+    made: dict[str, dict[str, Any]] = {}
+    try:
+        _write_all(iter(records), folder, split, count, size, made)
+        if not made:
+            raise DataError(f"expected pictures to put into shards of {split}, got none")
+        text = json.dumps({"format": _FORMAT, "shards": {**index, **made}}, separators=(",", ":")) + "\n"
+        write_aside(folder / INDEX, lambda aside: aside.write_text(text, encoding="utf-8"))
+    except BaseException:  # shards without an index would be in the way of the next try
+        for name in made:
+            (folder / name).unlink(missing_ok=True)
+        raise
+    return made
+
+
+def _write_all(
+    source: Iterator[ImageRecord],
+    folder: Path,
+    split: str,
+    count: int,
+    size: int,
+    made: dict[str, dict[str, Any]],
+) -> None:
+    """Write shard after shard, and their entries of the index into `made`."""
+    pending: list[ImageRecord] = []
+    number = 0
     while batch := _next_shard(source, pending, count, size):
-        name = f"{split}-{len(made):06d}.tar"
+        path = folder / f"{split}-{len(made):06d}.tar"
         examples: list[list[int]] = []
-        first = number
-        write_aside(folder / name, lambda aside, b=batch, e=examples, n=first: _write_shard(aside, b, e, n))
+        write_aside(path, lambda aside, b=batch, e=examples, n=number: _write_shard(aside, b, e, n))
         number += len(batch)
-        path = folder / name
-        made[name] = {
+        made[path.name] = {
             "count": len(batch),
             "bytes": path.stat().st_size,
             "sha256": file_hash(path),
             "examples": examples,
         }
-    if not made:
-        raise DataError(f"expected pictures to put into shards of {split}, got none")
-    text = json.dumps({"format": _FORMAT, "shards": {**index, **made}}, separators=(",", ":")) + "\n"
-    write_aside(folder / INDEX, lambda aside: aside.write_text(text, encoding="utf-8"))
-    return made
 
 
 def file_hash(path: Path) -> str:

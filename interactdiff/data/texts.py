@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from interactdiff.data.framing import NO_PHRASES
+from interactdiff.data.framing import NO_PHRASES, Framing
+from interactdiff.data.reading import Records
 from interactdiff.data.records import ImageRecord
 from interactdiff.data.words import swap_sides
 from interactdiff.errors import DataError
@@ -114,14 +115,16 @@ class TextCache:
         return {name: file.get_tensor(prefix + name) for name in names}
 
 
-def texts_of(records: Sequence[ImageRecord], flip: bool = True) -> Iterator[str]:
-    """Every caption that training may draw of records as they are, mirrored ones included."""
+def texts_of(records: Records, framing: Framing, flip: bool = True) -> Iterator[str]:
+    """Every caption that training may draw: mirrored, and without the clauses that a crop takes."""
     for number in range(len(records)):
         record = records[number]
-        for prompt in record.prompts:
-            yield prompt
-            if flip and record.may_flip:
-                yield swap_sides(prompt)
+        sides = int(records.widths[number]), int(records.heights[number])
+        for flipped in (False, True) if flip and record.may_flip else (False,):
+            placement = framing.place(*sides, record.items, flipped)
+            items = framing.items(placement, record.items)
+            for prompt in record.prompts:
+                yield placement.prompt(prompt, record.items, items)
 
 
 def phrases_of(records: Sequence[ImageRecord], flip: bool = True) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from interactdiff.data.boxes import area, clamped
 from interactdiff.data.json_lines import parse_json
 from interactdiff.data.pictures import PictureInfo, picture_info
+from interactdiff.data.rows import check_relative
 from interactdiff.errors import DataError
 from interactdiff.scene_checks import Box, shown
 
@@ -86,8 +87,9 @@ class Pictures:
         """The picture of a name; None if it is missing and that is allowed.
 
         Raises:
-            DataError: it is missing.
+            DataError: it is missing, or the name leads out of the folder.
         """
+        check_relative(name, self.roots[0])
         for root in self.roots:
             for below in (name, name.rpartition("/")[2]):
                 if below and (path := root / below).is_file():

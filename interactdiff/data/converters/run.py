@@ -14,7 +14,7 @@ from interactdiff.data.converters import CONVERTERS
 from interactdiff.data.converters.base import Converted, Options
 from interactdiff.data.folder import METADATA
 from interactdiff.data.rows import check_relative
-from interactdiff.errors import DataError
+from interactdiff.errors import DataError, SceneError
 from interactdiff.registry import load_attribute
 
 Converter = Callable[[str, Options, Counter[str]], Iterator[Converted]]
@@ -58,7 +58,15 @@ def run(
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".aside-"))
     try:
         with ExitStack() as files:
-            _write(convert(source, options, notes), aside, notes, copy, files, on_picture)
+            try:
+                _write(convert(source, options, notes), aside, notes, copy, files, on_picture)
+            except DataError:
+                raise
+            except SceneError as error:
+                raise DataError(f"{source}: {error}") from None
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+                got = f"{type(error).__name__}: {error}"
+                raise DataError(f"expected annotations of {name} in {source}, got others ({got})") from None
         if not notes["pictures"]:
             left = ", ".join(f"{count} {what}" for what, count in notes.items()) or "nothing"
             raise DataError(f"expected pictures of {name} in {source}, got none ({left})")
