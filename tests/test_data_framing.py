@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_files import noise
 from diffusers import training_utils
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 
@@ -17,6 +17,7 @@ from interactdiff.data.words import names_side, speaks_of_lettering, swap_sides,
 from interactdiff.errors import DataError
 from interactdiff.scene_items import Entity, Interaction
 
+REPEATABLE = settings(max_examples=60, deadline=None, derandomize=True)
 COLOURS = ("#ff0000", "#0000ff")
 
 
@@ -27,6 +28,7 @@ def extent(image: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, 
     return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(columns) else None
 
 
+@REPEATABLE
 @given(
     width=st.integers(60, 220),
     height=st.integers(60, 220),
@@ -121,6 +123,7 @@ def test_buckets_are_those_of_diffusers() -> None:
         assert framing.buckets[framing.bucket(width, height)] == aspect_buckets(512, 64)[nearest]
 
 
+@REPEATABLE
 @given(st.integers(30, 3000), st.integers(30, 3000))
 def test_pictures_are_not_enlarged_too_much(width: int, height: int) -> None:
     framing = Framing(512, 64)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_files import make_folder, make_links, write_rows
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -22,6 +22,7 @@ from interactdiff.errors import DataError
 ROWS, SHARD = 1003, 97
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
 def test_a_permutation_takes_each_place_once(count: int, key: int) -> None:
     assert sorted(permuted(n, count, key) for n in range(count)) == list(range(count))
