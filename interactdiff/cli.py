@@ -1,4 +1,4 @@
-"""The command line: interactdiff generate | app | demo | evaluate | train | convert | bench | doctor.
+"""The command line: interactdiff generate | app | demo | evaluate | train | data | convert | bench | doctor.
 
 Bad input ends with one sentence on stderr and exit code 2, and nothing is written. Heavy imports come after
 everything that can be refused without them.
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from interactdiff import __version__
-from interactdiff.commands import app, bench, convert, demo, doctor, evaluate, generate, train
+from interactdiff.commands import app, bench, convert, data, demo, doctor, evaluate, generate, train
 from interactdiff.commands.arguments import Parser
 from interactdiff.errors import InteractdiffError
 
-COMMANDS = (generate, app, demo, evaluate, train, convert, bench, doctor)
+COMMANDS = (generate, app, demo, evaluate, train, data, convert, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,8 @@
 """Errors that speak to users: each message is one sentence, what was expected and what came."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class InteractdiffError(ValueError):
     """Parent of all errors that front ends show as they are, without a traceback."""
@@ -30,4 +33,13 @@ class DamagedCheckpointError(RecipeError):
 
 
 class DataError(InteractdiffError):
-    """A file of a data set that cannot be read, or does not say what it should."""
+    """Pictures and their annotations that cannot be read.
+
+    Attributes:
+        problems: `interactdiff.data.problems.Problem`s, the first of all that were found.
+        column: where a line of JSON breaks off, from 1.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Any] = (), column: int | None = None):
+        super().__init__(message)
+        self.problems, self.column = tuple(problems), column

@@ -1,0 +1,161 @@
+"""Image folders: pictures with a `metadata.jsonl`, with a scene file each, or with captions beside them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from interactdiff.data.json_lines import json_lines, parse_json, read_line
+from interactdiff.data.pictures import SUFFIXES
+from interactdiff.data.problems import Problem, Problems, nearest
+from interactdiff.data.records import FileRange, ImageRecord
+from interactdiff.data.rows import RowParser, check_relative, is_file
+from interactdiff.errors import DataError
+from interactdiff.picture import NoRecordError, PictureError, read_record
+from interactdiff.scene_checks import shown
+
+METADATA = "metadata.jsonl"
+
+
+class MetadataFolder:
+    """A folder of pictures with a `metadata.jsonl`, one row a picture (what `datasets` calls imagefolder).
+
+    Positions are offsets in bytes of the rows.
+
+    Args:
+        folder: the folder.
+        form: of the boxes, see `boxes.FORMS`.
+    """
+
+    def __init__(self, folder: Path, form: str = "shares"):
+        self.folder, self.form = folder, form
+        self.name = str(folder / METADATA)
+        self.files = [folder / METADATA]
+        self.ignored: dict[str, int] = {}
+
+    def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
+        """All records with their positions, streamed; mistakes go to `problems`."""
+        parser = RowParser(self.name, problems, self.form, self.folder)
+        self.ignored = parser.ignored
+        for line, offset, values in json_lines(self.folder / METADATA, self.name, problems):
+            record = parser.parse(values, line, self._find, self._sidecar)
+            if record is not None:
+                yield offset, record
+
+    def record(self, position: int, line: int) -> ImageRecord:
+        """The record at a position that `scan` gave.
+
+        Raises:
+            DataError: the file has changed since.
+        """
+        problems = Problems()
+        with (self.folder / METADATA).open("rb") as file:
+            file.seek(position)
+            values = read_line(file)
+        record = RowParser(self.name, problems, self.form, self.folder).parse(
+            values, line, self._find, self._sidecar
+        )
+        problems.raise_if_any(str(self.folder))
+        assert record is not None
+        return record
+
+    def _find(self, name: Any) -> tuple[str, FileRange]:
+        check_relative(name, self.folder)
+        path = self.folder / name
+        if not is_file(path):
+            names = [one for one in picture_names(self.folder) if Path(one).name == Path(name).name]
+            hint = f" (did you mean {names[0]!r}?)" if names else ""
+            hint = hint or nearest(name, list(picture_names(self.folder)))
+            raise DataError(f"expected a picture in {self.folder}/, got {shown(name)}{hint}")
+        return name, FileRange(path)
+
+    def _sidecar(self, name: str) -> str | None:
+        return caption_beside(self.folder / name)
+
+
+class LooseFolder:
+    """A folder of pictures, each with a scene file `x.json`, a caption `x.txt` or a PNG's record.
+
+    Positions are places in the list of names, in order.
+
+    Args:
+        folder: the folder.
+        form: of the boxes in scene files, see `boxes.FORMS`.
+    """
+
+    def __init__(self, folder: Path, form: str = "shares"):
+        self.folder, self.form = folder, form
+        self.name = str(folder)
+        self.names = sorted(picture_names(folder))
+        beside = (folder / name for name in self.names)
+        self.files = [
+            f for p in beside for f in (p.with_suffix(".json"), p.with_suffix(".txt")) if is_file(f)
+        ]
+        self.ignored: dict[str, int] = {}
+
+    def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
+        """All records with their positions, streamed; mistakes go to `problems`."""
+        for position in range(len(self.names)):
+            record = self._record(position, problems)
+            if record is not None:
+                yield position, record
+
+    def record(self, position: int, line: int) -> ImageRecord:
+        """The record at a position that `scan` gave.
+
+        Raises:
+            DataError: a file has changed since.
+        """
+        problems = Problems()
+        record = self._record(position, problems)
+        problems.raise_if_any(str(self.folder))
+        assert record is not None
+        return record
+
+    def _record(self, position: int, problems: Problems) -> ImageRecord | None:
+        name = self.names[position]
+        path = self.folder / name
+        file, values = str(path), {}
+        try:
+            if is_file(scene := path.with_suffix(".json")):
+                file, values = str(scene), parse_json(scene.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+            elif path.suffix.lower() == ".png":
+                values = read_record(path).scene.to_dict()
+        except NoRecordError:
+            pass
+        except OSError as error:
+            problems.add(Problem("json", file, f"expected a scene file, got {error.strerror}"))
+            return None
+        except (DataError, PictureError) as error:
+            problems.add(Problem("json", file, str(error)))
+            return None
+        parser = RowParser(file, problems, self.form, self.folder)
+        stored = FileRange(path)
+        record = parser.parse(values, 1, lambda _: (name, stored), lambda _: caption_beside(path))
+        for key, count in parser.ignored.items():
+            self.ignored[key] = self.ignored.get(key, 0) + count
+        return record
+
+
+def caption_beside(path: Path) -> str | None:
+    """What a picture's caption file `x.txt` says, without the white space around it; None if there is none.
+
+    Raises:
+        DataError: it is no text in UTF-8.
+    """
+    beside = path.with_suffix(".txt")
+    if not is_file(beside):
+        return None
+    try:
+        return beside.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"expected a caption in UTF-8 in {beside}, got other bytes") from None
+
+
+def picture_names(folder: Path) -> Iterator[str]:
+    """The pictures in a folder and below it, as paths from the folder with forward slashes."""
+    for here, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield (Path(here) / name).relative_to(folder).as_posix()

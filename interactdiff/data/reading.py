@@ -1,0 +1,298 @@
+"""Data opened: which form a path has, rows streamed from it, and rows by their number."""
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from interactdiff.data.boxes import FORMS
+from interactdiff.data.folder import METADATA, LooseFolder, MetadataFolder, picture_names
+from interactdiff.data.problems import Problem, Problems
+from interactdiff.data.records import ImageRecord
+from interactdiff.data.shards import INDEX, Shards, chosen_split, file_hash
+from interactdiff.data.tables import Table
+from interactdiff.errors import DataError
+from interactdiff.files import write_aside
+from interactdiff.scene_checks import shown
+
+_INDEX_FORMAT = b"1"
+
+
+class Source(Protocol):
+    """A reader of one form of data."""
+
+    name: str
+    files: list[Path]
+    ignored: dict[str, int]
+
+    def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
+        """All records with their positions, streamed; mistakes go to `problems`."""
+        ...
+
+    def record(self, position: int, line: int) -> ImageRecord:
+        """The record at a position that `scan` gave."""
+        ...
+
+
+def splits(path: str | PathLike[str]) -> list[str | None]:
+    """The splits of a folder: subfolders with rows, or names of shards; [None] where it has none."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / METADATA).is_file():
+        return [None]
+    below = sorted(one.name for one in folder.iterdir() if (one / METADATA).is_file())
+    tars = sorted({name.name.rpartition("-")[0] for name in folder.glob("*-*.tar")})
+    return [*(below or tars)] or [None]
+
+
+def open_source(
+    path: str | PathLike[str],
+    split: str | None = None,
+    form: str = "shares",
+    columns: Mapping[str, str] | None = None,
+) -> Source:
+    """The reader for what is at a path.
+
+    Args:
+        path: a folder with `metadata.jsonl`, with one such folder for each split, of pictures with scene
+            files or captions, of shards, or of parquet files; a parquet file; or a Hub id like owner/name.
+        split: which split; needed if there are several.
+        form: of the boxes, see `boxes.FORMS`.
+        columns: of parquet, see `tables.Table`.
+
+    Raises:
+        DataError: there is nothing of the kind.
+    """
+    if form not in FORMS:
+        raise DataError(f"expected boxes in {', '.join(FORMS)}, got {shown(form)}")
+    folder = Path(path)
+    if folder.suffix == ".parquet" or (
+        not folder.exists() and str(path).count("/") == 1 and str(path)[0] not in "./~"
+    ):
+        return Table(str(path), split, columns, form)
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "no such folder"
+        raise DataError(f"expected a folder of pictures, shards or parquet files, got {str(folder)!r}: {got}")
+    if (folder / METADATA).is_file():
+        others = [one for one in folder.rglob(METADATA) if one.parent != folder]
+        if others:
+            raise DataError(
+                f"expected one {METADATA} in {folder}, got {others[0].relative_to(folder)} as well"
+            )
+        return MetadataFolder(folder, form)
+    if (folder / INDEX).is_file() or any(folder.glob("*.tar")):
+        return Shards(folder, split, form)
+    below = sorted(one.name for one in folder.iterdir() if (one / METADATA).is_file())
+    if below:
+        return MetadataFolder(folder / chosen_split(split, below, folder), form)
+    if any(folder.rglob("*.parquet")):
+        return Table(str(folder), split, columns, form)
+    if next(picture_names(folder), None) is None:
+        raise DataError(
+            f"expected {METADATA}, pictures, shards or parquet files in {folder}, got none of them"
+        )
+    return LooseFolder(folder, form)
+
+
+def read_folder(
+    path: str | PathLike[str],
+    split: str | None = None,
+    form: str = "shares",
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[ImageRecord]:
+    """Stream the records of a data set, in its order and in constant memory.
+
+    Pictures are looked for but not opened; `ImageRecord.open` does that. After the first mistake no further
+    record comes; the rest is still read, so that the error has all of them.
+
+    Args:
+        path: see `open_source`.
+        split: likewise.
+        form: likewise.
+        columns: likewise.
+
+    Raises:
+        DataError: there is nothing of the kind, or a row has a mistake.
+    """
+    source, problems = open_source(path, split, form, columns), Problems()
+    for _, record in source.scan(problems):
+        if not problems:
+            yield record
+    problems.raise_if_any(source.name)
+
+
+class Names:
+    """Finds names that come twice, with 12 bytes of memory a name."""
+
+    def __init__(self) -> None:
+        self.hashes, self.lines = array("Q"), array("I")
+
+    @staticmethod
+    def hash(name: str) -> int:
+        """64 bits of a name."""
+        return int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest(), "big")
+
+    def add(self, name: str, line: int) -> None:
+        """Take the name of a line."""
+        self.hashes.append(self.hash(name))
+        self.lines.append(line)
+
+    def repeated(self) -> list[tuple[int, int]]:
+        """Places (in the order of `add`) of a name that was there before, and of where it was first."""
+        hashes = np.frombuffer(self.hashes, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
+        pairs = []
+        for place in same:
+            first = place
+            while first and hashes[order[first - 1]] == hashes[order[place]]:
+                first -= 1
+            pairs.append((int(order[place]), int(order[first])))
+        return sorted(pairs)
+
+
+class Records(Sequence[ImageRecord]):
+    """The records of a data set by their number: rows are read again as they are needed.
+
+    In memory: 20 bytes a record.
+
+    Attributes:
+        source: the reader.
+        positions: [N] uint64, where each record is.
+        lines: [N] uint32.
+        widths: [N] uint32, of the picture as shown, in pixels.
+        heights: [N] uint32.
+        weights: [N] uint16, how often it comes in an epoch.
+        digest: changes with the rows, but not with the pictures.
+    """
+
+    FIELDS = ("positions", "lines", "widths", "heights", "weights")
+
+    def __init__(self, source: Source, digest: str, columns: dict[str, np.ndarray]):
+        self.source, self.digest = source, digest
+        self.positions, self.lines, self.widths, self.heights, self.weights = (
+            columns[n] for n in self.FIELDS
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: str | PathLike[str],
+        split: str | None = None,
+        form: str = "shares",
+        columns: Mapping[str, str] | None = None,
+        cache: str | PathLike[str] | None = None,
+    ) -> "Records":
+        """Check all rows and the headers of all pictures, and note where they are.
+
+        Args:
+            path: see `open_source`.
+            split: likewise.
+            form: likewise.
+            columns: likewise.
+            cache: a folder that keeps what is found, so that the same rows open at once the next time; made
+                if need be.
+
+        Raises:
+            DataError: a row has a mistake, a header cannot be read, or there is no row.
+        """
+        source = open_source(path, split, form, columns)
+        digest = _digest(source, form)
+        kept = None if cache is None else Path(cache) / f"records-{digest[:16]}.npz"
+        if kept is not None and (found := _load(kept)) is not None:
+            return cls(source, digest, found)
+        found = _scanned(source)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            arrays: dict[str, Any] = {**found}
+            write_aside(kept, lambda aside: np.savez(aside, **arrays))
+        return cls(source, digest, found)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @overload
+    def __getitem__(self, number: int) -> ImageRecord: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[ImageRecord]: ...
+
+    def __getitem__(self, number: int | slice) -> ImageRecord | list[ImageRecord]:
+        """The record of a number from 0; a slice gives a list."""
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        return self.source.record(int(self.positions[number]), int(self.lines[number]))
+
+    @property
+    def shards(self) -> np.ndarray:
+        """[N] uint32: the shard that each record is in; zeros where there are no shards."""
+        return (self.positions >> 32).astype(np.uint32) if isinstance(self.source, Shards) else self.lines * 0
+
+
+def _scanned(source: Source) -> dict[str, np.ndarray]:
+    problems, names = Problems(), Names()
+    columns = {name: array(code) for name, code in zip(Records.FIELDS, "QIIIH", strict=True)}
+    for position, record in source.scan(problems):
+        try:
+            info = record.info()
+        except DataError as error:
+            where = Problem("picture", record.name, str(error), record.line, of_picture=True)
+            problems.add(where)
+            continue
+        names.add(record.name, record.line)
+        values = (position, record.line, info.width, info.height, record.weight)
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    add_repeated(source, columns["positions"], names, problems)
+    problems.raise_if_any(source.name)
+    if not columns["positions"]:
+        raise DataError(f"expected at least one picture in {source.name}, got none")
+    types = (np.uint64, np.uint32, np.uint32, np.uint32, np.uint16)
+    return {n: np.frombuffer(column, t) for (n, column), t in zip(columns.items(), types, strict=True)}
+
+
+def add_repeated(source: Source, positions: Sequence[int], names: Names, problems: Problems) -> None:
+    """Report the pictures that come twice.
+
+    Args:
+        source: the reader.
+        positions: of the records, in the order in which their names were taken.
+        names: that were taken.
+        problems: takes the mistakes.
+    """
+    for again, first in names.repeated():
+        line = names.lines[again]
+        name = source.record(positions[again], line).name
+        text = f"expected each picture once, got {shown(name)} as in line {names.lines[first]}"
+        problems.add(Problem("repeated", source.name, text, line, field="file_name"))
+
+
+def _digest(source: Source, form: str) -> str:
+    """A hash of the rows; of large files their size stands for their contents."""
+    made_of = hashlib.sha256(_INDEX_FORMAT + form.encode())
+    made_of.update(getattr(source, "fingerprint", source.name).encode())
+    if isinstance(source, LooseFolder):  # a PNG may hold its own row
+        for name in source.names:
+            stat = (source.folder / name).stat()
+            made_of.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    for file in source.files:
+        large = file.suffix in (".tar", ".parquet")
+        said = str(file.stat().st_size) if large else file_hash(file)
+        made_of.update(f"{file.name} {said}".encode())
+    return made_of.hexdigest()
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """What an earlier scan found, or None if there is none that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in Records.FIELDS}
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    except Exception as error:  # a damaged zip
+        if type(error).__name__ == "BadZipFile":
+            return None
+        raise

@@ -1,0 +1,145 @@
+"""Parquet files and data sets on the Hugging Face Hub, read through `datasets` with a map of columns."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from interactdiff.data.problems import Problems
+from interactdiff.data.records import ImageRecord, Inline
+from interactdiff.data.rows import OWN_KEYS, RowParser
+from interactdiff.errors import DataError
+from interactdiff.registry import item_specs
+
+IMAGE = "image"
+
+
+class Table:
+    """Rows of parquet files, or of a data set on the Hub; positions are numbers of rows.
+
+    Args:
+        path: a parquet file, a folder with some, or a Hub id like owner/name.
+        split: which split of a Hub data set; "train" if it is not given.
+        columns: which column a key of a row is in, such as {"prompt": "caption"}; "image" is the picture's.
+            Keys that are not named are in the column of their own name, if there is one.
+        form: of the boxes, see `boxes.FORMS`.
+
+    Raises:
+        DataError: `datasets` is not installed, it cannot read the files, or there is no column of pictures.
+    """
+
+    def __init__(
+        self, path: str, split: str | None, columns: Mapping[str, str] | None = None, form: str = "shares"
+    ):
+        datasets = library()
+        self.name, self.form = path, form
+        self.files: list[Path] = []
+        self.ignored: dict[str, int] = {}
+        try:
+            if Path(path).exists():
+                here = Path(path)
+                self.files = [here] if here.is_file() else sorted(here.rglob("*.parquet"))
+                if split and len(matching := [f for f in self.files if f.name.startswith(split)]):
+                    self.files = matching
+                rows = datasets.load_dataset(
+                    "parquet", data_files=[str(f) for f in self.files], split="train"
+                )
+            else:
+                rows = datasets.load_dataset(path, split=split or "train")
+        except Exception as error:  # `datasets` raises errors of many libraries
+            words = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"expected a table of pictures at {path}, got {type(error).__name__}: {words}"
+            ) from None
+        known = (IMAGE, *OWN_KEYS[1:], *item_specs())
+        for key, column in (columns or {}).items():
+            if key not in known or column not in rows.column_names:
+                expected = f"a column of {', '.join(rows.column_names)} for a key of {', '.join(known)}"
+                raise DataError(f"expected {expected}, got {key}={column}")
+        self.columns = {key: key for key in known if key in rows.column_names} | dict(columns or {})
+        if IMAGE not in self.columns:
+            raise DataError(f"expected a column of pictures in {path}, got {', '.join(rows.column_names)}")
+        rows = rows.select_columns(sorted(set(self.columns.values())))
+        self.rows = rows.cast_column(self.columns[IMAGE], datasets.Image(decode=False))
+        self.fingerprint = rows._fingerprint
+
+    def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
+        """All records with their positions, streamed; mistakes go to `problems`."""
+        for number, values in enumerate(self.rows):
+            record = self._record(number, values, problems)
+            if record is not None:
+                yield number, record
+
+    def record(self, position: int, line: int) -> ImageRecord:
+        """The record at a position that `scan` gave."""
+        problems = Problems()
+        record = self._record(position, self.rows[position], problems)
+        problems.raise_if_any(self.name)
+        assert record is not None
+        return record
+
+    def _record(self, number: int, values: Mapping[str, Any], problems: Problems) -> ImageRecord | None:
+        image = values[self.columns[IMAGE]] or {}
+        row = {key: values[column] for key, column in self.columns.items() if key != IMAGE}
+        row = {key: value for key, value in row.items() if value is not None}
+        for key in set(row) & set(item_specs()):
+            if isinstance(row[key], list):  # a column has all keys in every row: those without a value go
+                row[key] = [_without_nulls(one) for one in row[key]]
+
+        def find(_: Any) -> tuple[str, Inline]:
+            data = image.get("bytes")
+            if data is None and image.get("path") and Path(image["path"]).is_file():
+                data = Path(image["path"]).read_bytes()
+            if data is None:
+                raise DataError(f"expected the bytes of a picture, got {sorted(image)} without them")
+            return f"{number:09d}", Inline(data)
+
+        return RowParser(self.name, problems, self.form).parse(row, number + 1, find)
+
+
+def features() -> Any:
+    """The `datasets.Features` of a row, to be handed to `load_dataset("imagefolder", features=...)`.
+
+    Left to itself `datasets` guesses types from the first rows: null where actions are null, whole numbers
+    where boxes are, and an error where a later row has what they lack.
+
+    Raises:
+        DataError: `datasets` is not installed.
+    """
+    datasets = library()
+    text, box = datasets.Value("string"), datasets.List(datasets.Value("float64"), length=4)
+    number = datasets.Value("float64")
+    interaction = {"subject": text, "action": text, "object": text, "subject_box": box, "object_box": box}
+    common = {"strength": number}
+    return datasets.Features(
+        {
+            IMAGE: datasets.Image(),
+            "prompt": text,
+            "prompts": datasets.List(text),
+            "interactions": datasets.List({**interaction, **common, "action_region": text}),
+            "entities": datasets.List({"phrase": text, "box": box, **common}),
+            "weight": datasets.Value("int64"),
+            "flip": datasets.Value("bool"),
+            **{key: text for key in ("id", "source", "license")},
+        }
+    )
+
+
+def _without_nulls(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    return {key: value for key, value in item.items() if value is not None or key == "action"}
+
+
+def library() -> Any:
+    """The `datasets` package.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"expected the packages of interactdiff[data] for parquet, got no {error.name}"
+        ) from None
+    return datasets

@@ -1,0 +1,198 @@
+"""Latents and text states on disk: what they are, when they are made anew, and by how many processes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_files import make_folder, noise, write_rows
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+
+from interactdiff.data import Records
+from interactdiff.data import latents as latents_module
+from interactdiff.data.examples import Examples, collate, make_order, pixels_of
+from interactdiff.data.framing import Framing
+from interactdiff.data.latents import LatentCache, vae_mean, weights_key
+from interactdiff.data.order import GlobalBatches
+from interactdiff.data.texts import TextCache, phrases_of, texts_of
+from interactdiff.errors import DataError
+from interactdiff.interaction.phrases import pipeline_phrases
+
+FRAMING = Framing(resolution=32, multiple=16)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents_module, "BLOCK", 4)
+
+
+def cache_of(folder: Path, vae: Any, **options: Any) -> LatentCache:
+    records = Records.open(folder / "rows")
+    return LatentCache(folder / "latents", records, FRAMING, weights_key(vae), dtype=torch.float32, **options)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_cached_latents_are_those_of_the_pictures(tmp_path: Path, pipe: Any) -> None:
+    rows = make_folder(tmp_path / "rows", 10)
+    rows[2]["prompt"] = "a sign that says stop"  # never mirrored
+    write_rows(tmp_path / "rows", rows)
+    vae = pipe.vae
+    cache, encode = cache_of(tmp_path, vae), vae_mean(vae)
+    assert cache.missing() == 3
+    assert list(cache.build(encode, batch_size=3)) == [4, 8, 10]
+    records = cache.records
+    for number in range(10):
+        record = records[number]
+        placement = FRAMING.place(int(records.widths[number]), int(records.heights[number]), record.items)
+        pixels = pixels_of(record, placement)[None]
+        with torch.no_grad():
+            alone = vae.encode(pixels).latent_dist.mean[0] * vae.config.scaling_factor
+            mirrored = vae.encode(pixels.flip(-1)).latent_dist.mean[0] * vae.config.scaling_factor
+        torch.testing.assert_close(cache.get(number, False), alone, rtol=1e-4, atol=1e-5)
+        if number != 2:
+            torch.testing.assert_close(cache.get(number, True), mirrored, rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match="expected cached latents of record 2, got none"):
+        cache.get(2, True)
+    order = make_order(records, FRAMING, 4, 0)
+    batches = GlobalBatches(order)
+    cached, plain = (Examples(records, FRAMING, order, latents=one) for one in (cache, None))
+    loaders = [DataLoader(one, batch_sampler=batches, collate_fn=collate) for one in (cached, plain)]
+    for _, one, other in zip(range(5), *loaders, strict=False):
+        with torch.no_grad():
+            torch.testing.assert_close(one["latents"], encode(other["pixels"]), rtol=1e-4, atol=1e-5)
+        for key in ("prompts", "items", "crop", "flipped"):
+            assert one[key] == other[key]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_processes_share_the_work_and_take_it_up_again(tmp_path: Path, pipe: Any) -> None:
+    rows = make_folder(tmp_path / "rows", 10)
+    cache, encode = cache_of(tmp_path, pipe.vae), vae_mean(pipe.vae)
+    next(iter(cache.build(encode, 0, 2)))  # stopped after a block
+    assert cache.missing() == 2
+    before = {path: path.stat().st_mtime_ns for path in cache.folder.iterdir()}
+    for rank in range(2):
+        list(cache.build(encode, rank, 2))
+    assert cache.missing() == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    rows[0]["prompt"] = "another caption"
+    write_rows(tmp_path / "rows", rows)
+    assert cache_of(tmp_path, pipe.vae).missing() == 0
+    rows[0]["interactions"][0]["subject_box"] = [0.2, 0.1, 0.6, 1.0]  # same crop: nothing is cut off
+    write_rows(tmp_path / "rows", rows)
+    assert cache_of(tmp_path, pipe.vae).missing() == 0
+    noise(64, 64, seed=99).save(tmp_path / "rows" / "0005.png")
+    assert cache_of(tmp_path, pipe.vae).missing() == 1
+    assert cache_of(tmp_path, pipe.vae, flip=False).missing() == 3
+    with torch.no_grad():
+        pipe.vae.decoder.conv_in.bias.add_(1e-3)
+    assert cache_of(tmp_path, pipe.vae).missing() == 3
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_broken_pictures_are_listed_and_replaced(tmp_path: Path, pipe: Any) -> None:
+    make_folder(tmp_path / "rows", 12)
+    cache = cache_of(tmp_path, pipe.vae)
+    path = tmp_path / "rows" / "0004.png"
+    path.write_bytes(path.read_bytes()[:-300])
+    list(cache.build(vae_mean(pipe.vae)))
+    (line,) = (cache.folder / "bad.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "record": 4,
+        "name": "0004.png",
+        "reason": "expected a whole picture, got a file that ends early",
+    }
+    order = make_order(cache.records, FRAMING, 4, 0)
+    examples = Examples(cache.records, FRAMING, order, latents=cache)
+    draws = [draw for step in range(order.steps_before(2)) for draw in order.batch(step)]
+    assert [bool(examples[draw]["bad"]) for draw in draws] == [draw.index == 4 for draw in draws]
+
+
+def test_a_damaged_file_of_latents_is_named(tmp_path: Path, pipe: Any) -> None:
+    make_folder(tmp_path / "rows", 2)
+    cache = cache_of(tmp_path, pipe.vae)
+    list(cache.build(vae_mean(pipe.vae)))
+    (path,) = cache.folder.iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match="expected a whole file of latents at"):
+        cache_of(tmp_path, pipe.vae).get(0, False)
+
+
+def states_of(pipe: Any) -> Any:
+    """Unpadded states of a text encoder, and its pooled output."""
+
+    def encode(texts: Any) -> dict[str, dict[str, torch.Tensor]]:
+        made = {}
+        for text in texts:
+            out = pipe.text_encoder(pipe.tokenizer(text, return_tensors="pt").input_ids)
+            made[text] = {"states": out.last_hidden_state[0], "pooled": out.pooler_output[0]}
+        return made
+
+    return encode
+
+
+def test_states_are_kept_once_a_distinct_text(tmp_path: Path, pipe: Any) -> None:
+    rows = make_folder(tmp_path / "rows", 20)
+    for number, one in enumerate(rows):
+        one["prompt"] = "on the left" if number % 2 else f"number {number}"
+    write_rows(tmp_path / "rows", rows)
+    records = Records.open(tmp_path / "rows")
+    texts = list(texts_of(records, FRAMING))
+    assert set(texts) == {"on the left", "on the right", *(f"number {n}" for n in range(0, 20, 2))}
+    key, encode = weights_key(pipe.text_encoder), states_of(pipe)
+    caches = [TextCache(tmp_path / "texts", key, torch.float32) for _ in range(2)]
+    done = [sum(1 for _ in cache.build(texts, encode, rank, 2)) for rank, cache in enumerate(caches)]
+    assert done == [1, 1]
+    merged = TextCache(tmp_path / "texts", key, torch.float32)
+    assert merged.missing(texts) == []
+    for text in set(texts):
+        expected = encode([text])[text]
+        got = merged.get(text)
+        assert got.keys() == expected.keys()
+        torch.testing.assert_close(got["states"], expected["states"])
+        assert got["states"].shape[0] == len(pipe.tokenizer(text).input_ids)  # no padding
+        torch.testing.assert_close(got["pooled"], expected["pooled"])
+    kept = sorted((tmp_path / "texts").iterdir())
+    keys = []
+    for path in kept:
+        with safe_open(path, framework="pt") as file:
+            keys += file.keys()
+    assert len(keys) == 2 * 12
+    assert list(merged.build([*texts, "a new one"], encode)) == [1]
+    assert set(kept) < set((tmp_path / "texts").iterdir())
+    caches[0].refresh()
+    assert caches[0].missing([*texts, "a new one"]) == []
+    with pytest.raises(DataError, match="expected cached states of every text, got none of 'unknown'"):
+        merged.get("unknown")
+    assert TextCache(tmp_path / "texts", "another encoder").missing(["number 0"]) == ["number 0"]
+
+
+def test_every_caption_of_training_is_known_before(tmp_path: Path) -> None:
+    rows = make_folder(tmp_path / "rows", 8)
+    for one in rows:
+        one["interactions"][0]["subject_box"] = [0.0, 0.0, 0.1, 1.0]
+        one["interactions"].append(
+            {**one["interactions"][0], "subject_box": [0.4, 0.1, 0.6, 0.9], "action": None}
+        )
+        one["prompt"] = "a person is riding a bike, a person with a bike"
+        one["interactions"][0]["action"] = "riding"
+        one.pop("entities", None)
+    write_rows(tmp_path / "rows", rows)
+    records, framing = Records.open(tmp_path / "rows"), Framing(32, 16, square=True)
+    known = set(texts_of(records, framing))
+    order = make_order(records, framing, 4, 0)
+    examples = Examples(records, framing, order)
+    drawn = {examples[draw]["prompt"] for step in range(order.steps_before(3)) for draw in order.batch(step)}
+    assert drawn == known == {rows[0]["prompt"], "a person with a bike"}
+
+
+def test_phrase_features_are_kept_the_same_way(tmp_path: Path, pipe: Any) -> None:
+    make_folder(tmp_path / "rows", 4)
+    phrases = list(phrases_of(Records.open(tmp_path / "rows")))
+    assert set(phrases) == {"person", "riding", "bike", "ball"}
+    features: Any = pipeline_phrases(pipe, 24)
+    cache = TextCache(tmp_path / "texts", "phrases", torch.float32)
+    list(cache.build(phrases, lambda texts: {t: {"feature": f} for t, f in features(texts).items()}))
+    torch.testing.assert_close(cache.get("bike")["feature"], features(["bike"])["bike"])
