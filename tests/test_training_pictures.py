@@ -1,0 +1,208 @@
+"""The adapter trained on a folder of pictures, on tiny pipelines of each base."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from interactdiff import Interaction, InteractionAdapter, attach
+from interactdiff.data.converters.base import Options
+from interactdiff.data.converters.run import run as convert
+from interactdiff.errors import RecipeError
+from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_loading import load_pipeline
+from interactdiff.training.config import checked
+from interactdiff.training.interaction_config import InteractionConfig
+from interactdiff.training.processes import check_world_size
+from interactdiff.training.run import make_recipe
+
+BASES = {"sd15": "pipe", "sd21": "pipe", "sdxl": "xl_pipe", "flux": "flux_pipe", "sd35": "sd3_pipe"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Renders of the embedded world, exported to a folder."""
+    folder = tmp_path_factory.mktemp("pictures") / "world"
+    convert("stickworld", "0:12", folder, Options(size=32))
+    return folder
+
+
+@pytest.fixture(params=BASES)
+def base_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A pipeline folder of tiny real classes."""
+    pipe: Any = request.getfixturevalue(BASES[request.param])
+    if request.param == "sd21":
+        pipe.scheduler = type(pipe.scheduler).from_config(
+            pipe.scheduler.config, prediction_type="v_prediction"
+        )
+    pipe.save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def config_of(base: Path, pictures: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Four tiny steps on a folder of pictures."""
+    transformer = (base / "transformer").is_dir()
+    sizes = {"max_interactions": 6, "hidden": 16, "init": "open"} | (
+        {"token_dim": 8, "parts": 2} if transformer else {}
+    )
+    return {
+        "recipe": "interaction",
+        "output_dir": str(folder / "run"),
+        "export_to": str(folder / "adapter"),
+        "base": str(base),
+        "data": str(pictures),
+        "cache": str(folder / "cache"),
+        "resolution": 32,
+        "multiple": 16,
+        "workers": 0,
+        "adapter": sizes,
+        "batch_size": 2,
+        "validation": {"count": 1, "steps": 2, "guidance_scale": 3.0},
+        "seed": 0,
+        "steps": 4,
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "lr_scheduler": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "mixed_precision": "no",
+        "ema_decay": 0.0,
+        "log_every": 2,
+        "checkpoint_every": 2,
+        "checkpoints_total_limit": 2,
+        "sample_every": 4,
+        **changes,
+    }
+
+
+def test_each_base_is_trained_saved_loaded_and_drawn(
+    base_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    recipe: Any = make_recipe(config_of(base_folder, pictures, tmp_path, gradient_checkpointing=True))
+    frozen = {name: t.clone() for name, t in recipe.base.denoiser.state_dict().items()}
+    losses = recipe.train()
+    assert len(losses) == 4
+    after = recipe.base.denoiser.state_dict()
+    assert all(torch.equal(frozen[name], after[name]) for name in frozen)
+    assert (tmp_path / "run/samples/000004.png").is_file()
+
+    adapter = InteractionAdapter.from_pretrained(tmp_path / "adapter").float()
+    untrained: Any = make_recipe(
+        config_of(base_folder, pictures, tmp_path, output_dir=str(tmp_path / "other"))
+    ).model
+    changed = [
+        name
+        for name, t in adapter.state_dict().items()
+        if not torch.equal(t, untrained.state_dict()[name].half().float())
+    ]
+    assert len(changed) > 0.9 * len(adapter.state_dict())
+
+    pipe = load_pipeline(str(base_folder), torch.device("cpu"), torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> torch.Tensor:
+        return pipe(
+            **call_arguments(pipe, "a person"), height=32, width=32, num_inference_steps=2,
+            output_type="latent", generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
+
+    plain = draw()
+    with attach(pipe, adapter) as handle:
+        handle.set_scene(
+            [Interaction("person", "riding", "bike", (0.1, 0.1, 0.6, 0.7), (0.2, 0.4, 0.9, 0.9))]
+        )
+        assert not torch.equal(draw(), plain)
+
+
+# --- several processes ---
+
+
+def trained(file: Path, processes: int, *changes: str) -> None:
+    """Run a recipe's file on some processes, by torchrun."""
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
+    command = [*torchrun, "-m", "interactdiff", "train", str(file), "--set", *changes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def checkpoint_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
+def logged(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Path, tmp_path: Path) -> None:
+    """1 x 4, 2 x 2 and 2 x 1 in two parts; and a checkpoint of two processes goes on on one."""
+    pipe.save_pretrained(tmp_path / "base")
+    options = {"max_grad_norm": 0.1, "ema_decay": 0.9, "log_every": 1, "checkpoint_every": 3, "steps": 6}
+    options |= {"sample_every": 6, "validation": {"count": 1, "steps": 1}, "checkpoints_total_limit": 5}
+    config = config_of(tmp_path / "base", pictures, tmp_path, batch_size=4, **options)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(config))
+    one = make_recipe(config).train()
+    runs = {"two": (2, 1), "parts": (1, 2)}
+    for name, (batch_size, accumulate) in runs.items():
+        changes = {"output_dir": tmp_path / name, "export_to": tmp_path / f"{name}-adapter"}
+        changes |= {"batch_size": batch_size, "accumulate": accumulate, "processes": 2}
+        trained(file, 2, *(f"{key}={value}" for key, value in changes.items()))
+        assert logged(tmp_path / name) == pytest.approx(one, rel=1e-5)
+        assert (tmp_path / name / "samples/000006.png").is_file()
+        mine, theirs = (checkpoint_of(tmp_path / run, 6) for run in ("run", name))
+        for key, tensor in mine.items():
+            assert torch.allclose(tensor, theirs[key], rtol=1e-4, atol=1e-5), key
+
+    wider = config | {"output_dir": str(tmp_path / "two"), "stop_at": 4}
+    again = make_recipe(wider)
+    again.resume(str(tmp_path / "two/checkpoint-3"))
+    assert again.train(overwrite=True) == pytest.approx(one[3:4], rel=1e-5)
+
+    narrow = make_recipe(config | {"output_dir": str(tmp_path / "narrow"), "batch_size": 2})
+    with pytest.raises(RecipeError, match=r"expected global_batch to be 4 as in .*, got 2"):
+        narrow.resume(str(tmp_path / "two/checkpoint-4"))
+
+
+def test_as_many_processes_as_were_asked_for(
+    pipe: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="expected 2 processes, which the recipe asks for, got 1: torchrun"):
+        check_world_size(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_world_size(2)
+    config = config_of(tmp_path, pictures, tmp_path, batch_size=3, accumulate=2)
+    assert checked(InteractionConfig, config).to_json()["global_batch"] == 12
+
+
+def test_what_accelerate_launch_was_asked_for_is_compared(tmp_path: Path) -> None:
+    """accelerate 1.15 starts one process for `--cpu --num_processes 2` without a word."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from interactdiff.training.processes import check_world_size\n"
+        "from interactdiff.errors import RecipeError\n"
+        "try:\n    check_world_size(None)\nexcept RecipeError as error:\n    print(error)\n"
+    )
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu"]
+    if not Path(launch[0]).is_file():
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+    said = [
+        subprocess.run(
+            [*launch, "--num_processes", str(count), str(script)], capture_output=True, text=True, timeout=300
+        ).stdout
+        for count in (1, 2)
+    ]
+    assert "expected" not in said[0]
+    assert "expected 2 processes, which accelerate launch asks for, got 1" in said[1]
