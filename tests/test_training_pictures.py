@@ -1,6 +1,7 @@
 """The adapter trained on a folder of pictures, on tiny pipelines of each base."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from interactdiff import Interaction, InteractionAdapter, attach
+from interactdiff.cli import main
 from interactdiff.data.converters.base import Options
 from interactdiff.data.converters.run import run as convert
 from interactdiff.errors import RecipeError
@@ -206,3 +208,24 @@ def test_what_accelerate_launch_was_asked_for_is_compared(tmp_path: Path) -> Non
     ]
     assert "expected" not in said[0]
     assert "expected 2 processes, which accelerate launch asks for, got 1" in said[1]
+
+
+def test_readme_trains_on_pictures_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of README, with fewer pictures and steps."""
+    root = Path(__file__).parent.parent
+    section = (root / "README.md").read_text(encoding="utf-8").split("## Train your own")[1]
+    lines = section.split("```")[1].strip().splitlines()
+    assert len(lines) == 6
+    monkeypatch.chdir(tmp_path)
+    small = ["batch_size=1", "resolution=32", "validation={count: 1, steps: 1}"]
+    for n, line in enumerate(lines):
+        program, *words = shlex.split(line.replace("0:64", "0:3"), comments=True)
+        assert program == "interactdiff"
+        if words[0] == "train":
+            words[1] = str(root / words[1])
+            words += ["--set", f"steps={n - 2}", *small]
+        elif words[0] == "generate":
+            words += ["--steps", "2", "--device", "cpu"]
+        assert main(words) == 0, line
+    assert (tmp_path / "runs/smoke/checkpoint-2").is_dir()
+    assert (tmp_path / "out.png").is_file()
