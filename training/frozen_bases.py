@@ -42,6 +42,8 @@ class FrozenBase:
     def __init__(self, pipe: Any, loss: LossConfig, text_tokens: int | None):
         self.pipe, self.loss, self.text_tokens = pipe, loss, text_tokens
         self.denoiser: Any = denoiser_of(pipe)
+        if getattr(pipe, "safety_checker", None) is not None:
+            pipe.register_modules(safety_checker=None)  # it would stay behind on the CPU
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
