@@ -40,8 +40,8 @@ def without_actions(prompt: str, items: Sequence[Item]) -> str:
 def items_of(items: Sequence[Any], slots: int) -> list[Item]:
     """The interactions and entities of a picture; of too many the largest by the sum of their boxes."""
     kept = [item for item in items if isinstance(item, Interaction | Entity)]
-    largest = sorted(kept, key=lambda item: -sum(map(_area, _boxes(item))))[:slots]
-    return [item for item in kept if any(item is one for one in largest)]
+    largest = sorted(range(len(kept)), key=lambda n: -sum(map(_area, _boxes(kept[n]))))[:slots]
+    return [kept[n] for n in sorted(largest)]
 
 
 def _boxes(item: Item) -> list[Box]:
