@@ -34,7 +34,7 @@ from interactdiff.files import write_aside
 from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
 from interactdiff.training.optimizers import make_optimizers
-from interactdiff.training.processes import Processes, check_world_size
+from interactdiff.training.processes import Processes, check_world_size, world_size
 from interactdiff.training.run_folder import SAMPLES, RunFolder
 
 C = TypeVar("C", bound=RecipeConfig)
@@ -95,8 +95,13 @@ class Recipe(ABC, Generic[C]):
         if config.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise RecipeError("mixed_precision: expected no or bf16 on a machine without a GPU, got 'fp16'")
         check_world_size(getattr(config, "processes", None))
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        on_cpus = world_size() > 1 and not torch.cuda.is_available()  # accelerate would not join them
+        self.accelerator = Accelerator(cpu=on_cpus, mixed_precision=config.mixed_precision)
         self.processes = Processes(self.accelerator)
+        if self.processes.count != world_size():
+            raise RecipeError(
+                f"expected {world_size()} processes that train together, got {self.processes.count}"
+            )
         if self.processes.count > 1 and not self.shares_batches:
             raise RecipeError(
                 f"expected one process for the recipe {config.recipe}, got {self.processes.count}"
