@@ -227,11 +227,12 @@ class Controller:
         for edit in edits:
             if isinstance(edit, OwnKeys | ExtraKeys):
                 _, own, extra = chosen.setdefault(edit.site.path, (edit.site, [], []))
-                (own if isinstance(edit, OwnKeys) else extra).append(edit.fn)
+                (own if isinstance(edit, OwnKeys) else extra).append(edit)
         processors = [(site, self._processor(site)) for site, _, _ in chosen.values()]
         for site, processor in processors:
             _, own, extra = chosen[site.path]
-            processor.own, processor.extra = (own[0] if own else None), tuple(extra)
+            processor.own, processor.extra = (own[0].fn if own else None), tuple(edit.fn for edit in extra)
+            processor.records = tuple(edit.record for edit in extra if edit.record is not None)
             processor.text_length = call.text_length
             processor.image_length = call.grid[0] * call.grid[1]
             self._swap(site.module, "processor", processor)
