@@ -156,7 +156,10 @@ class Controller:
             for guidance in self._guidance():
                 if (changed := guidance.inputs(call)) is not None:
                     arguments = {**call.arguments, **changed.arguments}
-                    self._local.call = call = self.calls.read((), arguments, changed.rows)
+                    edited = self.calls.read((), arguments, changed.rows)
+                    if "step" in vars(call):  # reading it twice would be two calls to a clock
+                        vars(edited)["step"] = call.step
+                    self._local.call = call = edited
         active = [binding.prepare(call) for binding in self.bindings]
         self._lay_out(active, call)
         return None if changed is None else ((), dict(call.arguments))

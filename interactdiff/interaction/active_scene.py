@@ -61,8 +61,6 @@ class ActiveScene:
             SceneError: scenes do not explain the batch.
             AdapterError: neither the call nor its caller tells whether guidance is on.
         """
-        if call.is_pass:
-            return None
         step, value = self._scheduled(call)
         value *= self._strength
         if value == 0:
