@@ -6,7 +6,7 @@ from typing import Any
 
 from interactdiff.picture import Record
 from interactdiff.registry import item_specs
-from interactdiff.scene import EXTRA_ITEMS, Scene, SceneError
+from interactdiff.scene import CONTROLS, EXTRA_ITEMS, Scene, SceneError
 
 
 def as_python(record: Record) -> str:
@@ -69,7 +69,7 @@ def _flags(scene: Scene) -> list[str]:
     flags = []
     for field in fields(Scene):
         value = getattr(scene, field.name)
-        if field.name in ("prompt", EXTRA_ITEMS, *item_specs()) or value == field.default:
+        if field.name in ("prompt", EXTRA_ITEMS, CONTROLS, *item_specs()) or value == field.default:
             continue
         flag = "--" + field.name.replace("_", "-")
         if field.name == "fast":
