@@ -15,6 +15,7 @@ from interactdiff.calls import Call
 from interactdiff.errors import AdapterError, SceneError
 from interactdiff.scene_checks import shown
 from interactdiff.schedule import scheduled
+from interactdiff.sites import known_family
 from interactdiff.subject.active_scene import PlacedSubject, SubjectScene
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.features import Features, moved
@@ -111,8 +112,9 @@ class SubjectBinding(Binding):
             if name not in known:
                 raise SceneError(f"subject: expected settings of {', '.join(known)}, got {shown(name)}")
             checked[name] = known[name].checked(value)
-        if checked.get("position_shift") and not hasattr(self.host.denoiser, "pos_embed"):
-            raise AdapterError("position_shift: expected 0, got another: a U-Net has no positions to shift")
+        if checked.get("position_shift") and known_family(self.host.denoiser).name != "Flux":
+            kind = type(self.host.denoiser).__name__
+            raise AdapterError(f"position_shift: expected 0 for {kind}, whose positions cannot be shifted")
         if segmenter is not None:
             self.runner.segmenter = load_segmenter(segmenter)
         if rows_at_once is not None:
@@ -277,24 +279,37 @@ class SubjectBinding(Binding):
             signs = tuple(sorted({1 if part == "unconditional" else -1 for part in parts}))
         gap = float(self.settings["time_gap"]) if plan.gap else 0.0
         time, passes = call.timestep, self.runner.passes()
-        passes.position_shift = self.settings["position_shift"]
         fresh = None
         if self.settings["fresh_noise"]:
             step = int(time) if call.step is None else call.step[0]
             fresh = (scene.seed * 1000003 + step) % 2**63
         found: dict[tuple[int, int], Features] = {}
+        ahead = self._ahead(call, scene, plan)
         numbers = {n for prompt in scene.prompts for n in prompt if scene.subjects[n].strength}
         for number in sorted(numbers):
             subject = scene.subjects[number]
             self._pass_weight = self.settings["encoder_weight"] * subject.strength * bool(self._encoders)
-            key = passes.position_shift, self._pass_weight
+            shift = self._shift(call, subject) if passes.shifts else (0, 0)
             now = [(time, sign) for sign in signs]
             made = self.runner.features(
-                call, subject.reference, now, self._ahead(call, scene, plan), gap, key, fresh
+                call, subject.reference, now, ahead, gap, self._pass_weight, fresh, shift
             )
             for sign, features in zip(signs, made, strict=True):
                 found[number, sign] = moved(features, call.device)
         return found
+
+    def _shift(self, call: Call, subject: PlacedSubject) -> tuple[int, int]:
+        """Rows and columns by which a reference's positions lie beside the picture's.
+
+        Positions decide where a transformer draws what it sees: the middle of the subject comes to lie on the
+        middle of its place, if it has one.
+        """
+        if not subject.boxes:
+            return 0, round(self.settings["position_shift"] * subject.reference.grid[1])
+        x0, y0, x1, y1 = subject.boxes[0]
+        row, column = subject.reference.middle()
+        rows, columns = call.grid
+        return round((y0 + y1) / 2 * rows - 0.5 - row), round((x0 + x1) / 2 * columns - 0.5 - column)
 
     def _ahead(self, call: Call, scene: SubjectScene, plan: Plan) -> list[Time]:
         """Times that the run will come to, in their order."""

@@ -57,6 +57,14 @@ class Reference:
             self._keys[grid] = kept, shares[kept]
         return self._keys[grid]
 
+    def middle(self) -> tuple[float, float]:
+        """Row and column of the foreground's middle, in the denoiser's grid of tokens."""
+        shares = F.adaptive_avg_pool2d(self.mask, self.grid)[0, 0]
+        rows, columns = (
+            (side * torch.arange(len(side))).sum() / side.sum() for side in (shares.sum(1), shares.sum(0))
+        )
+        return float(rows), float(columns)
+
     def same_text(self, text: Texts) -> bool:
         """Whether its prompt has these features."""
         return text.keys() == self.text.keys() and all(self.text[n].equal(t) for n, t in text.items())

@@ -44,10 +44,11 @@ class Passes(ABC):
     """
 
     multiple = 1  # latents a side
+    shifts = False
+    """Whether positions of a reference can be shifted."""
 
     def __init__(self, host: Host):
         self.host, self.denoiser, self.pipeline = host, host.denoiser, host.pipeline
-        self.position_shift = 0.0
 
     # --- once a reference ---
 
@@ -149,7 +150,13 @@ class Passes(ABC):
         return alpha**0.5, (1 - alpha) ** 0.5
 
     def arguments(
-        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, times: Sequence[float]
+        self,
+        call: Call,
+        latents: Tensor,
+        noised: Tensor,
+        text: Texts,
+        times: Sequence[float],
+        shift: Grid = (0, 0),
     ) -> dict[str, Any]:
         """Of the denoiser's call over a reference: the caller's, but for what the reference has of its own.
 
@@ -161,6 +168,7 @@ class Passes(ABC):
             noised: [N, C, h, w], from `noised`.
             text: of the reference's prompt.
             times: the timesteps that the denoiser is given, N.
+            shift: rows and columns by which the reference's positions lie beside the picture's.
         """
         device, dtype = call.device, self.denoiser.dtype
         count = len(noised)
@@ -173,20 +181,22 @@ class Passes(ABC):
         timestep = torch.tensor(times, device=device, dtype=torch.float32) / units
         given = {name: rows(value) for name, value in text.items()}
         scale = (call.arguments.get(self.kwargs) or {}).get("scale")
-        made = self._arguments(call, latents.to(device, dtype), noised.to(device, dtype), given)
+        made = self._arguments(call, latents.to(device, dtype), noised.to(device, dtype), given, shift)
         made |= {"timestep": timestep, "return_dict": False}
         return made | ({} if scale is None else {self.kwargs: {"scale": scale}})
 
     kwargs = "joint_attention_kwargs"
 
     @abstractmethod
-    def _arguments(self, call: Call, latents: Tensor, noised: Tensor, text: Texts) -> dict[str, Any]: ...
+    def _arguments(
+        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
+    ) -> dict[str, Any]: ...
 
     def call_key(self, call: Call) -> tuple[Any, ...]:
         """What of the caller's arguments acts on a reference, compared by equality."""
         scale = (call.arguments.get(self.kwargs) or {}).get("scale")
         guidance = call.arguments.get("guidance")
-        return scale, None if guidance is None else float(guidance.flatten()[0]), self.position_shift
+        return scale, None if guidance is None else float(guidance.flatten()[0])
 
 
 class UNetPasses(Passes):
@@ -214,7 +224,9 @@ class UNetPasses(Passes):
             return {"encoder_hidden_states": encoded[0], "text_embeds": encoded[2]}
         return {"encoder_hidden_states": encoded[0]}
 
-    def _arguments(self, call: Call, latents: Tensor, noised: Tensor, text: Texts) -> dict[str, Any]:
+    def _arguments(
+        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
+    ) -> dict[str, Any]:
         channels, own = self.denoiser.config.in_channels, noised.shape[1]
         if channels == 2 * own + 1:  # inpainting: nothing of the reference is to be painted
             known = latents.expand(len(noised), -1, -1, -1)
@@ -231,7 +243,7 @@ class UNetPasses(Passes):
             made["added_cond_kwargs"] = self._added(given, noised, text)
         return made
 
-    def _added(self, given: Mapping[str, Any], noised: Tensor, text: Texts) -> dict[str, Any]:
+    def _added(self, given: Mapping[str, Any], noised: Tensor, text: Texts, shift: Grid) -> dict[str, Any]:
         count, added = len(noised), {}
         if "text_embeds" in text:
             added["text_embeds"] = text["text_embeds"]
@@ -252,7 +264,7 @@ class UNetPasses(Passes):
 class FluxPasses(Passes):
     """Of Flux: packed latents, and positions of their own."""
 
-    multiple = 2
+    multiple, shifts = 2, True
 
     def _native_side(self) -> int:
         return getattr(self.pipeline, "default_sample_size", 128) * self.pipeline.vae_scale_factor
@@ -263,14 +275,16 @@ class FluxPasses(Passes):
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def _arguments(self, call: Call, latents: Tensor, noised: Tensor, text: Texts) -> dict[str, Any]:
+    def _arguments(
+        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
+    ) -> dict[str, Any]:
         rows, columns = self.grid(noised)
         packed = noised.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # [N, C, rows, 2, columns, 2]
         packed = packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         like = call.arguments["img_ids"]
         ids = torch.zeros(rows, columns, 3, device=like.device, dtype=like.dtype)
-        ids[..., 1] += torch.arange(rows, device=like.device)[:, None]
-        ids[..., 2] += torch.arange(columns, device=like.device)[None] + round(self.position_shift * columns)
+        ids[..., 1] += torch.arange(rows, device=like.device)[:, None] + shift[0]
+        ids[..., 2] += torch.arange(columns, device=like.device)[None] + shift[1]
         made: dict[str, Any] = {"hidden_states": packed, **text, "img_ids": ids.flatten(0, 1)}
         made["txt_ids"] = torch.zeros(text["encoder_hidden_states"].shape[1], 3).to(like)
         if (guidance := call.arguments.get("guidance")) is not None:
@@ -299,5 +313,7 @@ class SD3Passes(Passes):
         )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def _arguments(self, call: Call, latents: Tensor, noised: Tensor, text: Texts) -> dict[str, Any]:
+    def _arguments(
+        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
+    ) -> dict[str, Any]:
         return {"hidden_states": noised, **text}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from interactdiff.adapter import Host
 from interactdiff.calls import Call
+from interactdiff.families import Grid
 from interactdiff.handle import attached_bindings
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.features import FeatureCache, Features, Reference
@@ -100,6 +101,7 @@ class ReferenceRunner:
         gap: float,
         key: Any,
         fresh: int | None = None,
+        shift: Grid = (0, 0),
     ) -> list[Features]:
         """A reference's features at the times of a call.
 
@@ -111,13 +113,14 @@ class ReferenceRunner:
             gap: timesteps between -1, 0 and 1.
             key: what else of the settings acts in a pass, compared by equality.
             fresh: seed of noise for this call alone, for which nothing is kept; None has the reference's own.
+            shift: rows and columns of its positions beside the picture's.
         """
         passes = self.passes()
         if fresh is not None:
             noise = torch.randn(reference.noise.shape, generator=torch.Generator().manual_seed(fresh))
-            return self._run(call, passes, reference, now, gap, noise)
+            return self._run(call, passes, reference, now, gap, shift, noise)
         dtype = str(self._host.denoiser.dtype)
-        run = (reference, passes.call_key(call), self._weights_key(call), dtype, gap, key)
+        run = (reference, passes.call_key(call), self._weights_key(call), dtype, gap, shift, key)
 
         def place(time: Time) -> Any:
             level = passes.noise_shares(time[0] + time[1] * gap, call.pipeline)
@@ -131,7 +134,7 @@ class ReferenceRunner:
             more = [time for time in more if self.cache.get(run, place(time)) is None]
             more = more[: max(min(self.rows_at_once - len(missing), room), 0)]
             times = [*missing, *more]
-            for time, made in zip(times, self._run(call, passes, reference, times, gap), strict=True):
+            for time, made in zip(times, self._run(call, passes, reference, times, gap, shift), strict=True):
                 self.cache.put(run, place(time), made)
                 if time in found:
                     found[time] = made
@@ -144,13 +147,15 @@ class ReferenceRunner:
         reference: Reference,
         times: Sequence[Time],
         gap: float,
+        shift: Grid,
         noise: Tensor | None = None,
     ) -> list[Features]:
         """One pass, with a row for each time."""
         levels = [time + sign * gap for time, sign in times]
         noise = reference.noise if noise is None else noise
         noised = passes.noised(reference.latents, noise, levels, call.pipeline)
-        arguments = passes.arguments(call, reference.latents, noised, reference.text, [t for t, _ in times])
+        given = [time for time, _ in times]
+        arguments = passes.arguments(call, reference.latents, noised, reference.text, given, shift)
         for one in self._sites:
             kept, _ = reference.foreground(one.site.grid(*reference.grid))
             one.kept, one.recorded = kept.to(call.device), None
