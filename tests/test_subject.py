@@ -361,8 +361,8 @@ def test_two_subjects_with_places_do_not_see_each_other(pipe: Any) -> None:
 
 
 def test_a_box_around_everything_is_none_and_interactions_place_subjects(any_pipe: Any) -> None:
-    everywhere = dog(mask=half_mask().point(lambda _: 255), box=(0, 0, 1, 1))
-    alone = dog(mask=half_mask().point(lambda _: 255))
+    whole = half_mask((32, 32)).point(lambda _: 255)
+    everywhere, alone = (dog(0, (32, 32), mask=whole, box=box) for box in ((0, 0, 1, 1), None))
     assert torch.equal(drawn(any_pipe, everywhere), drawn(any_pipe, alone))
     denoiser = denoiser_of(any_pipe)
     acting = trained_adapter(denoiser) if hasattr(any_pipe, "unet") else trained_joint_adapter(denoiser)

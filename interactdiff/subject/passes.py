@@ -243,7 +243,7 @@ class UNetPasses(Passes):
             made["added_cond_kwargs"] = self._added(given, noised, text)
         return made
 
-    def _added(self, given: Mapping[str, Any], noised: Tensor, text: Texts, shift: Grid) -> dict[str, Any]:
+    def _added(self, given: Mapping[str, Any], noised: Tensor, text: Texts) -> dict[str, Any]:
         count, added = len(noised), {}
         if "text_embeds" in text:
             added["text_embeds"] = text["text_embeds"]
