@@ -34,7 +34,7 @@ BADGE = "new|0.0,0.0,0.5,0.5|strength=0.5"
 
 
 def test_what_the_package_has() -> None:
-    assert list(methods()) == ["clear", "interaction"]
+    assert list(methods()) == ["clear", "interaction", "subject"]
     assert list(samplers()) == ["high_resolution"]
     assert recipes().keys() == {"adapter", "distill"}
 
@@ -49,7 +49,7 @@ def test_its_items_are_flags_and_its_scores_too(badge: Any, capsys: pytest.Captu
         assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     assert '--badge LABEL|BOX a badge: "new|0.1,0.1,0.3,0.2"' in said
-    assert "a method or a sampler (clear, badge, high_resolution, inverted)" in said
+    assert "a method or a sampler (clear, subject, badge, high_resolution, inverted)" in said
     assert "--badge scores of Badges" in said
 
 
@@ -254,7 +254,7 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_other_packages_have_entry_points(other: Path) -> None:
     installed(other, SPEC.format("other", "{}"), "others_spec:SPEC")
-    assert list(methods()) == ["clear", "interaction", "other"]
+    assert list(methods()) == ["clear", "interaction", "subject", "other"]
 
 
 @pytest.mark.parametrize(
