@@ -120,9 +120,10 @@ def grid_of_ids(ids: Tensor) -> Grid:
     """
     ids = (ids[0] if ids.ndim == 3 else ids).float()
     own = ids[ids[:, 0] == ids[0, 0]]
-    own = own - own[0]  # a reference's may begin anywhere
+    first = own.amin(0)  # a reference's may begin anywhere
+    own = own - first
     rows, columns = (int(n) + 1 for n in own[:, 1:3].amax(0))
-    there = ids[: len(own)] - ids[0]
+    there = ids[: len(own)] - first
     places = there[:, 1] * columns + there[:, 2]
     if rows * columns != len(own) or not places.equal(torch.arange(len(own)).to(places)):
         raise AdapterError(

@@ -127,7 +127,9 @@ def test_attached_and_not_asked_for_it_changes_no_bit(badge: Any, badge_weights:
     assert given.record.adapters["badge"] == UNNAMED
     with pytest.raises(InteractdiffError, match=r"expected as adapter .*got 'an adapter given"):
         generate(scene, adapters=given.record.adapters, device="cpu")
-    with pytest.raises(InteractdiffError, match="expected an adapter of clear, interaction, badge, got"):
+    with pytest.raises(
+        InteractdiffError, match="expected an adapter of clear, interaction, subject, badge, got"
+    ):
         generate(scene, adapters={"x": None})
 
 
@@ -158,9 +160,9 @@ def test_it_has_a_panel_in_the_studio(
 ) -> None:
     worker = Worker(Limits(folders=(tmp_path,)), device="cpu")
     studio = Studio(worker, "stickworld")
-    assert list(studio.panels) == ["clear", "badge", "high_resolution", "inverted"]
+    assert list(studio.panels) == ["clear", "subject", "badge", "high_resolution", "inverted"]
     shown = [name for name, panel in studio.panels.items() if panel.visible]
-    assert shown == ["clear", "badge", "inverted"]
+    assert shown == ["clear", "subject", "badge", "inverted"]
     values = {name: getattr(field, "value", None) for name, field in studio.fields.items()}
     assert values["badge.gain"] == 1.0
     values |= {

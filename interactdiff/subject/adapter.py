@@ -79,7 +79,7 @@ class SubjectAdapter(Adapter):
     def states(self, pictures: Sequence[Any]) -> Tensor:
         """[B, layers, T, width] of the image tower, of pictures that are white where the subject is not."""
         config = cast(SubjectConfig, self.config)
-        pixels = tower_pixels(pictures, self.image_encoder.config.image_size)
+        pixels = tower_pixels(pictures, cast(int, self.image_encoder.config.image_size))
         with torch.no_grad():
             states = self.image_encoder(
                 pixels.to(self.image_encoder.device, self.image_encoder.dtype), output_hidden_states=True

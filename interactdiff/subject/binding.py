@@ -72,7 +72,7 @@ class SubjectBinding(Binding):
         self._guidance = Guidance(self._before, self._after)
         recorders = tuple(one.recorder for one in self._keys)
         self._encoder_edits = tuple(one.edit for one in self._encoders)
-        self.edits: tuple[Edit, ...] = (
+        self.edits = (
             self._guidance, *(one.edit for one in self._keys), *recorders, *self._encoder_edits,
         )  # fmt: skip
         self._recording = recorders, (*recorders, *self._encoder_edits)

@@ -35,8 +35,9 @@ def tower_pixels(pictures: Sequence[Image.Image], side: int) -> Tensor:
     """[B, 3, side, side] that the tower takes: padded with white to a square, resized, in CLIP's units."""
     rows = []
     for picture in pictures:
-        square = Image.new("RGB", (max(picture.size),) * 2, "white")
-        square.paste(picture, tuple((max(picture.size) - n) // 2 for n in picture.size))
+        longer = max(picture.size)
+        square = Image.new("RGB", (longer, longer), "white")
+        square.paste(picture, ((longer - picture.width) // 2, (longer - picture.height) // 2))
         small = square.resize((side, side), Image.Resampling.BICUBIC)
         pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
         rows.append(pixels.view(side, side, 3).permute(2, 0, 1).float() / 255)

@@ -79,7 +79,7 @@ def white_background(pixels: np.ndarray) -> np.ndarray | None:
     Args:
         pixels: uint8 [H, W, 3].
     """
-    white = (pixels >= WHITE).all(-1)
+    white: np.ndarray = np.asarray((pixels >= WHITE).all(-1))
     border = np.zeros_like(white)
     border[[0, -1]] = border[:, [0, -1]] = True
     if white[border].mean() < WHITE_BORDER:

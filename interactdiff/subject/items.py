@@ -97,19 +97,17 @@ class Subject:
         return cls._named(parts[0], parts[1], options)
 
     def to_text(self) -> str:
-        """The command line's form; `parse` reads it back.
+        """The command line's form; `parse` reads it back. Pictures that came from no file are data URIs.
 
         Raises:
-            SceneError: a picture was not read from a file, or a phrase has a bar.
+            SceneError: a phrase or a file's name has a bar.
         """
-        for name in ("image", "mask"):
-            if (one := getattr(self, name)) is not None and one.path is None:
-                raise SceneError(f"{name}: expected a picture from a file, got one from memory")
+        image, mask = (one and (one.path or one.to_text()) for one in (self.image, self.mask))
         return text_of_parts(
             self.phrase,
-            self.image.path,
+            image,
             box=None if self.box is None else box_text(self.box),
-            mask=None if self.mask is None else self.mask.path,
+            mask=mask,
             reference_prompt=self.reference_prompt,
             strength=self.strength if self.strength != 1 else None,
         )
