@@ -282,7 +282,7 @@ class SubjectBinding(Binding):
         fresh = None
         if self.settings["fresh_noise"]:
             step = int(time) if call.step is None else call.step[0]
-            fresh = (scene.seed * 1000003 + step) % 2**63
+            fresh = (scene.seed * 1000003 + step + 1) % 2**63  # 0 is that of the reference's own noise
         found: dict[tuple[int, int], Features] = {}
         ahead = self._ahead(call, scene, plan)
         numbers = {n for prompt in scene.prompts for n in prompt if scene.subjects[n].strength}

@@ -85,9 +85,7 @@ class Passes(ABC):
     @torch.no_grad()
     def text(self, prompt: str) -> Texts:
         """The text features of a prompt, by the names of the denoiser's arguments, one row each."""
-        options = call_arguments(self.pipeline, prompt)
-        given = {name: options[name] for name in ("max_sequence_length",) if name in options}
-        return self._encoded(prompt, given)
+        return self._encoded(prompt)
 
     def grid(self, latents: Tensor) -> Grid:
         """Rows and columns of the reference's tokens, or of a U-Net's latents."""
@@ -98,7 +96,7 @@ class Passes(ABC):
         """Pixels a side of the square that the model was made for."""
 
     @abstractmethod
-    def _encoded(self, prompt: str, options: Mapping[str, Any]) -> Texts: ...
+    def _encoded(self, prompt: str) -> Texts: ...
 
     # --- each time ---
 
@@ -216,7 +214,7 @@ class UNetPasses(Passes):
         sample = self.denoiser.config.sample_size or 64
         return (sample if isinstance(sample, int) else max(sample)) * self.pipeline.vae_scale_factor
 
-    def _encoded(self, prompt: str, options: Mapping[str, Any]) -> Texts:
+    def _encoded(self, prompt: str) -> Texts:
         encoded = self.pipeline.encode_prompt(
             prompt=prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -269,9 +267,9 @@ class FluxPasses(Passes):
     def _native_side(self) -> int:
         return getattr(self.pipeline, "default_sample_size", 128) * self.pipeline.vae_scale_factor
 
-    def _encoded(self, prompt: str, options: Mapping[str, Any]) -> Texts:
+    def _encoded(self, prompt: str) -> Texts:
         embeds, pooled, _ = self.pipeline.encode_prompt(
-            prompt=prompt, prompt_2=None, device=self.device, **options
+            prompt=prompt, prompt_2=None, device=self.device, **_padded(self.pipeline, prompt)
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -306,10 +304,10 @@ class SD3Passes(Passes):
         wide, high = super().size(width, height)
         return min(wide, largest), min(high, largest)
 
-    def _encoded(self, prompt: str, options: Mapping[str, Any]) -> Texts:
+    def _encoded(self, prompt: str) -> Texts:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompt, prompt_2=None, prompt_3=None, device=self.device,
-            do_classifier_free_guidance=False, **options,
+            do_classifier_free_guidance=False, **_padded(self.pipeline, prompt),
         )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -317,3 +315,9 @@ class SD3Passes(Passes):
         self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
     ) -> dict[str, Any]:
         return {"hidden_states": noised, **text}
+
+
+def _padded(pipeline: Any, prompt: str) -> dict[str, int]:
+    """To how many tokens the pipeline pads a prompt, as an argument of its `encode_prompt`."""
+    arguments = call_arguments(pipeline, prompt)
+    return {name: arguments[name] for name in ("max_sequence_length",) if name in arguments}

@@ -83,4 +83,5 @@ SPEC = MethodSpec(
         ),
     ),
     needs_weights=False,
+    benches=("interactdiff.commands.bench_subject",),
 )  # fmt: skip
