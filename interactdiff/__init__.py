@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from interactdiff.scene import Entity, Interaction, Scene
     from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
     from interactdiff.stickworld import model_path
+    from interactdiff.subject.adapter import SubjectAdapter
+    from interactdiff.subject.items import Subject
 
 __version__ = metadata.version("interactdiff")
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "Scene",
     "SceneError",
     "ScenePipeline",
+    "Subject",
+    "SubjectAdapter",
     "__version__",
     "attach",
     "generate",
@@ -58,6 +62,8 @@ _HOMES = {
     "Scene": "interactdiff.scene",
     "SceneError": "interactdiff.errors",
     "ScenePipeline": "interactdiff.generation",
+    "Subject": "interactdiff.subject.items",
+    "SubjectAdapter": "interactdiff.subject.adapter",
     "attach": "interactdiff.handle",
     "generate": "interactdiff.generation",
     "interactions_from_lists": "interactdiff.scene_forms",

@@ -132,7 +132,8 @@ class Binding:
         """What a scene is to this adapter: features, tokens, keys, values. Once a scene; changes nothing.
 
         An adapter may take options by keyword, with defaults: `Handle.set_scene` gives `strength`,
-        `schedule` and its further options to each that names them.
+        `schedule`, `all_items` (all adapters' items, a sequence for each prompt) and its further options to
+        each that names them.
 
         Args:
             items: of the classes in `Adapter.items`, one sequence for each prompt or a single one for all.
@@ -174,6 +175,10 @@ class Binding:
             if (parameter.device, parameter.dtype) != (device, dtype):
                 self.adapter.to(device, dtype)
                 self.to(device, dtype)
+
+    def pass_key(self) -> Any:
+        """What of its settings changes a pass over a reference, compared by equality; () if nothing."""
+        return ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move what was made of a scene; the adapter itself has been moved."""
@@ -226,11 +231,14 @@ class KeyBlock(NamedTuple):
         values: [B or 1, heads, K, D].
         log_weight: log w, added to the scores: each key counts w times. [B or 1, 1, 1, K or 1] or a number;
             -inf where a row of the batch does not see a key.
+        query_weight: the same by query: [B or 1, 1, Q or 1, 1] of the image's tokens, added to the scores of
+            a query with all of these keys; -inf where a token does not see them.
     """
 
     keys: Tensor
     values: Tensor
     log_weight: Tensor | float = 0.0
+    query_weight: Tensor | float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,10 +262,13 @@ class ExtraKeys:
     Attributes:
         site: an attention.
         fn: the keys of the call under way; none of them leave the attention as it is.
+        record: given the attention's own keys and values of the image's tokens, [B, heads, L, D] each,
+            normalised and rotated: how a pass over a reference picture keeps what later calls add.
     """
 
     site: Site
-    fn: Callable[[], Sequence[KeyBlock]]
+    fn: Callable[[], Sequence[KeyBlock]] = tuple
+    record: Callable[[Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

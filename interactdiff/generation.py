@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
 from os import PathLike
@@ -271,7 +271,7 @@ class ScenePipeline:
         Raises:
             SceneError: as in `checked_settings` and `set_scene`.
         """
-        settings = self.checked_settings(methods or {})
+        settings = self.checked_settings(used_methods(replace(scene, extra_items=()), methods))
         self.set_scene(scene, settings)
         for name in settings:
             if name in samplers():

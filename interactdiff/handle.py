@@ -68,7 +68,8 @@ class Handle:
                 knows.
             guidance: whether batches are [unconditional half, conditional half]; None asks the pipeline that
                 calls, and takes a bare denoiser's batches as conditional.
-            **options: further ones of the adapters, such as `fast`.
+            **options: further ones of the adapters, such as `fast`; of a `Scene` its `fast`, `seed` and
+                `prompt`.
 
         Raises:
             SceneError: an item that no attached adapter takes, or that cannot be drawn; a strength or
@@ -80,9 +81,11 @@ class Handle:
         common: dict[str, Any] = {"strength": strength, "schedule": schedule}
         if isinstance(scene, Scene):
             common = {"strength": scene.strength, "schedule": scene.schedule}
-            options = {"fast": scene.fast} | options if self._takes("fast") else options
+            own = {"fast": scene.fast, "seed": scene.seed, "prompt": scene.prompt}
+            options = {name: value for name, value in own.items() if self._takes(name)} | options
             scene = scene.items
         prompts = self._split(scene)
+        common["all_items"] = prompts
         for name in options:
             if not self._takes(name):
                 known = ", ".join(sorted({n for b in self._bindings.values() for n in _options(b)}))

@@ -312,8 +312,13 @@ def configurables() -> dict[str, Configurable]:
 
 
 def used_methods(scene: "Scene", given: MethodSettings | None = None) -> dict[str, Mapping[str, Any]]:
-    """The methods that are given, and those that take items of a scene, with their settings."""
-    used = dict(given or {})
+    """The methods that are given, and those that a scene controls or has items for, with their settings.
+
+    What is given comes before the scene's own settings.
+    """
+    used: dict[str, Mapping[str, Any]] = dict(scene.controls or {})
+    for name, values in (given or {}).items():
+        used[name] = {**used.get(name, {}), **values} if isinstance(values, Mapping) else values
     for item in scene.items:
         name, _ = method_of(type(item))
         if name in configurables():
