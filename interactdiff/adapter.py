@@ -16,6 +16,7 @@ so that none of them has to know of another.
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from interactdiff.errors import AdapterError
+from interactdiff.registry import adapter_method
 from interactdiff.sites import Denoiser, Site
 
 if TYPE_CHECKING:
@@ -38,15 +41,38 @@ class Adapter(nn.Module, ABC):
     """A method's weights and configuration.
 
     Attributes:
-        name: what `config.json` and `handle[name]` call it: its folder's name.
+        name: what `handle[name]` calls it: its folder's name, of its method; or of one instance of several,
+            "concept:cat", see `named`.
         items: the classes of a scene's items that it takes; empty if it takes none.
         order: where its `Residual` edits come in the chain of all adapters', lowest first. A constant, so
             that the order of attaching changes no bit.
     """
 
-    name: ClassVar[str]
+    name: str
     items: ClassVar[tuple[type, ...]] = ()
     order: ClassVar[int] = 0
+
+    @property
+    def method(self) -> str:
+        """The name of its method, which `config.json` has."""
+        return adapter_method(self.name)
+
+    def named(self, instance: str) -> Self:
+        """Give it a name of its own, so that several adapters of one method can be attached at once.
+
+        Args:
+            instance: letters, digits, dots and dashes: "cat" makes `handle["concept:cat"]`.
+
+        Returns:
+            The adapter itself.
+
+        Raises:
+            AdapterError: it is no such name.
+        """
+        if not re.fullmatch(r"[\w.-]+", instance):
+            raise AdapterError(f"expected a name of letters, digits, dots and dashes, got {instance!r}")
+        self.name = f"{self.method}:{instance}"
+        return self
 
     @classmethod
     @abstractmethod
@@ -165,6 +191,16 @@ class Binding:
     def clear(self) -> None:
         """Forget the scene: nothing is controlled until the next one."""
         self.scene = None
+
+    def install(self) -> None:
+        """Edit the pipeline beyond its denoiser, such as its tokenizers; once, when it is attached.
+
+        Raises:
+            AdapterError: the pipeline cannot be edited; nothing stays attached then.
+        """
+
+    def uninstall(self) -> None:
+        """Undo what `install` did, object for object; also after an `install` that failed."""
 
     def follow(self, device: torch.device) -> None:
         """Move the adapter to where the denoiser runs; in eval mode, give it the denoiser's dtype too."""

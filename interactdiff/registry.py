@@ -244,6 +244,11 @@ class MethodSpec(Configurable):
         return load_attribute(self.adapter)
 
 
+def adapter_method(name: str) -> str:
+    """The method of an adapter's name, which may be one of several of that method: "concept:cat"."""
+    return name.partition(":")[0]
+
+
 def load_attribute(path: str) -> Any:
     """Import what "module:attribute" names."""
     module, _, name = path.partition(":")
