@@ -228,12 +228,16 @@ class SiteInputs(NamedTuple):
     Attributes:
         hidden_states: [B, L, C], what the site's block (role "block"), or the projection, was given.
         queries: [B, heads, L, D] of the image's tokens, normalised, not yet rotated.
-        keys: likewise; None unless an `Observer` acts at the site.
+        keys: likewise, of all tokens that the site projects with the image's; None but for an `Observer`.
+        text_keys: [B, heads, T, D] of the text's own stream at a "joint" attention, likewise.
+        rotary: tables of rotary positions, as a transformer's attention was given them; None if it has none.
     """
 
     hidden_states: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
+    text_keys: Tensor | None = None
+    rotary: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,12 +250,13 @@ class Residual:
             projection.
         fn: of what the site was given, and its output so far, [B, L, C], the output from there on; or None,
             which leaves it.
-        at: "to_k" or "to_v" of an attention: the output is then that projection's.
+        at: a projection of an attention: the output is then that projection's. "add_k_proj" and "add_v_proj"
+            are those of the text's own stream at a "joint" attention.
     """
 
     site: Site
     fn: Callable[[SiteInputs, Tensor], Tensor | None]
-    at: Literal["out", "to_k", "to_v"] = "out"
+    at: Literal["out", "to_k", "to_v", "add_k_proj", "add_v_proj"] = "out"
 
 
 class KeyBlock(NamedTuple):
