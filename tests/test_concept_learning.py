@@ -184,8 +184,9 @@ def test_it_trains_the_tokens_and_the_changes_alone(any_pipe: Any) -> None:
     assert adapter.masks.shape[0] == 3
 
 
-def test_published_options_train_too(pipe: Any) -> None:
+def test_published_options_train_too(pipe: Any, monkeypatch: Any) -> None:
     """Bugs and all: the last token stays where it was, and the picture as a whole counts."""
+    monkeypatch.setattr("interactdiff.concept.learner.SAMPLE_STEPS", 1)
     options = LearnOptions.published(steps=2, size=32, prior_pictures=1, prior_prompt="a", prefix="")
     start = ConceptAdapter.for_pipeline(pipe, PAIR)
     adapter = learn(pipe, photo(64, 64), PAIR, options=options, masks=halves())
@@ -254,7 +255,7 @@ def test_masks_are_looked_for_again_and_taken_if_they_are_close(pipe: Any) -> No
 
 def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
     """On one noise at one level, over a short run: a learner that does nothing fails."""
-    options = LearnOptions(**{**SHORT, "steps": 25, "refresh_every": 0, "learning_rate": 1e-2,
+    options = LearnOptions(**{**SHORT, "steps": 12, "refresh_every": 0, "learning_rate": 1e-2,
                               "token_learning_rate": 5e-2})  # type: ignore[arg-type]  # fmt: skip
     with Learner(pipe, photo(), PAIR, options, "{0} on {1}") as learner:
         learner.find(given=halves())
@@ -262,7 +263,7 @@ def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
         @torch.no_grad()
         def error() -> float:
             parts = []
-            for seed in range(8):
+            for seed in range(5):
                 generator = torch.Generator().manual_seed(seed)
                 value, _, _ = learner._denoised("<hero> on <blob>", list(PAIR), [0, 1], generator)
                 parts.append(float(value))
@@ -270,7 +271,7 @@ def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
 
         before = error()
         learner.train()
-        assert error() < 0.97 * before
+        assert error() < 0.98 * before
 
 
 @pytest.mark.parametrize(

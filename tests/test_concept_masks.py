@@ -273,8 +273,8 @@ def test_where_words_are(any_pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"size": 256}, "expected a photo of at least 64 pixels a side, got 40 x 32"),
-        ({"words": [*"abcdefghijklmnopqrst"]}, "expected at most 3 concepts in a photo of 36 x 28 pixels"),
+        ({"size": 256}, "expected a photo of at least 64 pixels a side, got 48 x 24"),
+        ({"words": [*"abcdefghijklmnopqrst"]}, "expected at most 4 concepts in a photo of 48 x 24 pixels"),
         ({"words": ["a", "a"]}, "expected each concept once"),
         ({"prompt": "very " * 9 + "{0} and {1}"}, "expected a prompt of at most 24 tokens, got c beyond"),
         (

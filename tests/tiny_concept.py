@@ -31,11 +31,11 @@ def draw(pipe: Any, prompt: str = PROMPT, **arguments: Any) -> torch.Tensor:
     return pipe(prompt, output_type="latent", generator=generator, **options | arguments).images
 
 
-def photo(width: int = 40, height: int = 32) -> Image.Image:
+def photo(width: int = 48, height: int = 24) -> Image.Image:
     """A red square and a blue one."""
     picture = Image.new("RGB", (width, height), "white")
-    picture.paste("red", (2, 4, width // 2 - 2, height - 8))
-    picture.paste("blue", (width // 2 + 2, 8, width - 2, height - 2))
+    picture.paste("red", (2, 2, width // 2 - 2, height - 6))
+    picture.paste("blue", (width // 2 + 2, 6, width - 2, height - 2))
     return picture
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,8 @@ class Denoising(ABC):
 
     @property
     def multiple(self) -> int:
-        """Of pixels, that both sides of a photo have to be."""
-        return self.pipeline.vae_scale_factor * 2
+        """Of pixels, that both sides of a photo have to be; pipelines draw no others."""
+        return lcm(self.pipeline.vae_scale_factor * 2, 8)
 
     def sized(self, photo: Image.Image, side: int) -> Image.Image:
         """A photo with its aspect kept, of about `side` x `side` pixels, cropped to a multiple of `multiple`.
@@ -136,7 +137,8 @@ class UNetDenoising(Denoising):
 
     @property
     def multiple(self) -> int:
-        return self.pipeline.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+        levels = len(self.denoiser.config.block_out_channels)
+        return lcm(self.pipeline.vae_scale_factor * 2 ** (levels - 1), 8)
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Prompt:
         pipe, texts = self.pipeline, list(prompts)

@@ -16,9 +16,8 @@ GAP, LEAST_SIDE, LABEL = 8, 192, 22  # pixels
 
 def masks_picture(photo: Image.Image, masks: ConceptMasks) -> Image.Image:
     """The photo, and beside it each concept in its mask, with its name and its share of the picture."""
-    scale = max(1, -(-LEAST_SIDE // min(photo.size)))
-    width, height = photo.width * scale, photo.height * scale
-    shown = photo.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+    shown = _legible(photo.convert("RGB"))
+    width, height = shown.size
     panels = [(shown, "photo")]
     pixels = np.asarray(shown, dtype=np.float32)
     for number, name in enumerate(masks.names):
@@ -32,7 +31,8 @@ def masks_picture(photo: Image.Image, masks: ConceptMasks) -> Image.Image:
 
 
 def side_by_side(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Pictures in a row, each with a line of words under it."""
+    """Pictures in a row, each with a line of words under it; small ones are enlarged, so that words fit."""
+    panels = [(_legible(picture), words) for picture, words in panels]
     width = sum(picture.width for picture, _ in panels) + GAP * (len(panels) - 1)
     height = max(picture.height for picture, _ in panels)
     sheet = Image.new("RGB", (width, height + LABEL), "white")
@@ -71,6 +71,11 @@ def _read(path: str, what: str) -> Image.Image:
         raise ConceptError(f"expected a {what} at {path}, got {error.strerror or 'no picture'}") from None
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConceptError(f"expected a whole {what} at {path}, got {error}") from None
+
+
+def _legible(picture: Image.Image) -> Image.Image:
+    scale = max(1, -(-LEAST_SIDE // min(picture.size)))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def _enlarged(mask: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
