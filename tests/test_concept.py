@@ -294,3 +294,31 @@ def test_prompts() -> None:
     assert Concept.parse("<hero>=tall person") == Concept("<hero>", "tall person")
     with pytest.raises(ConceptError, match="expected TOKEN=WORD"):
         Concept.parse("<hero>")
+
+
+def test_compiled_it_is_one_graph_from_step_to_step(flux_pipe: Any) -> None:
+    torch.compiler.reset()
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    adapter = trained_concept(flux_pipe)
+    with attach(flux_pipe, adapter):
+        expected = draw(flux_pipe, num_inference_steps=3)
+    flux_pipe.transformer.compile(backend=count, fullgraph=True)
+    with attach(flux_pipe, adapter):
+        assert torch.allclose(draw(flux_pipe, num_inference_steps=3), expected, atol=1e-4)
+        assert len(graphs) == 1, "a step compiles anew"
+    torch.compiler.reset()
+
+
+def test_many_hidden_states_push_no_prompt_out(xl_pipe: Any) -> None:
+    """Guidance's other half names a concept too; both are found, whatever else was encoded before."""
+    with attach(xl_pipe, trained_concept(xl_pipe)) as handle:
+        for _ in range(3):
+            xl_pipe.encode_prompt("a <hero>", device=xl_pipe.device)
+        draw(xl_pipe, PROMPT, negative_prompt="<blob>")
+        row, token = handle["concept"]._text[2][0]
+    assert [row.tolist(), token.tolist()] == [[0, 1, 1], [1, 1, 4]]

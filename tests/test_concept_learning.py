@@ -205,6 +205,21 @@ def test_other_options(pipe: Any, changes: dict[str, Any]) -> None:
     assert adapter.config.rank == changes.get("rank", 0)
 
 
+def test_custom_diffusion_reads_no_mask(pipe: Any) -> None:
+    """Concepts that are not found are no hindrance; the whole picture counts."""
+    options = LearnOptions.custom_diffusion(steps=1, size=32, prefix="", looking=Looking((100,)))
+    adapter = learn(pipe, photo(), PAIR, options=options, boxes={"<hero>": (0.0, 0.0, 0.01, 0.01)})
+    assert adapter.config.acts_on == "all"
+    with pytest.raises(ConceptError, match="expected <hero> in the photo"):
+        learn(
+            pipe,
+            photo(),
+            PAIR,
+            boxes={"<hero>": (0.0, 0.0, 0.01, 0.01)},
+            **SHORT | {"looking": Looking((100,))},
+        )
+
+
 class Stop(BaseException):
     """As Ctrl-C."""
 

@@ -115,10 +115,11 @@ def _options(args: argparse.Namespace, looking: Any, size: int) -> "LearnOptions
 
     changes = LearnOptions.parsed(args.set)
     own = {"steps": args.steps, "vectors": args.vectors, "sample_every": args.sample_every, "seed": args.seed}
-    make = {"published": LearnOptions.published, "custom-diffusion": LearnOptions.custom_diffusion}
-    if args.preset in make:
-        return make[args.preset](**own, size=size, **changes)
-    return LearnOptions(**own, size=size, looking=looking, **changes)
+    own |= {"size": size, **changes}
+    if args.preset == "published":
+        return LearnOptions.published(**own)  # which says how a photo is looked at
+    make = LearnOptions if args.preset == "ours" else LearnOptions.custom_diffusion
+    return make(**{"looking": looking, **own})
 
 
 def _sample(learner: "Learner", args: argparse.Namespace) -> None:

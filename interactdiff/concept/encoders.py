@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from interactdiff.concept.words import ConceptError
 from interactdiff.errors import AdapterError
 
-KEPT = 64  # outputs of a text encoder whose states at concepts are remembered
+KEPT = 16  # passes of a text encoder whose states at concepts are remembered
 FINAL_NORMS = (
     "final_layer_norm",
     "text_model.final_layer_norm",
@@ -169,11 +169,11 @@ class NewTokens:
         norm = next((m for n, m in module.named_modules() if n in FINAL_NORMS), None)
         hidden = getattr(output, "hidden_states", None) or ()
         with torch.no_grad():
-            for states in _sequences(output, mask.shape):
-                rows = states.detach()[mask]
-                self.states.append(rows)
-                if norm is not None and any(states is one for one in hidden):  # what clip_skip reads
-                    self.states.append(norm(rows))
+            rows = [states.detach()[mask] for states in _sequences(output, mask.shape)]
+            if norm is not None:  # of what clip_skip reads
+                rows += [norm(states.detach()[mask]) for states in hidden]
+            if rows:
+                self.states.append(torch.cat(rows))
 
 
 def _ordinary_id(config: Any) -> int:

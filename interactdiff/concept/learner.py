@@ -200,7 +200,8 @@ class Learner:
         self._boxes, self._given = dict(boxes or {}), dict(given or {})
         if not self._resume():
             self._accept(self._looked(self.finder.scores()))
-            self.masks.check(self.finder.settings.minimum_area)
+            if self.options.needs_masks:
+                self.masks.check(self.finder.settings.minimum_area)
         return self.masks
 
     def train(self, on_step: OnStep | None = None) -> list[StepReport]:

@@ -100,6 +100,11 @@ class LearnOptions:
                 "concept"
             )
 
+    @property
+    def needs_masks(self) -> bool:
+        """Whether any loss reads them."""
+        return self.attention_loss != "none" or self.full_image_weight < 1
+
     @classmethod
     def parsed(cls, texts: Sequence[str]) -> dict[str, Any]:
         """Options of the command line, "name=value" each, as keyword arguments.
