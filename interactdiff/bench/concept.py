@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from interactdiff.adapter import SiteInputs
 from interactdiff.bench.interaction import BASES as INTERACTION_BASES
 from interactdiff.bench.interaction import BenchBase
 from interactdiff.bench.memory import peak_memory
@@ -124,20 +125,6 @@ class ConceptBench:
         self.text.grad = None
         self._wait()
 
-    @torch.no_grad()
-    def look(self) -> Tensor:
-        """Scores of the classes, as masks are made of."""
-        capture = AttentionCapture(self.unet, self.layers)
-        self.binding.mark(self.text, self.rows)
-        with self.binding.capturing(capture):
-            self._predict()
-        return refined(capture, capture.columns(ROWS), MaskSettings())
-
-    @torch.no_grad()
-    def forward(self) -> None:
-        """A pass of the U-Net alone."""
-        self._predict()
-
     def _predict(self) -> Tensor:
         time_step = torch.tensor([100], device=self.device)
         return self.unet(self.sample, time_step, encoder_hidden_states=self.text, **self.arguments).sample
@@ -159,20 +146,68 @@ def published_bytes(base: BenchBase) -> int:
     return PUBLISHED_BATCH * floats * BYTES
 
 
+def capture_peaks(base: BenchBase, device: torch.device) -> dict[str, float]:
+    """Memory of what is made of the captured layers' queries and keys, which a step keeps anyway.
+
+    Args:
+        base: true shapes, of which nothing but the captured layers is made.
+        device: where.
+
+    Returns:
+        Peaks in MB: `columns_mb`, the attention loss with its gradients; `masks_mb`, mask finding;
+        `matrices_mb`, the probabilities of the same layers, by counting.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**base.unet)
+    layers = Layers.of(unet)
+    capture = AttentionCapture(unet, layers)
+    capture.begin_grid((base.latents, base.latents), base.text)
+    matrices = 0
+    for site in find_sites(unet):
+        if site.path not in (*layers.cross, *layers.own):
+            continue
+        rows, columns = site.grid(base.latents, base.latents)
+        keys = base.text if site.role == "cross" else rows * columns
+        matrices += site.heads * rows * columns * keys * BYTES
+        width = site.module.inner_dim // site.heads
+        queries, own = (
+            torch.randn(1, site.heads, count, width, device=device).requires_grad_()
+            for count in (rows * columns, keys)
+        )
+        capture.take(site, SiteInputs(None, queries, own))
+
+    def columns_and_gradients() -> None:
+        made = capture.columns(ROWS)[0]
+        attention_loss(made, torch.ones_like(made)).mean().backward()
+
+    @torch.no_grad()
+    def masks() -> None:
+        refined(capture, capture.columns(ROWS), MaskSettings())
+
+    return {
+        "columns_mb": peak_memory(columns_and_gradients, device),
+        "masks_mb": peak_memory(masks, device),
+        "matrices_mb": matrices / 1e6,
+    }
+
+
 def bench_concept(base: BenchBase, dtype: torch.dtype, rounds: int, device: torch.device) -> dict[str, Any]:
     """Time and memory of a step with the attention loss against one without.
 
     Args:
         base: the shapes.
         dtype: of the base.
-        rounds: how often each is timed, in turn.
+        rounds: how often each is timed, in turn; 0 leaves whole steps out.
         device: where.
 
     Returns:
-        Medians `plain_s` and `attention_s`, the median of the rounds' `ratio`; peaks in MB above the weights,
-        `plain_mb`, `attention_mb`, of a pass without gradients `forward_mb` and with mask finding `masks_mb`;
-        `published_copy_mb`, by counting.
+        What `capture_peaks` returns, and `published_copy_mb`, by counting. Of whole steps the medians
+        `plain_s` and `attention_s`, the median of the rounds' `ratio`, and peaks in MB above the weights,
+        `plain_mb` and `attention_mb`.
     """
+    counted = {**capture_peaks(base, device), "published_copy_mb": published_bytes(base) / 1e6}
+    if not rounds:
+        return counted
     bench = ConceptBench(base, device, dtype)
     try:
         for attention in (False, True):
@@ -188,9 +223,7 @@ def bench_concept(base: BenchBase, dtype: torch.dtype, rounds: int, device: torc
             "ratio": statistics.median(ours / plain for plain, ours in timed),
             "plain_mb": peak_memory(lambda: bench.step(False), device),
             "attention_mb": peak_memory(lambda: bench.step(True), device),
-            "forward_mb": peak_memory(bench.forward, device),
-            "masks_mb": peak_memory(bench.look, device),
-            "published_copy_mb": published_bytes(base) / 1e6,
+            **counted,
         }
     finally:
         bench.handle.detach()

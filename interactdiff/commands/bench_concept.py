@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from interactdiff.commands.arguments import Commands, positive, quiet_libraries
+from interactdiff.commands.arguments import Commands, quiet_libraries, whole
 from interactdiff.commands.bench_arguments import (
     DTYPES,
     add_device_and_json,
@@ -28,7 +28,9 @@ def add_to(kinds: Commands) -> None:
     concept.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the base (default: %(default)s)"
     )
-    concept.add_argument("--rounds", type=positive, default=5, help="default: %(default)s")
+    concept.add_argument(
+        "--rounds", type=whole, default=5, help="0: the captured layers alone (default: %(default)s)"
+    )
     add_device_and_json(concept)
 
 
@@ -49,15 +51,18 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _shown(row: dict[str, Any]) -> str:
-    more = row["attention_mb"] - row["plain_mb"]
-    masks = row["masks_mb"] - row["forward_mb"]
-    return "\n".join(
-        (
-            f"{row['base']} {row['dtype']} {row['device']}, a training step, {row['rounds']} rounds",
+    lines = [f"{row['base']} {row['dtype']} {row['device']}, a training step, {row['rounds']} rounds"]
+    if row["rounds"]:
+        more = row["attention_mb"] - row["plain_mb"]
+        lines += [
             f"keys and values alone     {row['plain_s']:8.3f} s   {row['plain_mb']:9.1f} MB",
             f"with the attention loss   {row['attention_s']:8.3f} s   {row['attention_mb']:9.1f} MB   "
             f"x {row['ratio']:.3f}, {more:+.1f} MB",
-            f"looking for masks         {masks:+.1f} MB over a pass without",
-            f"published capture         {row['published_copy_mb']:.0f} MB a copy, by counting",
-        )
-    )
+        ]
+    lines += [
+        f"attention loss, alone     {row['columns_mb']:9.1f} MB beside queries and keys",
+        f"masks, alone              {row['masks_mb']:9.1f} MB",
+        f"matrices of these layers  {row['matrices_mb']:9.1f} MB, by counting",
+        f"published capture         {row['published_copy_mb']:9.1f} MB a copy, by counting",
+    ]
+    return "\n".join(lines)

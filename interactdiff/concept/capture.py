@@ -92,9 +92,13 @@ class AttentionCapture:
         self._text_length = 0
 
     def begin(self, call: Call) -> None:
-        """Forget the last call; the next one has this grid and text."""
+        """Forget the last call; the next one has its grid and text."""
+        self.begin_grid(call.grid, call.text_length)
+
+    def begin_grid(self, grid: Grid, text_length: int) -> None:
+        """As `begin`, of a call with this grid and so many text tokens."""
         self._taken.clear()
-        self._grid, self._text_length = call.grid, call.text_length
+        self._grid, self._text_length = grid, text_length
 
     def take(self, site: Site, inputs: SiteInputs) -> None:
         """Keep what a site's `Observer` sees. What a recomputation for gradients brings again is left."""

@@ -139,7 +139,7 @@ class Finder:
         latents = self.latents.expand(count, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         times = torch.tensor(list(timesteps), device=device)
-        prompt = self.denoising.encode([self.prompt], self.photo.size[::-1]).repeated(count)
+        prompt = self.denoising.encode([self.prompt], (self.photo.height, self.photo.width)).repeated(count)
         capture = AttentionCapture(self.denoising.denoiser, self.layers)
         with self.binding.capturing(capture):
             self.denoising.predict(self.denoising.noisy(latents, noise, times), times, prompt)

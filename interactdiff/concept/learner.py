@@ -310,7 +310,7 @@ class Learner:
         latents, device = self.finder.latents, self.denoising.device
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         times = (torch.rand(1, generator=generator) * TRAIN_STEPS).to(device)
-        encoded = self.denoising.encode([prompt], self.photo.size[::-1])
+        encoded = self.denoising.encode([prompt], (self.photo.height, self.photo.width))
         capture = AttentionCapture(self.denoising.denoiser, self.finder.layers, own=False)
         wanted = self.options.attention_loss != "none"
         noisy = self.denoising.noisy(latents, noise, times)
@@ -347,7 +347,7 @@ class Learner:
         latents = self._prior[self.step % len(self._prior)][None]
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         times = (torch.rand(1, generator=generator) * TRAIN_STEPS).to(latents.device)
-        encoded = self.denoising.encode([self.options.prior_prompt], self.photo.size[::-1])
+        encoded = self.denoising.encode([self.options.prior_prompt], (self.photo.height, self.photo.width))
         predicted = self.denoising.predict(self.denoising.noisy(latents, noise, times), times, encoded)
         return F.mse_loss(predicted, self.denoising.target(latents, noise, times).float())
 
