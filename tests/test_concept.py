@@ -207,10 +207,12 @@ def test_beside_interactions_and_windows(fixture: str, order: tuple[int, ...], r
 def test_folded_into_the_base_it_draws_the_same(any_pipe: Any) -> None:
     adapter = trained_concept(any_pipe, acts_on="all")
     with attach(any_pipe, adapter):
-        arguments = {"guidance_scale": 1.0}  # the other half has no concept, and is changed once folded
-        attached = draw(any_pipe, **arguments)
+        attached, other = draw(any_pipe), draw(any_pipe, "a cat")
     fold(any_pipe, adapter)
-    assert torch.allclose(draw(any_pipe, **arguments), attached, atol=1e-4)
+    assert torch.allclose(draw(any_pipe), attached, atol=1e-4)
+    assert torch.allclose(draw(any_pipe, "a cat"), other, atol=1e-4), (
+        "it acts without a concept in the prompt too"
+    )
     with pytest.raises(AdapterError, match="expected a new token, got <hero>"):
         fold(any_pipe, adapter)
 

@@ -167,7 +167,7 @@ def test_it_trains_the_tokens_and_the_changes_alone(any_pipe: Any) -> None:
     tokenizer, start = any_pipe.tokenizer, ConceptAdapter.for_pipeline(any_pipe, PAIR)
     plain = draw(any_pipe, "a cat")
     adapter = learned(any_pipe, sampling="reweighted", joint_share=1.0)
-    assert not adapter.training
+    assert (adapter.training, adapter.name) == (False, "concept")
     for concept in adapter.config.concepts:
         for name in adapter.config.widths:
             assert not torch.equal(adapter.vectors_of(concept, name), start.vectors_of(concept, name)), name
@@ -186,7 +186,7 @@ def test_it_trains_the_tokens_and_the_changes_alone(any_pipe: Any) -> None:
 
 def test_published_options_train_too(pipe: Any, monkeypatch: Any) -> None:
     """Bugs and all: the last token stays where it was, and the picture as a whole counts."""
-    monkeypatch.setattr("interactdiff.concept.learner.SAMPLE_STEPS", 1)
+    monkeypatch.setattr("interactdiff.concept.objective.SAMPLE_STEPS", 1)
     options = LearnOptions.published(steps=2, size=32, prior_pictures=1, prior_prompt="a", prefix="")
     start = ConceptAdapter.for_pipeline(pipe, PAIR)
     adapter = learn(pipe, photo(64, 64), PAIR, options=options, masks=halves())
@@ -194,6 +194,22 @@ def test_published_options_train_too(pipe: Any, monkeypatch: Any) -> None:
     assert torch.equal(adapter.vectors_of(last, "text_encoder"), start.vectors_of(last, "text_encoder"))
     assert not torch.equal(adapter.vectors_of(first, "text_encoder"), start.vectors_of(first, "text_encoder"))
     assert adapter.config.acts_on == "all"
+
+
+def test_the_prior_is_of_the_base_and_holds_the_changes_back(pipe: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("interactdiff.concept.objective.SAMPLE_STEPS", 1)
+    options = LearnOptions.published(size=32, prior_pictures=1, prior_prompt="a", prefix="", refresh_every=0)
+    with Learner(pipe, photo(), PAIR, options) as learner:
+        learner.find(given=halves())
+        for name, parameter in learner.adapter.named_parameters():
+            if not name.startswith("concept_tokens"):
+                parameter.data.normal_(std=0.3)
+        learner.objective.prior_error(0, torch.Generator().manual_seed(0)).backward()
+        moved = [p.grad for n, p in learner.adapter.named_parameters() if not n.startswith("concept_tokens")]
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in moved)
+        size = {"width": learner.photo.width, "height": learner.photo.height}
+    drawn = pipe("a", num_inference_steps=1, generator=torch.Generator().manual_seed(0), **size).images[0]
+    assert torch.allclose(learner.objective._prior, learner.denoising.latents(drawn), atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"rank": 2, "projections": "v"}, {"mixed_precision": "bf16"},
@@ -280,7 +296,7 @@ def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
             parts = []
             for seed in range(4):
                 generator = torch.Generator().manual_seed(seed)
-                value, _, _ = learner._denoised("<hero> on <blob>", list(PAIR), [0, 1], generator)
+                value, _, _ = learner.objective.denoise("<hero> on <blob>", list(PAIR), [0, 1], generator)
                 parts.append(float(value))
             return sum(parts)
 
@@ -301,6 +317,7 @@ def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
             {"masks": {"<cow>": torch.ones(4, 4)}},
             "expected boxes and masks of <hero>, <blob>, got one of <cow>",
         ),
+        ({"published_refresh": True}, "expected maps of 7 x 7 or more for published_refresh"),
         ({"prompt": "{0}"}, "expected a prompt with each of {0}, {1} once"),
     ],
 )

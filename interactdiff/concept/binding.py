@@ -25,7 +25,7 @@ class ConceptBinding(Binding):
     """An attached `ConceptAdapter`: `handle["concept"]`.
 
     Tokenizers and text encoders know the new tokens while it is attached. In a call whose text has none of
-    them nothing acts.
+    them nothing acts, unless the concept changes all words.
 
     Attributes:
         new_tokens: one for each text encoder.
@@ -43,6 +43,7 @@ class ConceptBinding(Binding):
         self._text: tuple[Any, int | None, tuple[Index, Index]] | None = None
         self._text_argument = known_family(host.denoiser).call.text
         self._length = 0
+        self._idle = False
         self.new_tokens = self._tokens()
         self._residuals = tuple(
             Residual(site, partial(self._change, site, at), at)  # type: ignore[arg-type]
@@ -68,10 +69,10 @@ class ConceptBinding(Binding):
         self._index, edits = None, ()
         text = call.arguments.get(self._text_argument)
         if self._residuals and isinstance(text, Tensor):
-            own, whole = self._rows(text)
-            if len(own[0]):
-                self._index, self._length = (whole if self.acts_on_all else own), text.shape[1]
-                edits = self._residuals
+            own, every = self._rows(text)
+            index = every if self.acts_on_all else own
+            if len(index[0]) and not self._idle:
+                self._index, self._length, edits = index, text.shape[1], self._residuals
         if self.capture is None:
             return edits
         self.capture.begin(call)
@@ -98,6 +99,15 @@ class ConceptBinding(Binding):
             if isinstance(one, ConceptBinding) and one.adapter.config.concepts
         ]
         return len(others) < 2
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Within the block keys and values are the base's."""
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
 
     @contextmanager
     def capturing(self, capture: AttentionCapture) -> Iterator[AttentionCapture]:

@@ -9,38 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
 from interactdiff.concept.adapter import MASKS, ConceptAdapter
 from interactdiff.concept.binding import ConceptBinding
-from interactdiff.concept.capture import AttentionCapture
 from interactdiff.concept.checkpoints import load_checkpoint, remove_checkpoint, save_checkpoint
+from interactdiff.concept.config import METHOD
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
 from interactdiff.concept.finding import Finder, default_size
 from interactdiff.concept.losses import (
-    attention_loss,
-    masked_error,
-    published_attention_loss,
-    published_masked_error,
+    SSIM_WINDOW,
     sampling_weights,
     structural_similarity,
 )
-from interactdiff.concept.masks import ConceptMasks, enlarged, iou, make_masks, to_grid
+from interactdiff.concept.masks import ConceptMasks, iou, make_masks
+from interactdiff.concept.objective import SAMPLE_STEPS, Objective
 from interactdiff.concept.options import LearnOptions
 from interactdiff.concept.pictures import side_by_side
-from interactdiff.concept.prompts import prompt_rows
 from interactdiff.concept.sampling import chosen_concepts
-from interactdiff.concept.words import Concept, as_concepts, joint_prompt, subset_prompt
+from interactdiff.concept.words import Concept, ConceptError, as_concepts, joint_prompt, subset_prompt
 from interactdiff.handle import Handle, attach
 from interactdiff.models import model_info
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.scene_checks import Box
 
 NAME = "learning"
-SAMPLE_STEPS = 25
 REFRESH_RANGE = (50, 250)
 
 
@@ -169,6 +164,7 @@ class Learner:
                 ),
                 self.options.looking,
             )
+            self.objective = Objective(self.finder, self.options)
             self._make_optimizer()
         except BaseException:
             self.__exit__()
@@ -182,6 +178,7 @@ class Learner:
         self._frozen = []
         if self._handle is not None:
             self._handle.detach()
+        self.adapter.name = METHOD
 
     @property
     def binding(self) -> ConceptBinding:
@@ -199,7 +196,13 @@ class Learner:
         """
         self._boxes, self._given = dict(boxes or {}), dict(given or {})
         if not self._resume():
-            self._accept(self._looked(self.finder.scores()))
+            scores = self.finder.scores()
+            if self.options.published_refresh and min(scores.shape[1:]) < SSIM_WINDOW:
+                raise ConceptError(
+                    f"expected maps of {SSIM_WINDOW} x {SSIM_WINDOW} or more for published_refresh, got "
+                    f"{scores.shape[1]} x {scores.shape[2]}"
+                )
+            self._accept(self._looked(scores))
             if self.options.needs_masks:
                 self.masks.check(self.finder.settings.minimum_area)
         return self.masks
@@ -288,11 +291,11 @@ class Learner:
         names = [self.names[n] for n in chosen]
         is_half = options.mixed_precision == "bf16"
         with torch.autocast(self.denoising.device.type, torch.bfloat16, enabled=is_half):
-            denoising, maps, named_masks = self._denoised(prompt, names, chosen, generator)
-            attention = self._attention(maps, named_masks)
+            denoising, maps, named_masks = self.objective.denoise(prompt, names, chosen, generator)
+            attention = self.objective.attention(maps, named_masks)
             loss = denoising + options.attention_weight * attention.mean()
             if options.prior_pictures:
-                loss = loss + options.prior_weight * self._prior_error(generator)
+                loss = loss + options.prior_weight * self.objective.prior_error(step, generator)
         self._optimizer.zero_grad()
         self._accelerator.backward(loss)
         self._accelerator.clip_grad_norm_(self._trained, 1.0)
@@ -303,71 +306,6 @@ class Learner:
             self.step, values[0], values[1], dict(zip(names, values[2:], strict=False)), accepted
         )
 
-    def _denoised(
-        self, prompt: str, names: Sequence[str], chosen: Sequence[int], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The denoising error, the attention to the classes [n, h, w], and their masks."""
-        latents, device = self.finder.latents, self.denoising.device
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        times = (torch.rand(1, generator=generator) * TRAIN_STEPS).to(device)
-        encoded = self.denoising.encode([prompt], (self.photo.height, self.photo.width))
-        capture = AttentionCapture(self.denoising.denoiser, self.finder.layers, own=False)
-        wanted = self.options.attention_loss != "none"
-        noisy = self.denoising.noisy(latents, noise, times)
-        if wanted:
-            with self.binding.capturing(capture):
-                predicted = self.denoising.predict(noisy, times, encoded)
-        else:
-            predicted = self.denoising.predict(noisy, times, encoded)
-        target = self.denoising.target(latents, noise, times).float()
-        masks = self._on_device[list(chosen)]
-        if self.options.published_error:
-            error = published_masked_error(predicted, target, masks, self.options.full_image_weight)
-        else:
-            weights = self._error_weights[list(chosen)]
-            error = masked_error(predicted, target, weights, self.options.full_image_weight)
-        if not wanted:
-            return error, None, masks
-        rows = prompt_rows(self.pipeline, prompt, names)
-        classes = list(rows.concepts)
-        if background := rows.of_background(self.finder.settings.background):
-            classes.append(background)
-            masks = torch.cat([masks, self._on_device[-1:]])
-        columns = enlarged(capture.columns(classes), (masks.shape[1], masks.shape[2]))[0]
-        return error, columns, masks
-
-    def _attention(self, columns: Tensor | None, masks: Tensor) -> Tensor:
-        if columns is None:
-            return torch.zeros(len(masks), device=masks.device)
-        if self.options.attention_loss == "published":
-            return published_attention_loss(columns, masks)
-        return attention_loss(columns.clamp(min=0), masks)
-
-    def _prior_error(self, generator: torch.Generator) -> Tensor:
-        latents = self._prior[self.step % len(self._prior)][None]
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        times = (torch.rand(1, generator=generator) * TRAIN_STEPS).to(latents.device)
-        encoded = self.denoising.encode([self.options.prior_prompt], (self.photo.height, self.photo.width))
-        predicted = self.denoising.predict(self.denoising.noisy(latents, noise, times), times, encoded)
-        return F.mse_loss(predicted, self.denoising.target(latents, noise, times).float())
-
-    @cached_property
-    def _prior(self) -> Tensor:
-        """Latents of pictures by the base itself."""
-        made = []
-        width, height = self.photo.size
-        for number in range(self.options.prior_pictures):
-            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
-            drawn = self.pipeline(
-                self.options.prior_prompt,
-                width=width,
-                height=height,
-                num_inference_steps=SAMPLE_STEPS,
-                generator=generator,
-            ).images[0]
-            made.append(self.denoising.latents(drawn))
-        return torch.cat(made)
-
     # --- masks ---
 
     def _looked(self, scores: Tensor) -> ConceptMasks:
@@ -376,10 +314,7 @@ class Learner:
     def _accept(self, masks: ConceptMasks) -> None:
         self.masks = masks
         self.adapter.masks = masks.masks.to(torch.uint8)
-        self._on_device = masks.masks.float().to(self.denoising.device)
-        grid = (self.finder.latents.shape[2], self.finder.latents.shape[3])
-        finest = [self._given.get(name, mask) for name, mask in zip(self.names, masks.masks, strict=False)]
-        self._error_weights = torch.stack([to_grid(mask, grid) for mask in finest]).to(self.denoising.device)
+        self.objective.take(masks, self._given)
         inside = [masks.scores[n][masks.masks[n]] for n in range(len(self.names))]
         outside = [masks.scores[n][~masks.masks[n]] for n in range(len(self.names))]
         ratios = [

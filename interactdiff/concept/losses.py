@@ -13,6 +13,7 @@ from torch import Tensor
 from interactdiff.concept.masks import from_zero_to_one
 
 EPSILON = 1e-16
+SSIM_WINDOW = 7  # pixels a side
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -78,11 +79,12 @@ def structural_similarity(one: Tensor, other: Tensor) -> Tensor:
     Windows of 7 x 7, sample covariance, those that lie within the picture alone.
     """
     x, y = (t.float()[None, None] for t in (one, other))
-    mean_x, mean_y = (F.avg_pool2d(t, 7, 1) for t in (x, y))
-    unbiased = 49 / 48
-    var_x = unbiased * (F.avg_pool2d(x * x, 7, 1) - mean_x**2)
-    var_y = unbiased * (F.avg_pool2d(y * y, 7, 1) - mean_y**2)
-    covariance = unbiased * (F.avg_pool2d(x * y, 7, 1) - mean_x * mean_y)
+    mean_x, mean_y = (F.avg_pool2d(t, SSIM_WINDOW, 1) for t in (x, y))
+    count = SSIM_WINDOW**2
+    unbiased = count / (count - 1)
+    var_x = unbiased * (F.avg_pool2d(x * x, SSIM_WINDOW, 1) - mean_x**2)
+    var_y = unbiased * (F.avg_pool2d(y * y, SSIM_WINDOW, 1) - mean_y**2)
+    covariance = unbiased * (F.avg_pool2d(x * y, SSIM_WINDOW, 1) - mean_x * mean_y)
     c1, c2 = 0.01**2, 0.03**2
     top = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     return (top / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean()
