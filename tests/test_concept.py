@@ -210,9 +210,7 @@ def test_folded_into_the_base_it_draws_the_same(any_pipe: Any) -> None:
         attached, other = draw(any_pipe), draw(any_pipe, "a cat")
     fold(any_pipe, adapter)
     assert torch.allclose(draw(any_pipe), attached, atol=1e-4)
-    assert torch.allclose(draw(any_pipe, "a cat"), other, atol=1e-4), (
-        "it acts without a concept in the prompt too"
-    )
+    assert torch.allclose(draw(any_pipe, "a cat"), other, atol=1e-4), "all words means all prompts"
     with pytest.raises(AdapterError, match="expected a new token, got <hero>"):
         fold(any_pipe, adapter)
 

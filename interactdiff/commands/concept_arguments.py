@@ -64,7 +64,7 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
         "--nearest", action="store_true", help="give pixels that no concept wins to the best one"
     )
     parser.add_argument(
-        "--blocks", metavar="N,N", help="of a transformer, which of its blocks look, from 0 (default: all)"
+        "--blocks", metavar="N,N", help="of a transformer, which of its blocks look, from 0 (default: six)"
     )
     parser.add_argument(
         "--size",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from interactdiff.adapter import SiteInputs
 from interactdiff.calls import Call
@@ -21,6 +22,7 @@ from interactdiff.errors import AdapterError
 from interactdiff.families import Grid
 from interactdiff.sites import Denoiser, Site, find_sites
 
+MOST_LAYERS = 6  # of a transformer: each keeps its queries' gradients until they are needed
 CROSS_LEVEL, SELF_LEVEL = 2, 1  # how often a U-Net has halved its latents' grid, as published: 1/4 and 1/2
 
 
@@ -45,9 +47,12 @@ class Layers:
     def of(cls, denoiser: Denoiser, blocks: Sequence[int] | None = None) -> "Layers":
         """As published: of a U-Net those at a quarter and at half of the latents' side, or the nearest.
 
+        Of transformer blocks in a row it takes the middle one.
+
         Args:
             denoiser: a U-Net or a transformer.
-            blocks: of a transformer, which of its attentions over text and image, from 0; None for all.
+            blocks: of a transformer, which of its attentions over text and image, from 0; None for all, or for
+                evenly spaced ones where there are more than `MOST_LAYERS`.
 
         Raises:
             AdapterError: there is no such block, or no attention of these kinds.
@@ -57,7 +62,10 @@ class Layers:
         if joint:
             if blocks is not None and not all(0 <= block < len(joint) for block in blocks):
                 raise AdapterError(f"expected blocks of 0 to {len(joint) - 1}, got {list(blocks)}")
-            chosen = tuple(joint if blocks is None else (joint[block] for block in blocks))
+            if blocks is None:
+                count = min(len(joint), MOST_LAYERS)
+                blocks = [(2 * n + 1) * len(joint) // (2 * count) for n in range(count)]
+            chosen = tuple(joint[block] for block in blocks)
             return cls(chosen, chosen)
         cross = _at_level([site for site in sites if site.role == "cross"], CROSS_LEVEL)
         own = _at_level([site for site in sites if site.role == "self"], SELF_LEVEL)
@@ -69,7 +77,11 @@ class Layers:
 def _at_level(sites: Sequence[Site], level: int) -> tuple[str, ...]:
     levels = {site.level for site in sites}
     nearest = min(levels, key=lambda one: (abs(one - level), -one), default=level)
-    return tuple(site.path for site in sites if site.level == nearest)
+    stacks: dict[str, list[str]] = {}
+    for site in sites:
+        if site.level == nearest:
+            stacks.setdefault(site.path.partition(".transformer_blocks.")[0], []).append(site.path)
+    return tuple(paths[len(paths) // 2] for paths in stacks.values())  # SDXL has ten blocks in a row
 
 
 class AttentionCapture:
@@ -130,7 +142,10 @@ class AttentionCapture:
             values = queries.new_zeros(keys.shape[2], len(rows), dtype=torch.float32)
             for number, own in enumerate(rows):
                 values[[text + row for row in own], number] = 1 / len(own)
-            total = total + gathered(queries, keys, values.expand(len(queries), -1, -1))
+            values = values.expand(len(queries), -1, -1)
+            total = total + checkpoint(
+                gathered, queries, keys, values, use_reentrant=False
+            )  # keeps no output
         height, width = self._cross[0].grid(*self._grid)
         return (total / len(self._cross)).transpose(1, 2).unflatten(2, (height, width))
 
