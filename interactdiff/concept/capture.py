@@ -51,8 +51,8 @@ class Layers:
 
         Args:
             denoiser: a U-Net or a transformer.
-            blocks: of a transformer, which of its attentions over text and image, from 0; None for all, or for
-                evenly spaced ones where there are more than `MOST_LAYERS`.
+            blocks: of a transformer, which of its attentions over text and image, from 0; None for all, or
+                for evenly spaced ones where there are more than `MOST_LAYERS`.
 
         Raises:
             AdapterError: there is no such block, or no attention of these kinds.
