@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from interactdiff.clear.adapter import ClearAdapter
     from interactdiff.clear.high_resolution import HighResolution
     from interactdiff.clear.windows import linearize
+    from interactdiff.concept.adapter import ConceptAdapter
     from interactdiff.errors import AdapterError, ClearError, InteractdiffError, ModelError, SceneError
     from interactdiff.generation import GeneratedImage, ScenePipeline, generate
     from interactdiff.handle import Handle, attach
@@ -25,6 +26,7 @@ __all__ = [
     "AdapterError",
     "ClearAdapter",
     "ClearError",
+    "ConceptAdapter",
     "Entity",
     "GeneratedImage",
     "Handle",
@@ -51,6 +53,7 @@ _HOMES = {
     "AdapterError": "interactdiff.errors",
     "ClearAdapter": "interactdiff.clear.adapter",
     "ClearError": "interactdiff.errors",
+    "ConceptAdapter": "interactdiff.concept.adapter",
     "Entity": "interactdiff.scene",
     "GeneratedImage": "interactdiff.generation",
     "Handle": "interactdiff.handle",

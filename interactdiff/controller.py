@@ -123,10 +123,18 @@ class Controller:
                 self._places[key] = make()
             self._places[key].hook()
         forget_compiled(self.denoiser, *self._given)
+        try:
+            for binding in bindings:
+                binding.install()
+        except BaseException:
+            self.leave(bindings)
+            raise
 
     def leave(self, bindings: Iterable[Binding]) -> None:
         """Let bindings go; the denoiser is its own again after the last one."""
         leaving = set(map(id, bindings))
+        for binding in [binding for binding in self.bindings if id(binding) in leaving]:
+            binding.uninstall()
         self._release()
         self._give_back()
         self.bindings = [binding for binding in self.bindings if id(binding) not in leaving]

@@ -152,7 +152,7 @@ def test_a_port_that_is_taken_is_named(capsys: pytest.CaptureFixture[str]) -> No
         ({"adapters": {"interaction": 3}}, "expected adapters by the name of their method, got"),
         (
             {"adapters": {"nothing": "x"}},
-            "expected an adapter of clear, interaction, subject, got one of 'nothing'",
+            "expected an adapter of clear, concept, interaction, subject, got one of 'nothing'",
         ),
         ({"adapters": {"interaction": None}, "model": "/nowhere"}, "expected as model a packaged one"),
         ({"methods": {"clear": 3}}, "clear: expected settings by their names, got 3"),

@@ -9,7 +9,7 @@ from typing import NoReturn
 from interactdiff.errors import InteractdiffError
 from interactdiff.files import why_unwritable
 from interactdiff.models import MODEL, PACKAGED
-from interactdiff.registry import methods
+from interactdiff.registry import adapter_method, methods
 from interactdiff.scene_checks import Schedule
 
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns, for which argparse has no public name
@@ -35,7 +35,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         action="append",
-        metavar="[METHOD=]PATH_OR_ID",
+        metavar="[METHOD[:INSTANCE]=]PATH_OR_ID",
         help=f"packaged name, {elsewhere}, of interactions or of another method "
         f"({', '.join(adapter_methods())}); may be repeated (default: a packaged model's own, if it has one)",
     )
@@ -57,11 +57,12 @@ def adapter_methods() -> list[str]:
 
 
 def adapters_of(args: argparse.Namespace) -> dict[str, str]:
-    """What `--adapter` names, by the name of the method; of two for one method the last."""
+    """What `--adapter` names, by the adapter's name; of two of one name the last."""
     chosen: dict[str, str] = {}
     for text in args.adapter or []:
         method, equals, path = text.partition("=")
-        name, at = (method, path) if equals and method in adapter_methods() else ("interaction", text)
+        is_name = bool(equals) and adapter_method(method) in adapter_methods()
+        name, at = (method, path) if is_name else ("interaction", text)
         chosen[name] = at
     return chosen
 
