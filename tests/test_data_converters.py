@@ -318,6 +318,13 @@ def test_stickworld_renders_are_exported(tmp_path: Path) -> None:
         assert record.prompt == scene.caption
         assert record.items == (*scene.interactions(), *scene.lone_entities())
         assert np.array_equal(np.asarray(record.open()), render(scene, 64).image)
+    run("stickworld", "5:6", tmp_path / "plain", Options(size=64, colours=False))
+    (record,) = read_folder(tmp_path / "plain")
+    scene = sample_scene(5)
+    assert record.items == (*scene.interactions(colours=False), *scene.lone_entities(colours=False))
+    run("stickworld", "5:8", tmp_path / "again", Options(size=64))
+    for path in (tmp_path / "out").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(DataError, match=r"expected seeds FIRST:LAST such as 0:1000, got '8:5'"):
         run("stickworld", "8:5", tmp_path / "none", Options())
 

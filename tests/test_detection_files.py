@@ -210,5 +210,5 @@ def test_a_picture_is_shown_upright_and_squeezed(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             _ = Picture(name, tmp_path / name).image
-    with pytest.raises(DataError, match="expected a picture at a.png, got no such file"):
+    with pytest.raises(DataError, match=r"expected a picture at a\.png, got no such file"):
         _ = Picture("a.png", None).image

@@ -121,8 +121,9 @@ class _RecordPicture:
 def _of_records(records: Records, table: ClassTable | None) -> Iterator[Layout]:
     """The layouts of records; words that a given table does not have are refused."""
     for number, record in enumerate(records):
-        for one in record.interactions if table is not None else ():
-            if one.action is not None and (one.action, one.object) not in table.numbers:
+        for one in record.interactions:
+            known = table is None or one.action is None or (one.action, one.object) in table.numbers
+            if not known:
                 raise DataError(
                     f"{records.source.name}, line {record.line}: expected words of HICO-DET, got "
                     f"{one.action!r} {one.object!r}"

@@ -17,6 +17,7 @@ from interactdiff.data.converters.base import (
     stream_json,
 )
 from interactdiff.errors import DataError
+from interactdiff.scene_checks import Box
 
 
 class Instances:
@@ -56,7 +57,7 @@ class Instances:
         first, last = np.searchsorted(self.of, [picture, picture + 1])
         return range(int(first), int(last))
 
-    def shares(self, number: int, boxes: PixelBoxes) -> list[float] | None:
+    def shares(self, number: int, boxes: PixelBoxes) -> Box | None:
         """A box as shares, from x, y, width and height in pixels."""
         x, y, width, height = self.boxes[number].tolist()
         return boxes.shares(x, y, x + width, y + height)
