@@ -240,6 +240,7 @@ def test_pictures_that_something_else_drew(
         ),
         (["--pictures", "none"], "expected a folder of pictures at none, got none"),
         (["--pictures", "none", "--model", "stickworld"], "--pictures: expected no --model and no --adapter"),
+        (["--column", "prompt"], "--column: expected key=column, got 'prompt'"),
         (["--word-iou", "4"], "--word-iou: expected --world beside it, got --data"),
         (["--sheet", "a.jpg"], "--sheet: expected a file name that ends in .png, got 'a.jpg'"),
         (["--json", "a.safetensors"], "--json: expected another ending than .safetensors"),

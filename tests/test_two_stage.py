@@ -251,7 +251,7 @@ def test_calibration_tells_who_knows_from_who_does_not(tmp_path: Path) -> None:
     for picture in (tmp_path / "test").glob("*.png"):
         picture.unlink()
     with pytest.raises(ModelError, match="expected real pictures in"):
-        calibrate(Knowing({}), data)
+        calibrate(Knowing({}), open_data(str(tmp_path)))
 
 
 def test_models_are_loaded_from_folders_and_score_layouts(

@@ -80,7 +80,7 @@ def _looked_up(
         if number in wanted:
             picture = pictures.picture(layout)
             size = found.size or layout.size or (CELL, CELL)
-            image = picture.image if picture.there else Image.new("RGB", size, "white")
+            image = picture.image if picture.source is not None else Image.new("RGB", size, "white")
             yield number, SheetPicture(float(scores[number]), layout, found, image)
 
 
