@@ -206,6 +206,7 @@ def triplets(**changes: Any) -> list[dict[str, Any]]:
         (triplets(annotations=2 * [{"category_id": 2}]), "picture 1: .*got others \\(KeyError: 'bbox'\\)"),
         (triplets(annotations=2 * [{"bbox": [0, 0, 9, 9], "category_id": 12}]), "KeyError: 12"),
         ({"filenames": ["a"], "size": [], "annotation": []}, "as many filenames as sizes and annotations"),
+        ({"filenames": 1, "size": 1, "annotation": 1}, "as many filenames as sizes and annotations"),
         (
             [{"global_id": "HICO_test2015_1", "image_size": [9, 9], "hois": [{"id": "601"}]}],
             "picture 1: expected a class from 1 to 600, got '601'",

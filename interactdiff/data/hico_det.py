@@ -117,7 +117,8 @@ def _opened(file: Path, split: str) -> tuple[Any, Iterable[Any]]:
         content = read_json(file)
         if isinstance(content, dict) and {"filenames", "size", "annotation"} <= content.keys():
             columns = content["filenames"], content["size"], content["annotation"]
-            if len({len(column) for column in columns}) != 1:
+            lists = [one for one in columns if isinstance(one, list)]
+            if len(lists) < len(columns) or len(set(map(len, lists))) > 1:
                 raise DataError(f"{file}: expected as many filenames as sizes and annotations, got others")
             return _from_instances, zip(*columns, strict=True)
     elif isinstance(first := next((row for _, row in stream_json(file)), None), dict):
