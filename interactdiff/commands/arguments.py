@@ -4,8 +4,9 @@ import argparse
 import os
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from interactdiff.data.boxes import FORMS
 from interactdiff.errors import InteractdiffError
 from interactdiff.files import why_unwritable
 from interactdiff.models import MODEL, PACKAGED
@@ -126,3 +127,29 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def add_boxes(parser: Any) -> None:
+    """Add the flag of the form that boxes of data are in."""
+    parser.add_argument(
+        "--boxes", choices=FORMS, default="shares", help="what boxes are in (default: shares)"
+    )
+
+
+def add_columns(parser: Any) -> None:
+    """Add the flag of the columns of parquet."""
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="KEY=COLUMN",
+        help="parquet: the column of image, prompt, interactions, ...; may be repeated",
+    )
+
+
+def columns_of(args: argparse.Namespace) -> dict[str, str]:
+    """The columns of `add_columns`, by key."""
+    for pair in args.column:
+        if "=" not in pair:
+            raise UsageError(f"--column: expected key=column, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in args.column)
