@@ -2,7 +2,7 @@
 
 Theirs are a `pytorch_custom_diffusion_weights.bin`, with matrices for each cross-attention under the name of
 its processor and empty entries for each self-attention, and a `<new1>.bin` for each token, a row that
-AttenCraft saves as a view of the whole table. Which projections there are is told by the keys.
+AttenCraft saves as a view of the whole table. The keys say which projections there are.
 """
 
 import os

@@ -83,7 +83,7 @@ def picture_folders(split: str) -> tuple[str, ...]:
 
 
 def read_annotations(file: Path, split: str, notes: Counter[str]) -> Iterator[AnnotatedPicture]:
-    """Read annotations of any form, which is told by what is in the file.
+    """Read annotations of any form, recognised by the contents of the file.
 
     Args:
         file: `.mat` or `.json`; `trainval_hico.json`, `test_hico.json` and `anno_list.json` are streamed.

@@ -1,4 +1,4 @@
-"""Whether what a layout names is in its boxes: mean IoU, AP50, and relations by a model that is asked."""
+"""Whether what a layout names is in its boxes: mean IoU, AP50, and relations by a vision-language model."""
 
 import contextlib
 import io

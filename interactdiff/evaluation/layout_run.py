@@ -44,7 +44,7 @@ class LayoutRun:
         seeds: of the noise.
         batch_size: pictures at a time.
         paper: as the paper's script does it, see `Drawing`.
-        limit: how many layouts were asked for, if not all.
+        limit: the number of layouts that was requested; None is all.
         measures: of further scores.
         calibration: of the detector on real pictures.
     """

@@ -139,7 +139,7 @@ class VisionLanguage:
 
 @dataclass
 class AskedVerbs:
-    """A language model that is asked of each verb, with both boxes drawn.
+    """A vision-language model that answers yes or no for each verb, with both boxes drawn.
 
     Attributes:
         model: that answers.
