@@ -6,7 +6,9 @@ from typing import Any
 
 from interactdiff.picture import Record
 from interactdiff.registry import item_specs
-from interactdiff.scene import EXTRA_ITEMS, Scene, SceneError
+from interactdiff.scene import CONTROLS, EXTRA_ITEMS, Scene, SceneError
+
+LONGEST_FLAG = 1000  # letters
 
 
 def as_python(record: Record) -> str:
@@ -29,13 +31,16 @@ def as_python(record: Record) -> str:
 def as_command(record: Record) -> str:
     """A command line that generates the same picture.
 
-    A phrase with a bar in it cannot be a flag's; the scene is then a file that the command line writes first.
+    A phrase with a bar in it cannot be a flag's, nor can a picture's pixels; the scene is then a file that
+    the command line writes first.
     """
     scene = record.scene
     words = ["interactdiff", "generate"]
     before = ""
     try:
         flags = _item_flags(scene) + _flags(scene)
+        if any(len(flag) > LONGEST_FLAG for flag in flags):  # a picture's pixels
+            raise SceneError(f"expected flags of at most {LONGEST_FLAG} letters")
     except SceneError:
         before = f"cat > scene.json <<'SCENE'\n{scene.to_json()}SCENE\n"
         words += ["--scene", "scene.json"]
@@ -69,7 +74,7 @@ def _flags(scene: Scene) -> list[str]:
     flags = []
     for field in fields(Scene):
         value = getattr(scene, field.name)
-        if field.name in ("prompt", EXTRA_ITEMS, *item_specs()) or value == field.default:
+        if field.name in ("prompt", EXTRA_ITEMS, CONTROLS, *item_specs()) or value == field.default:
             continue
         flag = "--" + field.name.replace("_", "-")
         if field.name == "fast":

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from interactdiff.clear.adapter import ClearAdapter
     from interactdiff.clear.high_resolution import HighResolution
     from interactdiff.clear.windows import linearize
+    from interactdiff.concept.adapter import ConceptAdapter
     from interactdiff.errors import AdapterError, ClearError, InteractdiffError, ModelError, SceneError
     from interactdiff.generation import GeneratedImage, ScenePipeline, generate
     from interactdiff.handle import Handle, attach
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from interactdiff.scene import Entity, Interaction, Scene
     from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
     from interactdiff.stickworld import model_path
+    from interactdiff.subject.adapter import SubjectAdapter
+    from interactdiff.subject.items import Subject
 
 __version__ = metadata.version("interactdiff")
 __all__ = [
     "AdapterError",
     "ClearAdapter",
     "ClearError",
+    "ConceptAdapter",
     "Entity",
     "GeneratedImage",
     "Handle",
@@ -34,6 +38,8 @@ __all__ = [
     "Scene",
     "SceneError",
     "ScenePipeline",
+    "Subject",
+    "SubjectAdapter",
     "__version__",
     "attach",
     "generate",
@@ -47,6 +53,7 @@ _HOMES = {
     "AdapterError": "interactdiff.errors",
     "ClearAdapter": "interactdiff.clear.adapter",
     "ClearError": "interactdiff.errors",
+    "ConceptAdapter": "interactdiff.concept.adapter",
     "Entity": "interactdiff.scene",
     "GeneratedImage": "interactdiff.generation",
     "Handle": "interactdiff.handle",
@@ -58,6 +65,8 @@ _HOMES = {
     "Scene": "interactdiff.scene",
     "SceneError": "interactdiff.errors",
     "ScenePipeline": "interactdiff.generation",
+    "Subject": "interactdiff.subject.items",
+    "SubjectAdapter": "interactdiff.subject.adapter",
     "attach": "interactdiff.handle",
     "generate": "interactdiff.generation",
     "interactions_from_lists": "interactdiff.scene_forms",

@@ -16,6 +16,7 @@ so that none of them has to know of another.
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from interactdiff.errors import AdapterError
+from interactdiff.registry import adapter_method
 from interactdiff.sites import Denoiser, Site
 
 if TYPE_CHECKING:
@@ -38,15 +41,38 @@ class Adapter(nn.Module, ABC):
     """A method's weights and configuration.
 
     Attributes:
-        name: what `config.json` and `handle[name]` call it: its folder's name.
+        name: what `handle[name]` calls it: its folder's name, of its method; or of one instance of several,
+            "concept:cat", see `named`.
         items: the classes of a scene's items that it takes; empty if it takes none.
         order: where its `Residual` edits come in the chain of all adapters', lowest first. A constant, so
             that the order of attaching changes no bit.
     """
 
-    name: ClassVar[str]
+    name: str
     items: ClassVar[tuple[type, ...]] = ()
     order: ClassVar[int] = 0
+
+    @property
+    def method(self) -> str:
+        """The name of its method, which `config.json` has."""
+        return adapter_method(self.name)
+
+    def named(self, instance: str) -> Self:
+        """Give it a name of its own, so that several adapters of one method can be attached at once.
+
+        Args:
+            instance: letters, digits, dots and dashes: "cat" makes `handle["concept:cat"]`.
+
+        Returns:
+            The adapter itself.
+
+        Raises:
+            AdapterError: it is no such name.
+        """
+        if not re.fullmatch(r"[\w.-]+", instance):
+            raise AdapterError(f"expected a name of letters, digits, dots and dashes, got {instance!r}")
+        self.name = f"{self.method}:{instance}"
+        return self
 
     @classmethod
     @abstractmethod
@@ -132,7 +158,8 @@ class Binding:
         """What a scene is to this adapter: features, tokens, keys, values. Once a scene; changes nothing.
 
         An adapter may take options by keyword, with defaults: `Handle.set_scene` gives `strength`,
-        `schedule` and its further options to each that names them.
+        `schedule`, `all_items` (all adapters' items, a sequence for each prompt) and its further options to
+        each that names them.
 
         Args:
             items: of the classes in `Adapter.items`, one sequence for each prompt or a single one for all.
@@ -166,6 +193,16 @@ class Binding:
         """Forget the scene: nothing is controlled until the next one."""
         self.scene = None
 
+    def install(self) -> None:
+        """Edit the pipeline beyond its denoiser, such as its tokenizers; once, when it is attached.
+
+        Raises:
+            AdapterError: the pipeline cannot be edited; nothing stays attached then.
+        """
+
+    def uninstall(self) -> None:
+        """Undo what `install` did, object for object; also after an `install` that failed."""
+
     def follow(self, device: torch.device) -> None:
         """Move the adapter to where the denoiser runs; in eval mode, give it the denoiser's dtype too."""
         parameter = next(self.adapter.parameters(), None)
@@ -174,6 +211,10 @@ class Binding:
             if (parameter.device, parameter.dtype) != (device, dtype):
                 self.adapter.to(device, dtype)
                 self.to(device, dtype)
+
+    def pass_key(self) -> Any:
+        """What of its settings changes a pass over a reference, compared by equality; () if nothing."""
+        return ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move what was made of a scene; the adapter itself has been moved."""
@@ -192,12 +233,16 @@ class SiteInputs(NamedTuple):
     Attributes:
         hidden_states: [B, L, C], what the site's block (role "block"), or the projection, was given.
         queries: [B, heads, L, D] of the image's tokens, normalised, not yet rotated.
-        keys: likewise; None unless an `Observer` acts at the site.
+        keys: likewise, of all tokens that the site projects with the image's; None but for an `Observer`.
+        text_keys: [B, heads, T, D] of the text's own stream at a "joint" attention, likewise.
+        rotary: tables of rotary positions, as a transformer's attention was given them; None if it has none.
     """
 
     hidden_states: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
+    text_keys: Tensor | None = None
+    rotary: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,12 +255,13 @@ class Residual:
             projection.
         fn: of what the site was given, and its output so far, [B, L, C], the output from there on; or None,
             which leaves it.
-        at: "to_k" or "to_v" of an attention: the output is then that projection's.
+        at: a projection of an attention: the output is then that projection's. "add_k_proj" and "add_v_proj"
+            are those of the text's own stream at a "joint" attention.
     """
 
     site: Site
     fn: Callable[[SiteInputs, Tensor], Tensor | None]
-    at: Literal["out", "to_k", "to_v"] = "out"
+    at: Literal["out", "to_k", "to_v", "add_k_proj", "add_v_proj"] = "out"
 
 
 class KeyBlock(NamedTuple):
@@ -226,11 +272,14 @@ class KeyBlock(NamedTuple):
         values: [B or 1, heads, K, D].
         log_weight: log w, added to the scores: each key counts w times. [B or 1, 1, 1, K or 1] or a number;
             -inf where a row of the batch does not see a key.
+        query_weight: the same by query: [B or 1, 1, Q or 1, 1] of the image's tokens, added to the scores of
+            a query with all of these keys; -inf where a token does not see them.
     """
 
     keys: Tensor
     values: Tensor
     log_weight: Tensor | float = 0.0
+    query_weight: Tensor | float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,10 +303,13 @@ class ExtraKeys:
     Attributes:
         site: an attention.
         fn: the keys of the call under way; none of them leave the attention as it is.
+        record: given the attention's own keys and values of the image's tokens, [B, heads, L, D] each,
+            normalised and rotated: how a pass over a reference picture keeps what later calls add.
     """
 
     site: Site
-    fn: Callable[[], Sequence[KeyBlock]]
+    fn: Callable[[], Sequence[KeyBlock]] = tuple
+    record: Callable[[Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 from interactdiff.adapter import Adapter
 from interactdiff.errors import AdapterError
 from interactdiff.models import default_adapter, resolve
-from interactdiff.registry import MethodSettings, methods
+from interactdiff.registry import MethodSettings, adapter_method, methods
 from interactdiff.scene_checks import shown
 
 AdapterChoice = str | Adapter | None  # a name, a path or a Hub id; loaded; None: made without weights
@@ -25,8 +25,8 @@ def chosen_adapters(
         used: the methods that are going to be used.
 
     Returns:
-        Those that are given, and the packaged ones of the methods that are always attached or are used; None
-        for one that needs no weights.
+        Those that are given, by their names, and the packaged ones of the methods that are always attached
+        or are used; None for one that needs no weights.
 
     Raises:
         SceneError: there is no such method.
@@ -41,18 +41,19 @@ def chosen_adapters(
             chosen[name] = None
     named = named_adapters(given)
     for name, at in named.items():
-        if name not in methods() or methods()[name].adapter is None:
+        method = adapter_method(name)
+        if method not in methods() or methods()[method].adapter is None:
             known = ", ".join(name for name, spec in methods().items() if spec.adapter is not None)
             raise AdapterError(f"expected an adapter of {known}, got one of {shown(name)}")
         chosen[name] = chosen.get(name) if at is None else at
     for name, at in chosen.items():
-        if at is None and methods()[name].needs_weights:
+        if at is None and methods()[adapter_method(name)].needs_weights:
             raise AdapterError(f"expected weights for {name}, got none for {model}: give an adapter for it")
     return chosen
 
 
 def named_adapters(given: GivenAdapters) -> dict[str, AdapterChoice]:
-    """Adapters by the name of their method, whichever way they are given.
+    """Adapters by their names, whichever way they are given.
 
     Raises:
         AdapterError: they are given in none of the ways, or two of one method.
@@ -68,7 +69,8 @@ def named_adapters(given: GivenAdapters) -> dict[str, AdapterChoice]:
         return {given.name: given}
     elif isinstance(given, Sequence) and all(isinstance(one, Adapter) for one in given):
         if len({one.name for one in given}) < len(given):
-            raise AdapterError(f"expected one adapter a method, got {[one.name for one in given]}")
+            names = [one.name for one in given]
+            raise AdapterError(f"expected adapters with a name each, see Adapter.named, got {names}")
         return {one.name: one for one in given}
     raise AdapterError(f"expected adapters by the name of their method, got {shown(given)}")
 
@@ -82,7 +84,10 @@ def load_adapters(chosen: Mapping[str, AdapterChoice]) -> dict[str, Adapter]:
     loaded: dict[str, Any] = {}
     for name, at in chosen.items():
         if isinstance(at, str):
-            loaded[name] = methods()[name].load_adapter_class().from_pretrained(resolve("adapter", at))
+            adapter_class = methods()[adapter_method(name)].load_adapter_class()
+            loaded[name] = adapter_class.from_pretrained(resolve("adapter", at))
         elif at is not None:
             loaded[name] = at
+        if name in loaded and loaded[name].name != name and ":" in name:
+            loaded[name].named(name.partition(":")[2])
     return loaded

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from interactdiff.errors import AdapterError
+from interactdiff.errors import AdapterError, SceneError
 from interactdiff.families import Grid
 from interactdiff.schedule import StepClock
 from interactdiff.sites import Denoiser, Site, held_denoiser, known_family
@@ -126,9 +126,19 @@ class Call:
         now = float(given.flatten()[0]) if isinstance(given, Tensor) else float(given)
         return float(self._reader.kind.scheduler_units(now))
 
+    @property
+    def is_pass(self) -> bool:
+        """Whether it is an adapter's own, over references alone."""
+        return self._rows is not None and set(self._rows) == {"reference"}
+
     @cached_property
     def step(self) -> tuple[int, int] | None:
-        """Which step of the run, from 0, and how many it has; None if there is no way to know."""
+        """Which step of the run, from 0, and how many it has; None if there is no way to know.
+
+        An adapter's own pass is no step: its timesteps may be those of any.
+        """
+        if self.is_pass:
+            return None
         return self._reader.clock(self.pipeline).read(self.timestep)
 
     @cached_property
@@ -321,6 +331,26 @@ class CallReader:
         if first is None or first[0] is not timesteps or first[1] != timestep:
             first = self._local.first = timesteps, timestep, text
         return text is first[2]
+
+
+def scenes_of_rows(call: Call, scenes: int) -> list[tuple[int, Rows]]:
+    """For each row of a call's batch its scene, from 0, and what it is for.
+
+    Rows of a prompt are neighbours, as `num_images_per_prompt` makes them, in each part of the batch.
+
+    Raises:
+        SceneError: so many scenes do not explain the batch.
+    """
+    parts = call.rows
+    images, rest = divmod(call.batch, len(parts))
+    if rest or images % scenes:
+        guided = "on" if "unconditional" in parts else "off"
+        raise SceneError(
+            f"expected a batch of {len(parts)} times a multiple of {scenes} rows, for {scenes} scenes "
+            f"with guidance {guided}, got {call.batch} rows"
+        )
+    per_prompt = images // scenes
+    return [(image // per_prompt, part) for part in parts for image in range(images)]
 
 
 def _conditional(is_conditional: bool) -> Rows:

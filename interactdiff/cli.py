@@ -1,16 +1,20 @@
 """The command line: interactdiff generate | app | demo | evaluate | train | data | convert | bench | doctor.
 
+Methods add further commands.
+
 Bad input ends with one sentence on stderr and exit code 2, and nothing is written. Heavy imports come after
 everything that can be refused without them.
 """
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from interactdiff import __version__
 from interactdiff.commands import app, bench, convert, data, demo, doctor, evaluate, generate, train
 from interactdiff.commands.arguments import Parser
 from interactdiff.errors import InteractdiffError
+from interactdiff.registry import methods
 
 COMMANDS = (generate, app, demo, evaluate, train, data, convert, bench, doctor)
 
@@ -49,6 +53,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="interactdiff", description="Who does what to what, and where: get that picture.")
     parser.add_argument("--version", action="version", version=f"interactdiff {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    own = [import_module(module) for spec in methods().values() for module in spec.commands]
+    for command in (*COMMANDS, *own):
         command.add_to(commands)
     return parser

@@ -123,10 +123,18 @@ class Controller:
                 self._places[key] = make()
             self._places[key].hook()
         forget_compiled(self.denoiser, *self._given)
+        try:
+            for binding in bindings:
+                binding.install()
+        except BaseException:
+            self.leave(bindings)
+            raise
 
     def leave(self, bindings: Iterable[Binding]) -> None:
         """Let bindings go; the denoiser is its own again after the last one."""
         leaving = set(map(id, bindings))
+        for binding in [binding for binding in self.bindings if id(binding) in leaving]:
+            binding.uninstall()
         self._release()
         self._give_back()
         self.bindings = [binding for binding in self.bindings if id(binding) not in leaving]
@@ -177,7 +185,10 @@ class Controller:
             for guidance in self._guidance():
                 if (changed := guidance.inputs(call)) is not None:
                     arguments = {**call.arguments, **changed.arguments}
-                    self._local.call = call = self.calls.read((), arguments, changed.rows)
+                    edited = self.calls.read((), arguments, changed.rows)
+                    if "step" in vars(call):  # reading it twice would be two calls to a clock
+                        vars(edited)["step"] = call.step
+                    self._local.call = call = edited
         active = [binding.prepare(call) for binding in self.bindings]
         self._lay_out(active, call)
         return None if changed is None else ((), dict(call.arguments))
@@ -250,11 +261,12 @@ class Controller:
         for edit in edits:
             if isinstance(edit, OwnKeys | ExtraKeys):
                 _, own, extra = chosen.setdefault(edit.site.path, (edit.site, [], []))
-                (own if isinstance(edit, OwnKeys) else extra).append(edit.fn)
+                (own if isinstance(edit, OwnKeys) else extra).append(edit)
         processors = [(site, self._processor(site)) for site, _, _ in chosen.values()]
         for site, processor in processors:
             _, own, extra = chosen[site.path]
-            processor.own, processor.extra = (own[0] if own else None), tuple(extra)
+            processor.own, processor.extra = (own[0].fn if own else None), tuple(edit.fn for edit in extra)
+            processor.records = tuple(edit.record for edit in extra if edit.record is not None)
             processor.text_length = call.text_length
             processor.image_length = call.grid[0] * call.grid[1]
             self._swap(site.module, "processor", processor)

@@ -120,8 +120,11 @@ def grid_of_ids(ids: Tensor) -> Grid:
     """
     ids = (ids[0] if ids.ndim == 3 else ids).float()
     own = ids[ids[:, 0] == ids[0, 0]]
+    first = own.amin(0)  # a reference's may begin anywhere
+    own = own - first
     rows, columns = (int(n) + 1 for n in own[:, 1:3].amax(0))
-    places = ids[: len(own), 1] * columns + ids[: len(own), 2]
+    there = ids[: len(own)] - first
+    places = there[:, 1] * columns + there[:, 2]
     if rows * columns != len(own) or not places.equal(torch.arange(len(own)).to(places)):
         raise AdapterError(
             f"expected image tokens in one grid, row by row, got {len(own)} tokens with places in "

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
 from os import PathLike
@@ -24,6 +24,7 @@ from interactdiff.preview import preview
 from interactdiff.registry import (
     Cost,
     MethodSettings,
+    adapter_method,
     checked_settings,
     method_of,
     methods,
@@ -97,8 +98,8 @@ class ScenePipeline:
             as Flux and Stable Diffusion 3 have.
         handle: of the attached adapters, or None if there are none.
         model: name, absolute folder or Hub id of the model.
-        adapters: the same of the adapters, by the name of their method; None for one without weights,
-            `UNNAMED` for one that was loaded already.
+        adapters: the same of the adapters, by their names, METHOD or METHOD:INSTANCE; None for one without
+            weights, `UNNAMED` for one that was loaded already.
     """
 
     pipeline: Any
@@ -164,7 +165,8 @@ class ScenePipeline:
         loaded = dict(load_adapters(chosen) if loaded is None else loaded)
         for name in chosen:
             if name not in loaded:
-                loaded[name] = methods()[name].load_adapter_class().for_denoiser(denoiser_of(pipeline)).eval()
+                adapter_class = methods()[adapter_method(name)].load_adapter_class()
+                loaded[name] = adapter_class.for_denoiser(denoiser_of(pipeline)).eval()
         handle = attach(pipeline, *loaded.values()) if loaded else None
         names = {
             name: absolute_name(at) if isinstance(at, str) else None if at is None else UNNAMED
@@ -205,7 +207,7 @@ class ScenePipeline:
         """
         if name in samplers():
             return samplers()[name].load().unsupported(self.pipeline)
-        if name in self.adapters or default_adapter(self.model, name) is not None:
+        if name in map(adapter_method, self.adapters) or default_adapter(self.model, name) is not None:
             return None
         if methods()[name].needs_weights:
             return f"expected weights for {name}, got none for {self.model}"
@@ -227,7 +229,7 @@ class ScenePipeline:
             if name in samplers():
                 if reason := samplers()[name].load().unsupported(self.pipeline):
                     raise SceneError(f"{name}: {reason}")
-            elif name not in self.adapters:
+            elif name not in map(adapter_method, self.adapters):
                 raise SceneError(f"{name}: expected an adapter attached for it, got none for {self.model}")
         return settings
 
@@ -250,8 +252,9 @@ class ScenePipeline:
         if self.handle is None:
             return
         for name in self.adapters:
-            if methods()[name].settings:
-                values = methods()[name].checked(self.model, (used or {}).get(name, {}))
+            method = adapter_method(name)
+            if methods()[method].settings:
+                values = methods()[method].checked(self.model, (used or {}).get(method, {}))
                 self.handle[name].configure(**values)
         self.handle.set_scene(scene)
 
@@ -271,7 +274,7 @@ class ScenePipeline:
         Raises:
             SceneError: as in `checked_settings` and `set_scene`.
         """
-        settings = self.checked_settings(methods or {})
+        settings = self.checked_settings(used_methods(replace(scene, extra_items=()), methods))
         self.set_scene(scene, settings)
         for name in settings:
             if name in samplers():
@@ -353,7 +356,7 @@ class ScenePipeline:
         return output.images[0]
 
     def _check_items(self, scene: Scene) -> None:
-        taken = {item.type for name in self.adapters for item in methods()[name].items}
+        taken = {item.type for name in self.adapters for item in methods()[adapter_method(name)].items}
         left = Counter(method_of(type(item)) for item in scene.items if type(item) not in taken)
         if left:
             words = " and ".join(f"{count} {spec.key} ({name})" for (name, spec), count in left.items())

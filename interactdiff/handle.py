@@ -9,6 +9,7 @@ from interactdiff.calls import check_guidance
 from interactdiff.controller import Controller
 from interactdiff.errors import AdapterError, SceneError
 from interactdiff.pipeline_watch import check_denoiser
+from interactdiff.registry import adapter_method
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import Schedule, shown
 from interactdiff.sites import Denoiser, denoiser_of
@@ -29,13 +30,18 @@ class Handle:
         self._bindings = {binding.adapter.name: binding for binding in bindings}
 
     def __getitem__(self, name: str) -> Any:
-        """The binding of one adapter, such as "interaction" or "clear".
+        """The binding of one adapter, such as "interaction", "clear" or "concept:cat".
+
+        The name of the method will do where the handle has one adapter of it.
 
         Raises:
             AdapterError: it is not, or no longer, attached by this handle.
         """
         if name not in self._bindings:
             self._check_attached()
+            several = [one for one in self._bindings if adapter_method(one) == name]
+            if len(several) == 1:
+                return self._bindings[several[0]]
             names = ", ".join(self._bindings)
             raise AdapterError(f"expected an adapter of this handle ({names}), got {shown(name)}")
         return self._bindings[name]
@@ -68,7 +74,8 @@ class Handle:
                 knows.
             guidance: whether batches are [unconditional half, conditional half]; None asks the pipeline that
                 calls, and takes a bare denoiser's batches as conditional.
-            **options: further ones of the adapters, such as `fast`.
+            **options: further ones of the adapters, such as `fast`; of a `Scene` its `fast`, `seed` and
+                `prompt`.
 
         Raises:
             SceneError: an item that no attached adapter takes, or that cannot be drawn; a strength or
@@ -80,9 +87,11 @@ class Handle:
         common: dict[str, Any] = {"strength": strength, "schedule": schedule}
         if isinstance(scene, Scene):
             common = {"strength": scene.strength, "schedule": scene.schedule}
-            options = {"fast": scene.fast} | options if self._takes("fast") else options
+            own = {"fast": scene.fast, "seed": scene.seed, "prompt": scene.prompt}
+            options = {name: value for name, value in own.items() if self._takes(name)} | options
             scene = scene.items
         prompts = self._split(scene)
+        common["all_items"] = prompts
         for name in options:
             if not self._takes(name):
                 known = ", ".join(sorted({n for b in self._bindings.values() for n in _options(b)}))
@@ -152,7 +161,7 @@ class Handle:
         for item in (item for prompt in prompts or () for item in prompt):
             if not isinstance(item, kinds) and (method := _method_of(type(item))):
                 have = " and ".join(self._bindings)
-                if any(method == other.adapter.name for other in self._controller.bindings):
+                if any(method == other.adapter.method for other in self._controller.bindings):
                     have += f"; {method} was attached by another handle, which takes them"
                 raise SceneError(
                     f"expected an attached adapter of {method} for {type(item).__name__} items, got {have}"
@@ -198,7 +207,8 @@ def attach(
         adapter.check(denoiser)
         if adapter.name in names:
             raise AdapterError(
-                f"expected a denoiser without {adapter.name} attached, got one that has it: detach that first"
+                f"expected a denoiser without {adapter.name} attached, got one that has it: detach that "
+                "first, or give this adapter a name of its own with named()"
             )
         names.append(adapter.name)
     pipeline = pipeline_or_denoiser if hasattr(pipeline_or_denoiser, "scheduler") else None

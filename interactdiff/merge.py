@@ -128,13 +128,14 @@ def merge_extra(out: Tensor, lse: Tensor, q: Tensor, extra: Sequence[KeyBlock], 
         [B, heads, Q, D], in the dtype of `out`.
     """
     for block in extra:
-        keys, values, weight = for_queries(block, q)
+        keys, values, weight, of_query = for_queries(block, q)
         if weight.shape[-1] == 1:  # one for the whole block, so that no kernel needs a bias
             part, part_lse = attend(q, keys, values, None, scale)
             part_lse = part_lse + weight[..., 0].to(part_lse.dtype)
         else:
             bias = weight.clamp(min=NO_KEY).to(q.dtype).expand(-1, -1, q.shape[2], -1)
             part, part_lse = attend(q, keys, values, bias, scale)
+        part_lse = part_lse + of_query[..., 0].to(part_lse.dtype)
         share = torch.sigmoid(part_lse - lse)[..., None].to(out.dtype)
         out, lse = torch.lerp(out, part, share), torch.logaddexp(lse, part_lse)
     return out
@@ -150,9 +151,11 @@ def concatenated_attention(
     blocks = [for_queries(block, q) for block in extra]
     keys, values = (torch.cat([own, *(block[n] for block in blocks)], 2) for n, own in enumerate((k, v)))
     weights = [q.new_zeros(1, 1, 1, k.shape[2])] + [
-        weight.clamp(min=NO_KEY).to(q.dtype).expand(-1, -1, -1, more.shape[2]) for more, _, weight in blocks
+        (weight + of_query).clamp(min=NO_KEY).to(q.dtype).expand(-1, -1, -1, more.shape[2])
+        for more, _, weight, of_query in blocks
     ]
-    bias = torch.cat([weight.expand(len(q), -1, -1, -1) for weight in weights], 3)
+    queries = max(weight.shape[2] for weight in weights)
+    bias = torch.cat([weight.expand(len(q), -1, queries, -1) for weight in weights], 3)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
 
 
@@ -178,14 +181,18 @@ def _tensors(blocks: Sequence[KeyBlock]) -> list[Tensor]:
     return [t for block in blocks for t in block if isinstance(t, Tensor)]
 
 
-def for_queries(block: KeyBlock, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's keys and values for each row of the queries' batch, and its weight in float32."""
+def for_queries(block: KeyBlock, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A block's keys and values for each row of the queries' batch, and in float32 its weights by key and by
+    query."""
     keys, values = (t.to(q.dtype).expand(len(q), -1, -1, -1) for t in (block.keys, block.values))
     keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (keys, values))  # kernels assume it
-    weight = block.log_weight
-    if not isinstance(weight, Tensor):
-        weight = torch.full((1, 1, 1, 1), weight, dtype=torch.float32, device=q.device)
-    return keys, values, weight.to(q.device)
+    by_key, by_query = (
+        weight.to(q.device)
+        if isinstance(weight, Tensor)
+        else torch.full((1, 1, 1, 1), weight, dtype=torch.float32, device=q.device)
+        for weight in (block.log_weight, block.query_weight)
+    )
+    return keys, values, by_key, by_query
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:

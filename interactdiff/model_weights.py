@@ -36,7 +36,7 @@ def chosen_variant(folder: Path, variant: str | None, dtype: torch.dtype) -> str
 
     Args:
         folder: of a pipeline.
-        variant: the one that is asked for, if one is.
+        variant: the requested one; None chooses.
         dtype: that the weights are going to be used in.
 
     Returns:

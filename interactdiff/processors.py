@@ -20,6 +20,7 @@ from interactdiff.sites import Site
 
 OwnKeysFn = Callable[[Tensor, Tensor, Tensor, int, Sequence[KeyBlock]], Tensor]
 ExtraKeysFn = Callable[[], Sequence[KeyBlock]]
+RecordFn = Callable[[Tensor, Tensor], None]
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
@@ -29,6 +30,7 @@ class KeysProcessor:
     Attributes:
         own: attends to keys of its own choice, see `OwnKeys`; None for all keys.
         extra: each gives further keys, see `ExtraKeys`.
+        records: each is given the image's own keys and values, likewise.
         text_length: text tokens of the call under way.
         image_length: image tokens of the call under way.
 
@@ -41,10 +43,15 @@ class KeysProcessor:
         self.site, self.original = site, original
         self.own: OwnKeysFn | None = None
         self.extra: tuple[ExtraKeysFn, ...] = ()
+        self.records: tuple[RecordFn, ...] = ()
         self.text_length = self.image_length = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, text_length: int) -> Tensor:
         """What is gathered, [B, L, heads * D], of [B, heads, L, D] in the site's order of text and image."""
+        if self.records:
+            image = self._image(text_length, key.shape[2])
+            for record in self.records:
+                record(key[:, :, image], value[:, :, image])
         extra = [block for blocks in self.extra for block in blocks()]
         if self.own is not None:
             out = self.own(query, key, value, text_length, extra)
@@ -58,6 +65,11 @@ class KeysProcessor:
             raise AdapterError(
                 f"expected no attention mask beside windows or further keys at {self.site.path}, got one"
             )
+
+    def _image(self, text_length: int, length: int) -> slice:
+        """Which of a number of tokens are the image's."""
+        first = text_length if self.site.text == "first" else 0
+        return slice(first, first + length - text_length)
 
     def _plain(
         self, query: Tensor, key: Tensor, value: Tensor, text_length: int, extra: Sequence[KeyBlock]
@@ -263,7 +275,7 @@ class SelfKeysProcessor(KeysProcessor):
         sliced = []
         for first in range(0, query.shape[1], size):
             heads = slice(first, first + size)
-            blocks = [KeyBlock(b.keys[:, heads], b.values[:, heads], b.log_weight) for b in extra]
+            blocks = [b._replace(keys=b.keys[:, heads], values=b.values[:, heads]) for b in extra]
             sliced.append(super()._plain(query[:, heads], key[:, heads], value[:, heads], 0, blocks))
         return torch.cat(sliced, 1)
 

@@ -206,6 +206,23 @@ class SamplerSpec(Configurable):
 
 
 @dataclass(frozen=True)
+class ExportSpec:
+    """A form in which `interactdiff convert --export NAME` writes an adapter.
+
+    Attributes:
+        name: as command lines have it.
+        description: what is written, in a few words.
+        export: "module:attribute" of a function of the source, as `Adapter.from_pretrained` takes it, the
+            folder to write, and the model that the adapter is for, as `--model` names it, or None. It returns
+            what it did, in one line.
+    """
+
+    name: str
+    description: str
+    export: str
+
+
+@dataclass(frozen=True)
 class MethodSpec(Configurable):
     """A method: an adapter and what users say to it.
 
@@ -223,6 +240,8 @@ class MethodSpec(Configurable):
         recipes: names that a recipe's YAML file may have, and their "module:attribute": a class with a
             `config_type` (`training/recipe.py`, `training/config.py`).
         benches: modules with an `add_to(parsers)`, which `interactdiff bench` adds.
+        commands: modules with an `add_to(commands)`, which `interactdiff` adds.
+        exports: what `interactdiff convert --export NAME` can make of an adapter's files.
     """
 
     adapter: str | None = None
@@ -233,6 +252,8 @@ class MethodSpec(Configurable):
     scores: str | None = None
     recipes: Mapping[str, str] = field(default_factory=dict)
     benches: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    exports: tuple[ExportSpec, ...] = ()
 
     def load_adapter_class(self) -> Any:
         """The class of the method's adapters.
@@ -243,6 +264,11 @@ class MethodSpec(Configurable):
         if self.adapter is None:
             raise MethodError(f"expected a method with an adapter, got {self.name}, which has none")
         return load_attribute(self.adapter)
+
+
+def adapter_method(name: str) -> str:
+    """The method of an adapter's name, which may be one of several of that method: "concept:cat"."""
+    return name.partition(":")[0]
 
 
 def load_attribute(path: str) -> Any:
@@ -312,8 +338,13 @@ def configurables() -> dict[str, Configurable]:
 
 
 def used_methods(scene: "Scene", given: MethodSettings | None = None) -> dict[str, Mapping[str, Any]]:
-    """The methods that are given, and those that take items of a scene, with their settings."""
-    used = dict(given or {})
+    """The methods that are given, and those that a scene controls or has items for, with their settings.
+
+    What is given comes before the scene's own settings.
+    """
+    used: dict[str, Mapping[str, Any]] = dict(scene.controls or {})
+    for name, values in (given or {}).items():
+        used[name] = {**used.get(name, {}), **values} if isinstance(values, Mapping) else values
     for item in scene.items:
         name, _ = method_of(type(item))
         if name in configurables():
@@ -338,6 +369,11 @@ def method_of(kind: type) -> tuple[str, ItemSpec]:
                 return name, spec
     known = ", ".join(spec.type.__name__ for spec in item_specs().values())
     raise SceneError(f"expected items of {known}, got {kind.__name__}")
+
+
+def exports() -> dict[str, ExportSpec]:
+    """All methods' forms of export by name."""
+    return {one.name: one for spec in methods().values() for one in spec.exports}
 
 
 def recipes() -> dict[str, str]:
@@ -378,6 +414,7 @@ def _load_spec(found: ModuleSpec) -> Any:
 def _claims(spec: MethodSpec) -> list[str]:
     """What of a method must be its own."""
     claims = [f"the name {spec.name}", *(f"the recipe {name}" for name in spec.recipes)]
+    claims += [f"the export {one.name}" for one in spec.exports]
     if spec.sampler is not None:
         claims.append(f"the name {spec.sampler.name}")
     for item in spec.items:

@@ -6,7 +6,8 @@ is quick to import.
 """
 
 import json
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 # The one field that is no key of a scene file, where its items stand under the keys of their methods.
 EXTRA_ITEMS = "extra_items"
+CONTROLS = "controls"  # settings, which have flags of their own
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Scene:
         height: likewise.
         extra_items: items of other methods (`interactdiff.registry.ItemSpec`); in a scene file they stand
             under the keys of their methods.
+        controls: settings of methods and of a sampler, by their names, such as
+            `{"subject": {"guidance": 2.0}}`; None is {}. Which there are, `interactdiff.registry` checks.
 
     Raises:
         SceneError: on construction, if a value has the wrong type or is out of range.
@@ -96,6 +100,7 @@ class Scene:
     width: int | None = None
     height: int | None = None
     extra_items: tuple[Any, ...] = ()
+    controls: Mapping[str, Mapping[str, float]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         shares = checked_schedule(self.schedule)
@@ -115,6 +120,7 @@ class Scene:
             "width": checked_side("width", self.width),
             "height": checked_side("height", self.height),
             "extra_items": _checked_extra_items(self.extra_items),
+            "controls": _checked_controls(self.controls),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -153,6 +159,8 @@ class Scene:
         """The scene as plain JSON values; `Scene.from_dict` reads it back to an equal scene."""
         values = asdict(self)
         del values[EXTRA_ITEMS]
+        if not self.controls:
+            del values["controls"]
         for item in self.extra_items:
             from interactdiff.registry import method_of
 
@@ -221,11 +229,13 @@ class Scene:
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> "Scene":
-        """Read a scene from a JSON file in UTF-8.
+        """Read a scene from a JSON file in UTF-8; it may name pictures relative to its folder.
 
         Raises:
             SceneError: if the file cannot be read, is no JSON (with line and column) or holds no scene.
         """
+        from interactdiff.scene_pictures import picture_files
+
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except OSError as error:
@@ -234,7 +244,8 @@ class Scene:
             raise SceneError(
                 f"{path}: expected JSON text in UTF-8, got other bytes at byte {error.start}"
             ) from None
-        return cls.from_json(text, source=str(path))
+        with picture_files(base=Path(path).parent):
+            return cls.from_json(text, source=str(path))
 
 
 def _all_of(kind: type, name: str, value: Any) -> tuple[Any, ...]:
@@ -256,3 +267,18 @@ def _checked_extra_items(value: Any) -> tuple[Any, ...]:
             where = "interactions= or entities=" if own else "items of a method"
             raise SceneError(f"extra_items: expected {where}, got {shown(one)}")
     return tuple(value)
+
+
+def _checked_controls(value: Any) -> dict[str, dict[str, float]] | None:
+    """Numbers by the names of settings, by the names of methods."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(one, Mapping) for one in value.values()):
+        raise SceneError(f"controls: expected settings by the names of methods, got {shown(value)}")
+    checked: dict[str, dict[str, float]] = {}
+    for method, settings in value.items():
+        for name, number in settings.items():
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise SceneError(f"controls: expected a number as {method}'s {name}, got {shown(number)}")
+        checked[method] = dict(settings)
+    return checked or None

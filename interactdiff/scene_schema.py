@@ -39,6 +39,11 @@ def json_schema() -> dict[str, Any]:
         "fast": {"type": "boolean"},
         "width": side,
         "height": side,
+        "controls": {
+            "type": ["object", "null"],
+            "additionalProperties": {"type": "object", "additionalProperties": {"type": "number"}},
+            "description": "settings of methods and of a sampler, by their names",
+        },
     }
     for name, schema in properties.items():
         if name != "prompt" and name not in item_specs():

@@ -1,7 +1,8 @@
 """Torch hooks at the sites: they hand what a module was given and what it puts out to the edits that act.
 
     block        before: keep its input     its self-attention, after: residuals
-    attention    its queries, after: keep   its output projection, before: residuals; its keys: observers
+    attention    its queries, after: keep   its output projection, before: residuals
+                 its queries and keys, after: keep   itself, after: observers
     projection   after: residuals
 
 Processors are left alone, so whichever is there goes on working: diffusers' own, CLEAR's, one of an
@@ -15,6 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +155,7 @@ class BlockHooks(SiteHooks):
 
 
 class ProjectionHooks(SiteHooks):
-    """At an attention's `to_k` or `to_v`."""
+    """At one of an attention's projections of keys or values."""
 
     def __init__(self, site: Site, projection: str):
         super().__init__(site)
@@ -244,29 +246,49 @@ class AttentionHooks(SiteHooks):
 
 
 class ObserverHooks(SiteHooks):
-    """At an attention, of which observers see queries and keys."""
+    """At an attention, of which observers see queries and keys, once it is done."""
 
-    _queries: Tensor | None = None
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self._seen: dict[str, Any] = {}
 
     def _modules(self) -> tuple[nn.Module | None, ...]:
-        return self.site.query, self.site.key
+        return self.site.query, self.site.key, self.site.text_key
 
     def _register(self) -> list[RemovableHandle]:
-        return [
-            _same_key(self.site.query.register_forward_hook(self._keep_queries), 4),
-            _same_key(self.site.key.register_forward_hook(self._observe), 5),
+        attention = self.site.module
+        hooks = [
+            attention.register_forward_pre_hook(self._keep_rotary, with_kwargs=True),
+            self.site.query.register_forward_hook(partial(self._keep, "queries")),
+            self.site.key.register_forward_hook(partial(self._keep, "keys")),
+            attention.register_forward_hook(self._observe),
         ]
+        if self.site.text_key is not None:
+            hooks.append(self.site.text_key.register_forward_hook(partial(self._keep, "text_keys")))
+        return [_same_key(hook, 4 + kind) for kind, hook in enumerate(hooks)]
 
-    def _keep_queries(self, _: nn.Module, __: tuple[Any, ...], queries: Tensor) -> None:
+    def _keep_rotary(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.observers:
-            self._queries = queries
+            self._seen = {"rotary": kwargs.get("image_rotary_emb")}
 
-    def _observe(self, _: nn.Module, __: tuple[Any, ...], keys: Tensor) -> None:
-        queries, self._queries = self._queries, None
-        if self.observers and queries is not None:
-            inputs = SiteInputs(None, of_image(self, queries), self.site.by_head(keys, "k"))
-            for observer in self.observers:
-                observer(inputs)
+    def _keep(self, name: str, _: nn.Module, __: tuple[Any, ...], states: Tensor) -> None:
+        if self.observers:
+            self._seen[name] = states
+
+    def _observe(self, *_: object) -> None:
+        seen, self._seen = self._seen, {}
+        if not self.observers or "queries" not in seen or "keys" not in seen:
+            return
+        site, text_keys = self.site, seen.get("text_keys")
+        inputs = SiteInputs(
+            None,
+            of_image(self, seen["queries"]),
+            site.by_head(seen["keys"], "k"),
+            None if text_keys is None else site.by_head(text_keys, "k"),
+            seen.get("rotary"),
+        )
+        for observer in self.observers:
+            observer(inputs)
 
 
 def of_image(place: SiteHooks, queries: Tensor) -> Tensor:

@@ -75,6 +75,14 @@ class Site:
         return self._normalised("k")
 
     @property
+    def text_key(self) -> nn.Module | None:
+        """What puts out the keys of the text's own stream, likewise; None where there is no such stream."""
+        if self.role != "joint":
+            return None
+        norm = getattr(self.module, "norm_added_k", None)
+        return self.module.add_k_proj if norm is None else norm
+
+    @property
     def out(self) -> nn.Module | None:
         """What reads the gathered values, [B, L, dim or more]; None where the attention returns them."""
         name = "to_out.0" if self.kind is None else self.kind.out

@@ -15,6 +15,9 @@ from interactdiff.scene import Entity, Interaction, SceneError
 from interactdiff.scene_checks import Schedule
 from interactdiff.scene_forms import interactions_from_lists, interactions_from_text
 from interactdiff.sites import denoiser_of
+from interactdiff.subject.adapter import SubjectAdapter
+from interactdiff.subject.items import Subject
+from interactdiff.subject.spec import SPEC
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,10 +32,12 @@ class InteractionMixin(DiffusionPipeline):
     Attributes:
         stock: the stock pipeline; saved files name it.
         interaction: the handle of the attached adapter; None before `load_interaction_adapter`.
+        subject: the handle of subjects; None before the first ones, or `load_subject_adapter`.
     """
 
     stock: ClassVar[type[DiffusionPipeline]]
     interaction: Handle | None = None
+    subject: Handle | None = None
 
     @classmethod
     def from_pretrained(
@@ -90,6 +95,30 @@ class InteractionMixin(DiffusionPipeline):
             self.interaction.detach()
         self.interaction = None
 
+    def load_subject_adapter(self, adapter: SubjectAdapter | str | os.PathLike[str] | None = None) -> None:
+        """Attach an adapter of subjects, in place of the one that was attached.
+
+        Args:
+            adapter: an adapter, its folder, or its id on the Hugging Face Hub; None is one without weights:
+                self-subject attention alone, which `subjects=` also has by itself.
+
+        Raises:
+            AdapterError: it cannot be loaded or is made for another base.
+        """
+        if adapter is None:
+            adapter = SubjectAdapter()
+        elif not isinstance(adapter, SubjectAdapter):
+            adapter = SubjectAdapter.from_pretrained(adapter, dtype=denoiser_of(self).dtype)
+        adapter.check(denoiser_of(self))
+        self.unload_subject_adapter()
+        self.subject = attach(self, adapter)
+
+    def unload_subject_adapter(self) -> None:
+        """Detach the adapter of subjects, if there is one."""
+        if self.subject is not None:
+            self.subject.detach()
+        self.subject = None
+
     def to_json_string(self) -> str:
         """`model_index.json`'s text: names the stock class, so that any diffusers reads what is saved."""
         stock = json.loads(super().to_json_string()) | {"_class_name": self.stock.__name__}
@@ -102,6 +131,8 @@ class InteractionMixin(DiffusionPipeline):
         interaction_strength: float = 1.0,
         interaction_schedule: Schedule = 1.0,
         interaction_fast: bool = False,
+        subjects: Sequence[Subject] | Sequence[Sequence[Subject]] = (),
+        subject_settings: Mapping[str, float] | None = None,
         interactdiffusion_subject_phrases: Sequence[str] | None = None,
         interactdiffusion_action_phrases: Sequence[str | None] | None = None,
         interactdiffusion_object_phrases: Sequence[str] | None = None,
@@ -126,6 +157,9 @@ class InteractionMixin(DiffusionPipeline):
                 [on, linear decay, off].
             interaction_fast: whether to reuse what was added at an earlier step: less exact, and most of the
                 time that control takes is saved.
+            subjects: these very persons and objects, from their pictures: for every image, or one sequence
+                for each prompt. Those without a box are placed by interactions of the same phrase.
+            subject_settings: of subjects, by name (docs/subject.md); the defaults where there are none.
             interactdiffusion_subject_phrases: who acts, in each interaction.
             interactdiffusion_action_phrases: what is done; None in it for boxes only.
             interactdiffusion_object_phrases: what it is done to.
@@ -156,17 +190,45 @@ class InteractionMixin(DiffusionPipeline):
         _check_said_once(interactions, [name for name, value in published.items() if value is not None])
         scenes = interactions or _published_scene(lists, interactdiffusion_text)
         draw = cast(Any, super()).__call__
-        if self.interaction is None:
-            if scenes:
-                raise AdapterError("expected an adapter to be loaded for the interactions, got none")
-            return draw(*args, **kwargs)
-        _check_count(scenes, args[0] if args else kwargs.get("prompt"), kwargs.get("prompt_embeds"))
-        schedule = interaction_schedule if beta is None else beta
-        self.interaction.set_scene(scenes, interaction_strength, schedule, fast=interaction_fast)
+        if self.interaction is None and scenes:
+            raise AdapterError("expected an adapter to be loaded for the interactions, got none")
+        prompt = args[0] if args else kwargs.get("prompt")
         try:
+            if self.interaction is not None:
+                _check_count(scenes, prompt, kwargs.get("prompt_embeds"))
+                schedule = interaction_schedule if beta is None else beta
+                self.interaction.set_scene(scenes, interaction_strength, schedule, fast=interaction_fast)
+            if subjects:
+                self._set_subjects(subjects, scenes, subject_settings or {}, prompt, kwargs.get("generator"))
             return draw(*args, **kwargs)
         finally:
-            self.interaction.clear()
+            for handle in (self.interaction, self.subject):
+                if handle is not None:
+                    handle.clear()
+
+    def _set_subjects(
+        self, subjects: Any, scenes: Any, settings: Mapping[str, float], prompt: Any, generator: Any
+    ) -> None:
+        """Take subjects, with what interactions say of their places, and a seed of the noise's generator."""
+        if self.subject is None:
+            self.load_subject_adapter()
+        assert self.subject is not None
+        own, other = _per_prompt(subjects), _per_prompt(scenes)
+        count = max(len(own), len(other))
+        own, other = ([some[n % len(some)] for n in range(count)] for some in (own, other))
+        places = [[*some, *beside] for some, beside in zip(own, other, strict=True)]
+        first = generator[0] if isinstance(generator, list) else generator
+        options: dict[str, Any] = {"seed": 0 if first is None else first.initial_seed() % 2**63}
+        options |= {} if prompt is None else {"prompt": prompt}
+        defaults = {setting.name: setting.default for setting in SPEC.settings}
+        self.subject["subject"].configure(**defaults | dict(settings))
+        self.subject.set_scene(own, all_items=places, **options)
+
+
+def _per_prompt(items: Any) -> list[list[Any]]:
+    """One list of items for each prompt, or a single one for all."""
+    nested = bool(items) and all(isinstance(one, Sequence) for one in items)
+    return [list(one) for one in items] if nested else [list(items)]
 
 
 def _check_said_once(interactions: Any, published: Sequence[str]) -> None:

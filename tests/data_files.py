@@ -1,11 +1,16 @@
 """Small folders of pictures with rows; shared by the tests of data."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from interactdiff.data.converters.base import Options
+from interactdiff.data.converters.stickworld import rendered
+from interactdiff.stickworld.world import WorldScene
 
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 64))  # widths and heights
 
@@ -48,6 +53,18 @@ def make_folder(folder: Path, count: int = 10, sizes: Any = SIZES) -> list[dict[
         rows.append(row(number, name))
     write_rows(folder, rows)
     return rows
+
+
+def export_scenes(folder: Path, scenes: Iterable[WorldScene], size: int, colours: bool = False) -> None:
+    """Renders of these scenes of stickworld and their rows, as `data convert stickworld` makes them."""
+    folder.mkdir(parents=True)
+    rows = []
+    for number, scene in enumerate(scenes):
+        made = rendered(scene, f"{number:06}.png", Options(size=size, colours=colours))
+        assert isinstance(made.picture, bytes)
+        (folder / made.name).write_bytes(made.picture)
+        rows.append({"file_name": made.name, **made.row})
+    write_rows(folder, rows)
 
 
 def make_links(folder: Path, count: int, size: tuple[int, int] = (16, 16)) -> list[dict[str, Any]]:

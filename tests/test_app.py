@@ -136,7 +136,15 @@ def test_a_model_is_loaded_once_and_one_at_a_time(worker: Worker, monkeypatch: p
     drawn(worker, Request(DEMO, images=2))
     assert loaded == []
     assert worker.describe("stickworld-dit", {}) == ModelStatus(
-        96, {"clear": None, "high_resolution": None}, "cpu", "float32"
+        96,
+        {
+            "clear": None,
+            "concept": "expected weights for concept, got none for stickworld-dit",
+            "subject": None,
+            "high_resolution": None,
+        },
+        "cpu",
+        "float32",
     )
     assert "expected a Flux" in str(worker.describe("stickworld", {}).unsupported["high_resolution"])
     assert loaded == ["stickworld-dit", "stickworld"]
@@ -169,7 +177,7 @@ def test_a_method_draws_through_the_worker(worker: Worker) -> None:
         (Request(DEMO, images=4), "images: expected 1 to 3 on this server, got 4"),
         (Request(DEMO, model="stickworld-dit", methods=FOUR_TIMES), SIZE),
         (Request(DEMO, methods=TWICE), "high_resolution: expected a Flux or Stable Diffusion 3 pipeline"),
-        (Request(DEMO, methods={"magic": {}}), "method: expected one of clear, high_resolution, got 'magic'"),
+        (Request(DEMO, methods={"magic": {}}), "method: expected one of clear, concept, subject, "),
         (Request(replace(DEMO, prompt="a" * 2001)), "prompt: expected at most 2000 letters, got 2001"),
         (Request(DEMO, methods={"high_resolution": 2}), "high_resolution: expected "),
         (Request(DEMO, model="x" * 5000), "expected a model that this server has, got 'xxx"),

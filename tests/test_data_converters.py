@@ -7,145 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 from data_files import make_folder, noise
+from hico_files import FORMS, hico_pictures, name_of, write_instances
 from PIL import Image
 
 from interactdiff.data import read_folder
+from interactdiff.data.classes import coco_objects, fixed_spelling, hico_classes
 from interactdiff.data.converters import CONVERTERS
 from interactdiff.data.converters.base import Options, PixelBoxes, stream_json
-from interactdiff.data.converters.hico_det import classes, gerund, merged
+from interactdiff.data.converters.hico_det import merged
 from interactdiff.data.converters.run import run
 from interactdiff.errors import DataError
 from interactdiff.scene_items import Entity, Interaction
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
-
-SIZES = {1: (640, 480), 2: (500, 400), 3: (300, 200), 4: (200, 300)}
-# Picture: class (from 0), person, object, as 1-based inclusive x1, y1, x2, y2. Several actions of one pair; a
-# pair that stands twice; a class of several persons.
-RIDE, HOLD, NOTHING = 18, 11, 23  # of a bicycle
-PAIRS: dict[int, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = {
-    1: [
-        (HOLD, (1, 1, 320, 480), (101, 201, 640, 480)),
-        (RIDE, (3, 1, 322, 480), (101, 203, 640, 480)),
-        (RIDE, (3, 1, 322, 480), (101, 203, 640, 480)),
-    ],
-    2: [
-        (NOTHING, (11, 21, 110, 220), (111, 21, 210, 220)),
-        (NOTHING, (211, 21, 310, 220), (111, 21, 210, 220)),
-    ],
-    3: [(RIDE, (1, 1, 300, 200), (51, 51, 250, 150))],
-    4: [],
-}
-
-
-def name_of(number: int, split: str = "test") -> str:
-    return f"HICO_{split}2015_{number:08d}.jpg"
-
-
-def hico_pictures(root: Path) -> None:
-    folder = root / "images" / "test2015"
-    folder.mkdir(parents=True)
-    for number, size in SIZES.items():
-        noise(*size, seed=number).save(folder / name_of(number))
-
-
-def write_mat(root: Path) -> None:
-    from scipy.io import savemat
-
-    def boxes(listed: list[tuple[int, ...]]) -> np.ndarray:
-        made = np.zeros((1, len(listed)), [(edge, object) for edge in ("x1", "x2", "y1", "y2")])
-        for n, (x1, y1, x2, y2) in enumerate(listed):
-            made[0, n] = (x1, x2, y1, y2)
-        return made
-
-    pictures = np.zeros((1, 4), [(key, object) for key in ("filename", "size", "hoi")])
-    fields = [(key, object) for key in ("id", "bboxhuman", "bboxobject", "connection", "invis")]
-    for n, number in enumerate(SIZES):
-        pairs = PAIRS[number]
-        kinds = list(dict.fromkeys(pair[0] for pair in pairs))
-        hoi = np.zeros((1, len(kinds) + 1), fields)
-        for k, kind in enumerate(kinds):
-            people = [person for other, person, _ in pairs if other == kind]
-            things = list(dict.fromkeys(thing for other, _, thing in pairs if other == kind))
-            of_thing = [things.index(thing) + 1 for other, _, thing in pairs if other == kind]
-            connection = np.array([[p + 1, t] for p, t in enumerate(of_thing)])
-            hoi[0, k] = (kind + 1, boxes(people), boxes(things), connection, 0)
-        empty = np.zeros((0, 0))
-        hoi[0, len(kinds)] = (5, empty, empty, empty, 1)  # marked invisible
-        width, height = SIZES[number]
-        size = np.zeros((1, 1), [(key, object) for key in ("width", "height", "depth")])
-        size[0, 0] = (width, height, 3)
-        pictures[0, n] = (name_of(number), size, hoi)
-    savemat(root / "anno_bbox.mat", {"bbox_test": pictures})
-
-
-def write_triplets(root: Path) -> None:
-    """PPDM: verbs from 1, COCO's ids as text, a box that leaves the picture."""
-    rows = []
-    for number in SIZES:
-        things, pairs = [], []
-        for kind, person, thing in PAIRS[number]:
-            pairs.append(
-                {
-                    "subject_id": len(things),
-                    "object_id": len(things) + 1,
-                    "category_id": classes()["correspondence"][kind][2] + 1,
-                }
-            )
-            wide = [*thing[:2], thing[2] + 9 * (thing[2] == 640), thing[3]]
-            things += [{"bbox": list(person), "category_id": 1}, {"bbox": wide, "category_id": "2\n"}]
-        rows.append({"file_name": name_of(number), "annotations": things, "hoi_annotation": pairs})
-    bad = [{"subject_id": 0, "object_id": 7, "category_id": 1}]
-    rows.append({"file_name": "lost.jpg", "annotations": [], "hoi_annotation": bad})
-    (root / "test_hico.json").write_text(json.dumps(rows))
-
-
-def write_instances(root: Path) -> None:
-    """UPT, PViC: all from 0, objects by the alphabet."""
-    rows = []
-    for number in SIZES:
-        of = [(classes()["correspondence"][kind], person, thing) for kind, person, thing in PAIRS[number]]
-        rows.append(
-            {
-                "verb": [c[2] for c, _, _ in of],
-                "object": [c[1] for c, _, _ in of],
-                "hoi": [c[0] for c, _, _ in of],
-                "boxes_h": [list(map(float, person)) for _, person, _ in of],
-                "boxes_o": [list(map(float, thing)) for _, _, thing in of],
-            }
-        )
-    values = {"filenames": [name_of(n) for n in SIZES], "size": [list(s) for s in SIZES.values()]}
-    (root / "instances_test2015.json").write_text(json.dumps({**values, "annotation": rows, "empty": [3]}))
-
-
-def write_anno_list(root: Path) -> None:
-    """no-frills: classes as text from 1, boxes from 0."""
-    rows: list[dict[str, Any]] = []
-    for number, (width, height) in SIZES.items():
-        hois = []
-        for kind in dict.fromkeys(pair[0] for pair in PAIRS[number]):
-            of = [(person, thing) for other, person, thing in PAIRS[number] if other == kind]
-            hois.append(
-                {
-                    "id": f"{kind + 1:03d}",
-                    "human_bboxes": [[edge - 1 for edge in person] for person, _ in of],
-                    "object_bboxes": [[edge - 1 for edge in thing] for _, thing in of],
-                    "connections": [[n, n] for n in range(len(of))],
-                    "invis": 0,
-                }
-            )
-        name = name_of(number).removesuffix(".jpg")
-        rows.append({"global_id": name, "image_size": [height, width, 3], "hois": hois})
-    rows.append({"global_id": name_of(1, "train").removesuffix(".jpg"), "image_size": [1, 1, 3], "hois": []})
-    (root / "anno_list.json").write_text(json.dumps(rows))
-
-
-FORMS = {
-    "mat": write_mat,
-    "triplets": write_triplets,
-    "instances": write_instances,
-    "anno_list": write_anno_list,
-}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -165,7 +39,7 @@ def test_all_forms_of_hico_det_give_the_same_rows(form: str, tmp_path: Path) -> 
     )
     assert first.prompt == "a person is holding a bicycle, a person is riding a bicycle"
     assert [one.action for one in second.interactions] == ["with", "with"]
-    assert second.prompt == "a person with a bicycle"
+    assert second.prompt == "a person with a bicycle, a person with a bicycle"  # a clause for each
     assert third.interactions[0].subject_box == (0.0, 0.0, 1.0, 1.0)
     text = (tmp_path / "out" / "test" / "metadata.jsonl").read_bytes()
     run("hico-det", str(tmp_path / "hico"), tmp_path / "again", Options(split="test"))
@@ -189,14 +63,18 @@ def test_actions_of_one_pair_share_its_boxes_where_wanted(tmp_path: Path) -> Non
     assert merged(apart, 0.7) == apart
 
 
-def test_the_words_of_hico_det() -> None:
-    verbs = classes()["verbs"]
-    said = [gerund(n) for n in range(117)]
-    assert said[verbs.index("no_interaction")] == "with"
-    assert {"controling", "spining", "stiring", "siping", "tieing", "brushing with"} <= set(said)
-    fixed = {gerund(n, "fixed") for n in range(117)}
-    assert fixed - set(said) == {"controlling", "spinning", "stirring", "sipping", "tying"}
-    assert len(classes()["correspondence"]) == 600
+def test_the_words_of_hico_det_and_coco() -> None:
+    table = hico_classes()
+    assert (len(table.objects), len(table.verbs), len(table.classes), len(table.rare)) == (80, 117, 600, 138)
+    assert {"with", "controling", "spining", "stiring", "siping", "tieing", "brushing with"} <= set(
+        table.verbs
+    )
+    fixed = {fixed_spelling(verb) for verb in table.verbs}
+    assert fixed - set(table.verbs) == {"controlling", "spinning", "stirring", "sipping", "tying"}
+    assert table.classes[18] == ("riding", "bicycle")
+    assert [table.of_numbers[pair] for pair in table.numbers] == list(range(600))
+    assert sorted(coco_objects().values()) == list(table.objects)
+    assert (coco_objects()[1], coco_objects()[90], 12 in coco_objects()) == ("person", "toothbrush", False)
 
 
 def test_boxes_follow_the_orientation_that_they_were_drawn_on(tmp_path: Path) -> None:
@@ -206,8 +84,11 @@ def test_boxes_follow_the_orientation_that_they_were_drawn_on(tmp_path: Path) ->
     exif[0x0112] = 6
     stored.save(path, exif=exif)
     top_left = PixelBoxes(path, (40, 20), "shown").shares(0, 0, 20, 10)  # the stored size: drawn on that
-    assert top_left == [0.5, 0.0, 1.0, 0.5]  # the left of the stored is the top of the shown picture
-    assert PixelBoxes(path, (20, 40), "stored").shares(0, 0, 10, 20) == [0.0, 0.0, 0.5, 0.5]
+    assert top_left == (0.5, 0.0, 1.0, 0.5)  # the left of the stored is the top of the shown picture
+    assert PixelBoxes(path, (20, 40), "stored").shares(0, 0, 10, 20) == (0.0, 0.0, 0.5, 0.5)
+    assert PixelBoxes(None, (20, 40), "stored").shares(0, 0, 10, 20) == (0.0, 0.0, 0.5, 0.5)
+    with pytest.raises(DataError, match="expected its picture, or annotations that name its size"):
+        PixelBoxes(None, None, "stored")
     with pytest.raises(DataError, match="to have the size of its annotation, 30 x 30, got 20 x 40"):
         PixelBoxes(path, (30, 30), "stored")
 
@@ -437,6 +318,13 @@ def test_stickworld_renders_are_exported(tmp_path: Path) -> None:
         assert record.prompt == scene.caption
         assert record.items == (*scene.interactions(), *scene.lone_entities())
         assert np.array_equal(np.asarray(record.open()), render(scene, 64).image)
+    run("stickworld", "5:6", tmp_path / "plain", Options(size=64, colours=False))
+    (record,) = read_folder(tmp_path / "plain")
+    scene = sample_scene(5)
+    assert record.items == (*scene.interactions(colours=False), *scene.lone_entities(colours=False))
+    run("stickworld", "5:8", tmp_path / "again", Options(size=64))
+    for path in (tmp_path / "out").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(DataError, match=r"expected seeds FIRST:LAST such as 0:1000, got '8:5'"):
         run("stickworld", "8:5", tmp_path / "none", Options())
 
@@ -459,15 +347,15 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
 
 def test_annotations_of_another_form_are_one_sentence(tmp_path: Path) -> None:
     make_folder(tmp_path / "rows", 1)
-    for kind, name in (
-        ("hico-det", "test_hico.json"),
-        ("vg", "relationships.json"),
-        ("hoia", "train_hoia.json"),
+    for kind, name, message in (
+        ("hico-det", "test_hico.json", r"of HICO-DET \(.*\), got .*test_hico.json of another form"),
+        ("vg", "relationships.json", "of vg in .*, got others"),
+        ("hoia", "train_hoia.json", "of hoia in .*, got others"),
     ):
         (tmp_path / "rows" / "image_data.json").write_text('[{"image_id": 1, "width": 1, "height": 1}]')
         (tmp_path / "rows" / "names.json").write_text('{"objects": [], "actions": []}')
         (tmp_path / "rows" / name).write_text('[{"image_id": 1, "relationships": [{}], "a": 2}]')
-        with pytest.raises(DataError, match=f"expected annotations of {kind} in .*, got others"):
+        with pytest.raises(DataError, match=f"expected annotations {message}"):
             run(
                 kind,
                 str(tmp_path / "rows"),

@@ -84,6 +84,11 @@ LINES: dict[str, tuple[Any, str]] = {
         changed(entities=[{"phrase": "ball", "bix": [0, 0, 1, 1]}]),
         ", entity 1: expected the keys phrase, box, strength, got 'bix' (did you mean 'box'?)",
     ),
+    "items that are no list": (changed(interactions={}), ", interactions: expected a list, got {}"),
+    "an item without a key": (
+        changed(entities=[{"phrase": "ball"}]),
+        ", entity 1: expected the key box, got only",
+    ),
     "edges the wrong way round": (
         changed(subject_box=[0.62, 0.1, 0.3, 0.5]),
         ", interaction 1, subject_box: expected x0 < x1, got x0 = 0.62 and x1 = 0.3",

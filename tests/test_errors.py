@@ -150,7 +150,10 @@ def test_a_port_that_is_taken_is_named(capsys: pytest.CaptureFixture[str]) -> No
         ({"dtype": "float64"}, "expected a dtype of float32"),
         ({"adapters": 3}, "expected adapters by the name of their method, got 3"),
         ({"adapters": {"interaction": 3}}, "expected adapters by the name of their method, got"),
-        ({"adapters": {"nothing": "x"}}, "expected an adapter of clear, interaction, got one of 'nothing'"),
+        (
+            {"adapters": {"nothing": "x"}},
+            "expected an adapter of clear, concept, interaction, subject, got one of 'nothing'",
+        ),
         ({"adapters": {"interaction": None}, "model": "/nowhere"}, "expected as model a packaged one"),
         ({"methods": {"clear": 3}}, "clear: expected settings by their names, got 3"),
     ],

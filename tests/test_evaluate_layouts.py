@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_files import export_scenes
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny import trained_adapter
 
 from interactdiff.cli import main
-from interactdiff.data.layouts import Layout
-from interactdiff.data.stickworld import export_scenes
 from interactdiff.evaluation.detection import DetectedPair, Instance, PictureDetections, to_row
 from interactdiff.evaluation.hoi_protocols import PROTOCOLS
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_drawing import Ranks, batches, noise_seed, row_items, row_prompt
 from interactdiff.evaluation.sampling import held_out_scenes
 from interactdiff.evaluation.sheet import chosen
@@ -33,7 +33,7 @@ FIVE = ["exact", "fgahoi", "pvic", "qpic", "official"]
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of layouts with their renders, an untrained detector beside it."""
     folder = tmp_path_factory.mktemp("world")
-    export_scenes(folder / "data/test", held_out_scenes(LAYOUTS, 0, n_interactions=1), 16, colours=False)
+    export_scenes(folder / "data/test", held_out_scenes(LAYOUTS, 0, n_interactions=1), 16)
     torch.manual_seed(0)
     Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)).save_pretrained(folder / "detector")
     return folder
@@ -240,6 +240,7 @@ def test_pictures_that_something_else_drew(
         ),
         (["--pictures", "none"], "expected a folder of pictures at none, got none"),
         (["--pictures", "none", "--model", "stickworld"], "--pictures: expected no --model and no --adapter"),
+        (["--column", "prompt"], "--column: expected key=column, got 'prompt'"),
         (["--word-iou", "4"], "--word-iou: expected --world beside it, got --data"),
         (["--sheet", "a.jpg"], "--sheet: expected a file name that ends in .png, got 'a.jpg'"),
         (["--json", "a.safetensors"], "--json: expected another ending than .safetensors"),

@@ -1,6 +1,7 @@
 """Extra keys: one softmax over an attention's own keys and further ones, whatever chooses its own."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,7 +43,9 @@ def oracle(
                 row = b % len(block.keys)
                 weight = torch.as_tensor(block.log_weight).double().exp()
                 weight = weight.expand(q.shape[0], 1, 1, block.keys.shape[2])[b, 0]
-                more = (scale * q[b, h] @ block.keys[row, h].double().T).exp() * weight
+                of_query = torch.as_tensor(block.query_weight).double().exp()
+                of_query = of_query.expand(q.shape[0], 1, q.shape[2], 1)[b, 0]
+                more = (scale * q[b, h] @ block.keys[row, h].double().T).exp() * weight * of_query
                 sums, values = sums + more.sum(1), values + more @ block.values[row, h].double()
             out[b, h] = values / sums[:, None]
     return out
@@ -70,6 +73,24 @@ def test_merging_is_one_softmax(attention: Any, dtype: torch.dtype, atol: float)
     out = attention(q, k, v, blocks(dtype), 0.5)
     assert out.dtype == dtype
     assert torch.allclose(out.double(), oracle(q, k, v, blocks(dtype), 0.5), atol=atol)
+
+
+@pytest.mark.parametrize("attention", [merged_attention, concatenated_attention])
+def test_a_block_has_weights_by_query_too(attention: Any) -> None:
+    """As for a box in which queries see a reference: some do not, some by half; of one row, and of each."""
+    q, k, v = (noise(B, HEADS, n, D, seed=10 + n) for n in (9, 11, 11))
+    place = noise(1, 1, 9, 1, seed=6)
+    place[:, :, :4] = -INF
+    weighted = [
+        block._replace(query_weight=weight)
+        for block, weight in zip(blocks(), (place, noise(B, 1, 9, 1, seed=7)), strict=True)
+    ]
+    out = attention(q, k, v, weighted, 0.5)
+    assert torch.allclose(out.double(), oracle(q, k, v, weighted, 0.5), atol=1e-5)
+    alone = attention(q, k, v, [weighted[0]], 0.5)
+    assert torch.allclose(alone[:, :, :4], attention(q, k, v, [], 0.5)[:, :, :4], atol=1e-6)
+    if attention is merged_attention:
+        assert torch.equal(alone[:, :, :4], attention(q, k, v, [], 0.5)[:, :, :4])
 
 
 def test_a_block_of_weight_0_changes_no_bit_and_weight_w_counts_w_times() -> None:
@@ -103,13 +124,23 @@ def oracle_with_gradients(q: Tensor, k: Tensor, v: Tensor, extra: list[KeyBlock]
 
 @pytest.mark.parametrize("backend", ["reference", "tiles", "flex"])
 @pytest.mark.parametrize(("down_factor", "text_first"), [(1, True), (2, False)])
-def test_extra_keys_beside_windows(backend: str, down_factor: int, text_first: bool) -> None:
+@pytest.mark.parametrize("by_query", [False, True])
+def test_extra_keys_beside_windows(backend: str, down_factor: int, text_first: bool, by_query: bool) -> None:
     """Image tokens see their windows, the text and the further keys; text tokens not the further ones."""
     if backend == "flex" and (why_not := can_run_flex(torch.device("cpu"), torch.float32)):
         pytest.skip(why_not)
     grid, text = (6, 8), 5
     pattern = Pattern(grid, text, 2, down_factor, text_first=text_first)
     q, k, v = (noise(B, HEADS, pattern.length, D, seed=n) for n in (20, 21, 22))
+    extra, expected_of = blocks(), blocks()
+    if by_query:
+        place = noise(1, 1, grid[0] * grid[1], 1, seed=6)
+        place[:, :, 10:20] = -INF
+        of_all = torch.zeros(1, 1, pattern.length, 1)
+        of_all[:, :, pattern.image] = place
+        extra[1], expected_of[1] = (
+            b._replace(query_weight=w) for b, w in zip([extra[1]] * 2, (place, of_all), strict=True)
+        )
     with torch.no_grad():
         arguments: dict[str, Any] = {
             "grid": grid,
@@ -118,18 +149,45 @@ def test_extra_keys_beside_windows(backend: str, down_factor: int, text_first: b
             "down_factor": down_factor,
         }
         arguments |= {"text_first": text_first, "backend": backend, "scale": 0.6}
-        out = local_attention(q, k, v, **arguments, extra=blocks())
+        out = local_attention(q, k, v, **arguments, extra=extra)
         windows = local_attention(q, k, v, **arguments)
     keys, values = k, v
     if down_factor > 1:
         keys, values = (torch.cat([t, pool(t[:, :, pattern.image], pattern, None)], 2) for t in (k, v))
-    expected = oracle(q, keys, values, blocks(), 0.6, pattern.mask().double())
+    expected = oracle(q, keys, values, expected_of, 0.6, pattern.mask().double())
     assert torch.allclose(out[:, :, pattern.image].double(), expected[:, :, pattern.image], atol=1e-5)
     assert torch.equal(out[:, :, pattern.text], windows[:, :, pattern.text])
     assert not torch.allclose(out[:, :, pattern.image], windows[:, :, pattern.image], atol=1e-2)
 
 
 # --- in denoisers ---
+
+
+@pytest.mark.parametrize("fixture", ["pipe", "flux_pipe", "sd3_pipe"])
+def test_own_keys_are_recorded_as_they_are_attended_to(fixture: str, request: pytest.FixtureRequest) -> None:
+    """Where the image attends to itself alone, all keys counted twice are as all of them counted once."""
+    pipe = request.getfixturevalue(fixture)
+    expected = draw(pipe, num_inference_steps=1)
+    kept: dict[str, KeyBlock] = {}
+    shapes: list[tuple[int, ...]] = []
+
+    def make(host: Host) -> list[ExtraKeys]:
+        def record(site: Site, keys: Tensor, values: Tensor) -> None:
+            weight = 0.0 if fixture == "pipe" else -INF
+            kept[site.path] = KeyBlock(keys.clone(), values.clone(), weight)
+            shapes.append(tuple(keys.shape))
+
+        def again(site: Site) -> list[KeyBlock]:
+            return [kept[site.path]]
+
+        return [
+            ExtraKeys(site, partial(again, site), partial(record, site)) for site in host.sites_of(*ROLES)
+        ]
+
+    with attach(pipe, EditsAdapter(make, "recording")):
+        assert torch.allclose(draw(pipe, num_inference_steps=1), expected, atol=1e-4)
+    assert {shape[2] for shape in shapes} <= {256, 64, 16}, "image tokens alone, at every level"
+    assert len(kept) == len(shapes) or fixture == "pipe"
 
 
 def extra(block: KeyBlock, *roles: str, acts: bool = True) -> EditsAdapter:

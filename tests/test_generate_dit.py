@@ -286,7 +286,7 @@ def test_methods_are_drawn_with_kept_and_drawn_again(packaged: Path) -> None:
             "high_resolution:scale=big",
             "--method: expected NAME:SETTING=number, got 'high_resolution:scale=big'",
         ),
-        ("other", "method: expected one of clear, high_resolution, got 'other'"),
+        ("other", "method: expected one of clear, concept, subject, high_resolution, got 'other'"),
     ],
 )
 def test_a_method_that_is_none_is_one_sentence(

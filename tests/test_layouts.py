@@ -1,299 +1,255 @@
-"""Layouts: image folders read strictly, HICO-DET's three JSON forms, scenes of stickworld exported."""
+"""Layouts to evaluate: any form of data, HICO-DET's annotations, pictures that are not there."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_files import export_scenes, make_folder, write_rows
+from hico_files import FORMS, PAIRS, RIDE, SIZES, hico_pictures, name_of, write_anno_list, write_instances
 from PIL import Image
 
-from interactdiff.data.hico import annotation_file, coco_objects, hico_classes, read_hico
-from interactdiff.data.layouts import METADATA, Layout, metadata_file, read_layouts, write_layouts
-from interactdiff.data.stickworld import export_scenes
+from interactdiff.data import read_folder
+from interactdiff.data.classes import hico_classes
+from interactdiff.data.converters.base import Options
+from interactdiff.data.converters.run import run
+from interactdiff.data.shards import write_shards
 from interactdiff.errors import DataError
+from interactdiff.evaluation.detection import Picture
 from interactdiff.evaluation.hoi_classes import ClassTable
-from interactdiff.evaluation.layout_data import limited, open_data
+from interactdiff.evaluation.layout import Layout
+from interactdiff.evaluation.layout_data import drawn_pictures, limited, open_data
+from interactdiff.evaluation.report import layouts_digest
 from interactdiff.evaluation.sampling import held_out_scenes
-from interactdiff.scene import Entity, Interaction
+from interactdiff.scene import Interaction
 
-RIDE = Interaction("person", "riding", "bike", (0.1, 0.1, 0.4, 0.8), (0.1, 0.5, 0.6, 0.9))
-GOOD = {
-    "file_name": "1.png",
-    "prompt": "a ride",
-    "interactions": [Layout("", "", (RIDE,)).to_row()["interactions"][0]],
-}
+BOX = (0.1, 0.1, 0.4, 0.8)
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    return {**json.loads(json.dumps(GOOD)), **changes}
+def shown(layout: Layout) -> tuple[Any, ...]:
+    return layout.prompt, layout.interactions, layout.entities, layout.size
 
 
-def read(tmp_path: Path, *lines: str | dict[str, Any]) -> list[Layout]:
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    (tmp_path / METADATA).write_text(text + "\n")
-    return list(read_layouts(tmp_path / METADATA))
+def test_every_form_of_data_gives_the_same_layouts(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = make_folder(tmp_path / "rows/test", 5)
+    write_shards(read_folder(tmp_path / "rows"), tmp_path / "shards", "test", count=2)
+    (tmp_path / "loose").mkdir()
+    for row in rows:
+        name = row["file_name"]
+        (tmp_path / "loose" / name).write_bytes((tmp_path / "rows/test" / name).read_bytes())
+        scene = {key: value for key, value in row.items() if key != "file_name"}
+        (tmp_path / "loose" / name).with_suffix(".json").write_text(json.dumps(scene))
+    from interactdiff.data.tables import features
 
-
-def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
-    layouts = [
-        Layout("a/1.png", "a ride", (RIDE,), (Entity("ball", (0, 0, 0.5, 0.5), 0.5),)),
-        Layout("2.jpg", ""),
+    table = [
+        {
+            **{key: row.get(key, []) for key in ("interactions", "entities")},
+            "image": {"bytes": (tmp_path / "rows/test" / row["file_name"]).read_bytes(), "path": None},
+            "caption": row["prompt"],
+        }
+        for row in rows
     ]
-    write_layouts(tmp_path / METADATA, layouts)
-    first = (tmp_path / METADATA).read_bytes()
-    assert list(read_layouts(tmp_path / METADATA)) == layouts
-    write_layouts(tmp_path / METADATA, layouts)
-    assert (tmp_path / METADATA).read_bytes() == first
-    assert b"strength" not in first.splitlines()[1]
+    known = {key: one for key, one in features().items() if key in ("interactions", "entities", "image")}
+    made = datasets.Dataset.from_list(
+        table, features=datasets.Features({**known, "caption": datasets.Value("string")})
+    )
+    made.to_parquet(str(tmp_path / "rows.parquet"))
+    data = {
+        form: open_data(str(tmp_path / form), columns={"prompt": "caption"} if "parquet" in form else None)
+        for form in ("rows", "shards", "loose", "rows.parquet")
+    }
+    first = data["rows"]
+    assert [one.file_name for one in first.layouts] == [row["file_name"] for row in rows]
+    assert first.layouts[1].size == (96, 64)
+    assert first.split == "test"
+    for other in data.values():
+        assert list(map(shown, other.layouts)) == list(map(shown, first.layouts))
+        assert other.table.classes == first.table.classes == (("riding", "bike"),)
+        for one, layout in zip(first.layouts, other.layouts, strict=True):
+            picture = Picture(layout.file_name, layout.picture)
+            assert picture.read() == Picture(one.file_name, one.picture).read()
+            assert picture.shown_size == picture.image.size == layout.size
+    assert data["shards"].layouts[3].file_name == data["shards"].layouts[3].stem
+    assert layouts_digest(data["loose"].layouts) == layouts_digest(first.layouts)
+    assert layouts_digest(data["shards"].layouts[:4]) != layouts_digest(first.layouts[:4])
 
 
-def test_what_says_nothing_of_a_layout_may_be_there(tmp_path: Path) -> None:
-    (tmp_path / "2.txt").write_text("beside it\n")
-    more = {key: None for key in ("weight", "license", "seed", "negative_prompt")}
-    layouts = read(tmp_path, row(**more), "", {"file_name": "2.png"})
-    assert layouts[0].interactions == (RIDE,)
-    assert layouts[1] == Layout("2.png", "beside it")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("[}", "line 2, column 2: expected JSON, got"),
-        (
-            '{"file_name": "2.png", "file_name": "3.png"}',
-            "line 2: expected each key once, got 'file_name' twice",
-        ),
-        ("[]", r"line 2: expected an object, got \[\]"),
-        (
-            {"file_name": "2.png", "prompt": "", "interaction": []},
-            r"line 2: expected the keys of a row, got 'interaction' \(did you mean 'interactions'\?\)",
-        ),
-        ({"prompt": ""}, "line 2: expected the key file_name, got only"),
-        (row(file_name="../2.png"), "line 2, file_name: expected a name within the folder, got '../2.png'"),
-        (row(file_name="/2.png"), "line 2, file_name: expected a name within the folder"),
-        (row(file_name="2.gif"), "line 2, file_name: expected a picture"),
-        (row(), "line 2, file_name: expected each picture once, got '1.png' of line 1 again"),
-        ({"file_name": "2.png"}, "line 2, prompt: expected text, got None"),
-        (row(file_name="2.png", interactions={}), r"line 2, interactions: expected a list, got \{\}"),
-        (
-            row(
-                file_name="2.png", interactions=[{**GOOD["interactions"][0], "subject_box": [0.6, 0, 0.3, 1]}]
-            ),
-            "line 2, interaction 1, subject_box: expected x0 < x1, got x0 = 0.6 and x1 = 0.3",
-        ),
-        (
-            row(file_name="2.png", entities=[{"phrase": "x"}]),
-            "line 2, entity 1: expected the key box, got only",
-        ),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path: Path, line: Any, message: str) -> None:
-    with pytest.raises(DataError, match=rf"{METADATA}, ({message})"):
-        read(tmp_path, row(), line)
-
-
-def test_folders_without_layouts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="got no such folder"):
-        metadata_file(tmp_path / "no")
-    with pytest.raises(DataError, match=f"got a folder without {METADATA}"):
+def test_pictures_need_not_be_there(tmp_path: Path) -> None:
+    rows = make_folder(tmp_path, 3)
+    for number in range(3):
+        (tmp_path / f"{number:04d}.png").unlink()
+    data = open_data(str(tmp_path))
+    assert [(one.picture, one.size) for one in data.layouts] == [(None, None)] * 3
+    rows[1]["file_name"] = "0001.txt"
+    write_rows(tmp_path, rows)
+    with pytest.raises(DataError, match=r"metadata.jsonl, line 2, file_name: expected a picture in"):
         open_data(str(tmp_path))
-    (tmp_path / METADATA).write_text("\n")
-    with pytest.raises(DataError, match=r"expected layouts in .*, got none"):
+    rows[1]["file_name"] = "0000.jpg"
+    write_rows(tmp_path, rows)
+    with pytest.raises(DataError, match=r"in more than their ending, got 0000\.png and 0000\.jpg"):
+        open_data(str(tmp_path))
+    rows[1]["interactions"][0]["subject_box"] = [0.6, 0, 0.3, 1]
+    write_rows(tmp_path, rows)
+    with pytest.raises(
+        DataError, match=r"line 2, interaction 1, subject_box: expected x0 < x1, got x0 = 0.6"
+    ):
+        open_data(str(tmp_path))
+
+
+def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected a folder of pictures.*: no such folder"):
+        open_data(str(tmp_path / "no"))
+    with pytest.raises(DataError, match=r"expected metadata.jsonl, pictures, .* got none of them"):
+        open_data(str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"expected at least one picture in .*, got none"):
         open_data(str(tmp_path))
     with pytest.raises(DataError, match="expected HICO-DET in the folder that"):
         open_data("hico")
 
 
-# Four pictures of 200 x 100; boxes of inclusive pixels from 0, verbs and objects by name.
-PAIRS = {
-    "HICO_test2015_00000001.jpg": [("riding", "bicycle", (10, 20, 59, 79), (0, 40, 99, 99))],
-    "HICO_test2015_00000002.jpg": [],
-    "HICO_test2015_00000003.jpg": [
-        ("with", "cell phone", (0, 0, 9, 9), (190, 90, 199, 99)),
-        ("holding", "umbrella", (5, 5, 50, 95), (30, 0, 80, 40)),
-    ],
-    "HICO_test2015_00000004.jpg": [("hugging", "person", (1, 1, 98, 98), (100, 1, 198, 98))],
-}
+def test_the_split_is_test_or_the_only_one(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", 2)
+    assert (open_data(str(tmp_path)).split, open_data(str(tmp_path / "train")).split) == ("train", "test")
+    make_folder(tmp_path / "val", 3)
+    with pytest.raises(DataError, match="expected a split of train, val in"):
+        open_data(str(tmp_path))
+    assert len(open_data(str(tmp_path), "val").layouts) == 3
+    make_folder(tmp_path / "test", 4)
+    assert (len(open_data(str(tmp_path)).layouts), open_data(str(tmp_path)).split) == (4, "test")
 
 
-def numbers(verb: str, thing: str) -> tuple[int, int, int]:
-    table = hico_classes()
-    return table.classes.index((verb, thing)), table.objects.index(thing), table.verbs.index(verb)
+@pytest.mark.parametrize("form", FORMS)
+def test_annotations_of_hico_det_and_what_they_are_converted_to_are_one(form: str, tmp_path: Path) -> None:
+    """Every form, with its pictures and, where it names sizes, without."""
+    if form == "mat":
+        pytest.importorskip("scipy")
+    root = tmp_path / "hico"
+    hico_pictures(root)
+    (root / "annotations").mkdir()
+    FORMS[form](root / "annotations")
+    data = open_data(str(root))
+    assert data.name.startswith("HICO-DET, ")
+    assert (data.split, len(data.table.classes), len(data.table.rare or ())) == ("test", 600, 138)
+    assert [one.file_name for one in data.layouts] == [name_of(number) for number in (1, 2, 3)]
+    first = data.layouts[0]
+    assert first.interactions[0].object_box == (100 / 640, 200 / 480, 1.0, 1.0)
+    assert first.picture == root / "images/test2015" / name_of(1)
+    twice = "a person is riding a bicycle"  # the data set has it twice, and so it is scored
+    assert first.prompt == f"a person is holding a bicycle, {twice}, {twice}"
+    run("hico-det", str(root), tmp_path / "out", Options(split="test"))
+    converted = open_data(str(tmp_path / "out"), classes="hico")
+    for one, other in zip(data.layouts, converted.layouts, strict=True):
+        assert tuple(dict.fromkeys(one.interactions)) == other.interactions
+        assert (one.file_name, one.size) == (other.file_name, other.size)
+    assert [one.prompt for one in data.layouts[1:]] == [one.prompt for one in converted.layouts[1:]]
+    assert first.known_objects == ({"bicycle", "airplane"} if form == "anno_list" else {"bicycle"})
+    for number in SIZES:
+        (root / "images/test2015" / name_of(number)).unlink()
+    if form == "triplets":
+        with pytest.raises(DataError, match=rf"test_hico.json, {name_of(1)}: expected its picture, or"):
+            open_data(str(root))
+    else:
+        alone = open_data(str(root))
+        assert alone.layouts == data.layouts
+        assert alone.layouts[0].picture is None
 
 
-def triplet_list() -> list[dict[str, Any]]:
-    coco = {name: number for number, name in coco_objects().items()}
-    rows = []
-    for name, pairs in PAIRS.items():
-        boxes = [
-            {"bbox": list(box), "category_id": coco[kind]}
-            for verb, thing, person, of in pairs
-            for box, kind in ((person, "person"), (of, thing))
-        ]
-        if boxes:
-            boxes[0]["category_id"] = f"{boxes[0]['category_id']}\n"
-        hois = [
-            {"subject_id": 2 * n, "object_id": 2 * n + 1, "category_id": numbers(verb, thing)[2] + 1}
-            for n, (verb, thing, _, _) in enumerate(pairs)
-        ]
-        rows.append(
-            {"file_name": name, "annotations": boxes, "hoi_annotation": hois, "width": 200, "height": 100}
-        )
-    return rows
-
-
-def instances() -> dict[str, Any]:
-    annotation = []
-    for pairs in PAIRS.values():
-        hoi, thing, verb = (
-            zip(*(numbers(v, o) for v, o, _, _ in pairs), strict=True) if pairs else ((), (), ())
-        )
-        annotation.append(
-            {
-                "boxes_h": [[edge + 1 for edge in person] for _, _, person, _ in pairs],
-                "boxes_o": [[edge + 1 for edge in of] for _, _, _, of in pairs],
-                "hoi": hoi,
-                "object": thing,
-                "verb": verb,
-            }
-        )
-    return {
-        "filenames": list(PAIRS),
-        "size": [[200, 100]] * 4,
-        "empty": [1],
-        "annotation": annotation,
-        "correspondence": [],
-    }
-
-
-def hoi_lists() -> list[dict[str, Any]]:
-    return [
-        {
-            "global_id": name.removesuffix(".jpg"),
-            "image_size": [100, 200, 3],
-            "hois": [
-                {
-                    "id": f"{numbers(verb, thing)[0] + 1:03}",
-                    "human_bboxes": [person],
-                    "object_bboxes": [of],
-                    "connections": [[0, 0]],
-                    "invis": 0,
-                }
-                for verb, thing, person, of in pairs
-            ],
-            "pos_hoi_ids": [f"{numbers(verb, thing)[0] + 1:03}" for verb, thing, _, _ in pairs],
-        }
-        for name, pairs in PAIRS.items()
-    ] + [{"global_id": "HICO_train2015_00000001", "image_size": [1, 1, 3], "hois": []}]
-
-
-FORMS = {
-    "test_hico.json": triplet_list,
-    "instances_test2015.json": instances,
-    "anno_list.json": hoi_lists,
-}
-
-
-def test_three_forms_of_hico_give_the_same_layouts(tmp_path: Path) -> None:
-    read_as = {}
-    for name, make in FORMS.items():
-        (tmp_path / name).write_text(json.dumps(make()))
-        read_as[name] = read_hico(tmp_path / name)
-    first = read_as["test_hico.json"]
-    assert [one.file_name[-5] for one in first] == ["1", "3", "4"]
-    assert first[0].interactions[0].subject_box == (0.05, 0.2, 0.3, 0.8)
-    assert first[0].prompt == "a person is riding a bicycle"
-    assert first[1].prompt == "a person with a cell phone, a person is holding an umbrella"
-    assert first[0].size == (200, 100)
-    assert all(layouts == first for layouts in read_as.values())
-    assert annotation_file(tmp_path) == tmp_path / "test_hico.json"
+def test_json_is_read_before_the_mat_file_and_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "anno_bbox.mat").write_bytes(b"")
+    write_anno_list(tmp_path)
+    assert open_data(str(tmp_path)).name == "HICO-DET, anno_list.json"
+    write_instances(tmp_path)
+    assert open_data(str(tmp_path)).name == "HICO-DET, instances_test2015.json"
 
 
 def test_truth_is_in_inclusive_pixels_of_the_picture_that_is_scored(tmp_path: Path) -> None:
-    (tmp_path / "test_hico.json").write_text(json.dumps(triplet_list()))
+    write_instances(tmp_path)
     data = open_data(str(tmp_path))
-    assert (data.name, len(data.table.classes), len(data.table.rare or ())) == (
-        "HICO-DET, test_hico.json",
-        600,
-        138,
-    )
-    own = data.table.truth(data.layouts[0], (200, 100))
-    assert own.persons.tolist() == [pytest.approx([10, 20, 59, 79])]
+    own = data.table.truth(data.layouts[2], SIZES[3])
+    _, person, thing = PAIRS[3][0]
+    assert own.persons.tolist() == [pytest.approx([edge - 1 for edge in person])]
+    assert own.objects.tolist() == [pytest.approx([edge - 1 for edge in thing])]
     assert own.inclusive
-    assert own.classes.tolist() == [numbers("riding", "bicycle")[0]]
-    # as the paper's script scales: 59 * 512 / 200 = 151.04, 79 * 512 / 100 = 404.48
-    floored = data.table.truth(data.layouts[0], (512, 512), floor=True)
-    assert floored.persons.tolist() == [[25, 102, 151, 404]]
-    known = data.table.known(data.layouts[0])
+    assert own.classes.tolist() == [RIDE]
+    # as the paper's script scales: 50 * 512 / 300 = 85.3, 149 * 512 / 200 = 381.44
+    floored = data.table.truth(data.layouts[2], (512, 512), floor=True)
+    assert floored.objects.tolist() == [[85, 128, 424, 381]]
+    known = data.table.known(data.layouts[2])
     assert {data.table.classes[n][1] for n in known.nonzero()[0]} == {"bicycle"}
 
 
+def triplets(**changes: Any) -> list[dict[str, Any]]:
+    boxes = [{"bbox": [10, 20, 59, 79], "category_id": 1}, {"bbox": [0, 40, 99, 99], "category_id": 2}]
+    verb = hico_classes().numbers[RIDE][0] + 1
+    hois = [{"subject_id": 0, "object_id": 1, "category_id": verb}]
+    row = {"file_name": name_of(1), "annotations": boxes, "hoi_annotation": hois, "width": 200, "height": 100}
+    return [{**row, **changes}]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("content", "message"),
     [
+        ("[]", "of another form"),
+        ("{", "expected JSON"),
+        ("{}", "of another form"),
+        ([{"a": 1}], "of another form"),
         (
-            lambda rows: rows[0]["hoi_annotation"][0].update(category_id=1),
-            "expected one of 600 classes, got adjusting",
+            triplets(hoi_annotation=[{"subject_id": 0, "object_id": 1, "category_id": 1}]),
+            "picture 1: expected one of 600 classes, got adjusting bicycle",
         ),
         (
-            lambda rows: rows[0]["annotations"][0].update(bbox=[300, 0, 310, 9]),
-            "expected a box in a picture of 200 x",
+            triplets(annotations=2 * [{"bbox": [300, 0, 310, 9], "category_id": 2}]),
+            r"00000001.jpg: expected a box in a picture of 200 x 100, got \[300.0, 0.0, 311.0, 10.0\]",
         ),
-        (lambda rows: rows[0]["annotations"][0].pop("bbox"), "got KeyError"),
-        (lambda rows: rows[0].pop("width"), "expected its picture beside test_hico.json, which has no sizes"),
+        (triplets(annotations=2 * [{"category_id": 2}]), "picture 1: .*got others \\(KeyError: 'bbox'\\)"),
+        (triplets(annotations=2 * [{"bbox": [0, 0, 9, 9], "category_id": 12}]), "KeyError: 12"),
+        ({"filenames": ["a"], "size": [], "annotation": []}, "as many filenames as sizes and annotations"),
+        ({"filenames": 1, "size": 1, "annotation": 1}, "as many filenames as sizes and annotations"),
+        (
+            [{"global_id": "HICO_test2015_1", "image_size": [9, 9], "hois": [{"id": "601"}]}],
+            "picture 1: expected a class from 1 to 600, got '601'",
+        ),
     ],
 )
-def test_damaged_annotations_are_named(tmp_path: Path, change: Any, message: str) -> None:
-    rows = triplet_list()
-    change(rows)
-    (tmp_path / "test_hico.json").write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=message):
-        read_hico(tmp_path / "test_hico.json")
+def test_damaged_annotations_are_named(tmp_path: Path, content: Any, message: str) -> None:
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "test_hico.json").write_text(text)
+    with pytest.raises(DataError, match=rf"test_hico.json.*{message}|{message}.*test_hico.json"):
+        open_data(str(tmp_path))
 
 
-def test_pictures_are_found_where_the_archive_has_them_and_tell_sizes(tmp_path: Path) -> None:
-    rows = triplet_list()
-    for one in rows:
-        del one["width"]
-    rows[2]["hoi_annotation"][0]["object_id"] = 99  # such pictures are left out as a whole
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "images/test2015").mkdir(parents=True)
-    (tmp_path / "annotations/test_hico.json").write_text(json.dumps(rows))
-    for name in PAIRS:
-        Image.new("RGB", (200, 100)).save(tmp_path / "images/test2015" / name)
-    data = open_data(str(tmp_path))
-    assert [one.file_name[-5] for one in data.layouts] == ["1", "4"]
-    assert data.picture(data.layouts[0]) == tmp_path / "images/test2015" / data.layouts[0].file_name
+@pytest.mark.parametrize("number", [-1, 2])
+def test_pictures_with_an_index_out_of_range_are_left_out(tmp_path: Path, number: int) -> None:
+    wrong = triplets(hoi_annotation=[{"subject_id": 0, "object_id": number, "category_id": 1}])
+    (tmp_path / "test_hico.json").write_text(json.dumps([*wrong, *triplets(file_name=name_of(2))]))
+    assert [one.file_name for one in open_data(str(tmp_path)).layouts] == [name_of(2)]
 
 
-def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
-    for text, message in (("[]", "of another form"), ("{", "expected JSON")):
-        (tmp_path / "test_hico.json").write_text(text)
-        with pytest.raises(DataError, match=message):
-            read_hico(tmp_path / "test_hico.json")
-
-
-def test_scenes_are_exported_with_what_they_show_and_the_same_bytes_again(tmp_path: Path) -> None:
+def test_scenes_of_stickworld_are_worded_as_their_detector_says_it(tmp_path: Path) -> None:
     scenes = held_out_scenes(4, 0)
-    layouts = export_scenes(tmp_path / "test", scenes, 48, colours=False)
-    first = {path.name: path.read_bytes() for path in (tmp_path / "test").iterdir()}
-    export_scenes(tmp_path / "test", scenes, 48, colours=False)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "test").iterdir()} == first
+    export_scenes(tmp_path / "test", scenes, 48)
     data = open_data(str(tmp_path))
-    assert list(data.layouts) == layouts
-    assert [one.prompt for one in layouts] == [scene.caption for scene in scenes]
-    assert {pair for pair in data.table.classes} == {(t.action, t.object) for s in scenes for t in s.triplets}
-    assert Image.open(tmp_path / "test/000000.png").size == (48, 48)
-    coloured = export_scenes(tmp_path / "colours", scenes, 48)
-    assert [one.interactions for one in coloured] == [scene.interactions() for scene in scenes]
-    with pytest.raises(DataError, match="expected words of HICO-DET, got"):
+    assert [one.prompt for one in data.layouts] == [scene.caption for scene in scenes]
+    assert [one.interactions for one in data.layouts] == [s.interactions(colours=False) for s in scenes]
+    assert [one.entities for one in data.layouts] == [s.lone_entities(colours=False) for s in scenes]
+    assert set(data.table.classes) == {(t.action, t.object) for s in scenes for t in s.triplets}
+    with pytest.raises(DataError, match=r"metadata.jsonl, line \d: expected words of HICO-DET, got"):
         open_data(str(tmp_path), classes="hico")
 
 
+def test_drawn_pictures_are_found_by_name_with_any_ending(tmp_path: Path) -> None:
+    find = drawn_pictures(tmp_path)
+    for name in ("a.webp", "b.v2.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert find(Layout("a.jpg", "")) == tmp_path / "a.webp"
+    assert find(Layout("b.v2", "")) == tmp_path / "b.v2.png"
+    assert find(Layout("b.v1", "")) is None
+
+
 def test_a_limit_balances_classes_and_a_smaller_one_is_part_of_a_larger() -> None:
-    often, seldom = (
-        Interaction("person", verb, "bike", RIDE.subject_box, RIDE.object_box) for verb in ("a", "b")
-    )
+    often, seldom = (Interaction("person", verb, "bike", BOX, BOX) for verb in ("a", "b"))
     layouts = [Layout(f"{n}.png", "", (often,)) for n in range(50)] + [
         Layout(f"b{n}.png", "", (seldom,)) for n in range(4)
     ]

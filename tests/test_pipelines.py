@@ -190,7 +190,8 @@ def test_positional_arguments_and_callbacks_reach_the_stock_call(ours):
 def test_no_loop_is_copied(ours):
     """The call has nothing but our arguments and the published ones, and passes the rest on."""
     parameters = inspect.signature(type(ours).__call__).parameters
-    assert all(name.startswith("interact") for name in parameters.keys() - {"self", "args", "kwargs"})
+    added = parameters.keys() - {"self", "args", "kwargs"}
+    assert all(name.startswith(("interact", "subject")) for name in added)
 
 
 def test_loading_another_adapter_replaces_the_first(ours, stock):

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import tiny_detectors as tiny
 import torch
+from data_files import export_scenes
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPTokenizer
 
-from interactdiff.data.layouts import Layout
-from interactdiff.data.stickworld import export_scenes
 from interactdiff.errors import DataError, ModelError
 from interactdiff.evaluation import measures
 from interactdiff.evaluation.box_scores import (
@@ -25,6 +24,7 @@ from interactdiff.evaluation.box_scores import (
     wanted_boxes,
 )
 from interactdiff.evaluation.detection import Instance, Picture
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_data import open_data
 from interactdiff.evaluation.layout_detection import PictureSet
 from interactdiff.evaluation.quality import (
@@ -112,7 +112,7 @@ def test_sides_that_differ_are_refused(two_sides: list[list[Picture]], tmp_path:
     ):
         with pytest.raises(DataError, match=message):
             check_alike(real, other)
-    check_alike([Picture(one.file_name, one.path, (16, 16)) for one in larger], real)
+    check_alike([Picture(one.file_name, one.source, (16, 16)) for one in larger], real)
 
 
 def test_an_absent_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_relations_that_are_not_answered_are_not_shown(tmp_path: Path, said: str
 
 @pytest.mark.filterwarnings("ignore:FID of")
 def test_measures_are_of_all_seeds_and_leave_the_ceiling_out(tmp_path: Path) -> None:
-    export_scenes(tmp_path / "test", held_out_scenes(6, 0), 24, colours=False)
+    export_scenes(tmp_path / "test", held_out_scenes(6, 0), 24)
     data = open_data(str(tmp_path))
 
     def pictures(row: str, seed: int, folder: str = "test") -> PictureSet:
@@ -234,7 +234,7 @@ def test_measures_are_of_all_seeds_and_leave_the_ceiling_out(tmp_path: Path) -> 
             row, seed, lambda layout: Picture(layout.file_name, tmp_path / folder / layout.file_name)
         )
 
-    export_scenes(tmp_path / "others", held_out_scenes(6, 1), 24, colours=False)
+    export_scenes(tmp_path / "others", held_out_scenes(6, 1), 24)
     measure = measures.distances({"fid"}, data, None, Features())
     assert measure(data.layouts, [pictures("real", 0)]).plain == {}
     same = measure(data.layouts, [pictures("adapter", 1)]).plain["fid"]

@@ -34,7 +34,7 @@ BADGE = "new|0.0,0.0,0.5,0.5|strength=0.5"
 
 
 def test_what_the_package_has() -> None:
-    assert list(methods()) == ["clear", "interaction"]
+    assert list(methods()) == ["clear", "concept", "interaction", "subject"]
     assert list(samplers()) == ["high_resolution"]
     assert recipes().keys() == {"adapter", "interaction", "distill"}
 
@@ -49,7 +49,7 @@ def test_its_items_are_flags_and_its_scores_too(badge: Any, capsys: pytest.Captu
         assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     assert '--badge LABEL|BOX a badge: "new|0.1,0.1,0.3,0.2"' in said
-    assert "a method or a sampler (clear, badge, high_resolution, inverted)" in said
+    assert "a method or a sampler (clear, concept, subject, badge, high_resolution, inverted)" in said
     assert "--badge scores of Badges" in said
 
 
@@ -127,7 +127,9 @@ def test_attached_and_not_asked_for_it_changes_no_bit(badge: Any, badge_weights:
     assert given.record.adapters["badge"] == UNNAMED
     with pytest.raises(InteractdiffError, match=r"expected as adapter .*got 'an adapter given"):
         generate(scene, adapters=given.record.adapters, device="cpu")
-    with pytest.raises(InteractdiffError, match="expected an adapter of clear, interaction, badge, got"):
+    with pytest.raises(
+        InteractdiffError, match="expected an adapter of clear, concept, interaction, subject, badge, got"
+    ):
         generate(scene, adapters={"x": None})
 
 
@@ -158,9 +160,9 @@ def test_it_has_a_panel_in_the_studio(
 ) -> None:
     worker = Worker(Limits(folders=(tmp_path,)), device="cpu")
     studio = Studio(worker, "stickworld")
-    assert list(studio.panels) == ["clear", "badge", "high_resolution", "inverted"]
+    assert list(studio.panels) == ["clear", "concept", "subject", "badge", "high_resolution", "inverted"]
     shown = [name for name, panel in studio.panels.items() if panel.visible]
-    assert shown == ["clear", "badge", "inverted"]
+    assert shown == ["clear", "subject", "badge", "inverted"]
     values = {name: getattr(field, "value", None) for name, field in studio.fields.items()}
     assert values["badge.gain"] == 1.0
     values |= {
@@ -254,7 +256,7 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_other_packages_have_entry_points(other: Path) -> None:
     installed(other, SPEC.format("other", "{}"), "others_spec:SPEC")
-    assert list(methods()) == ["clear", "interaction", "other"]
+    assert list(methods()) == ["clear", "concept", "interaction", "subject", "other"]
 
 
 @pytest.mark.parametrize(

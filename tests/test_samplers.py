@@ -40,7 +40,7 @@ def test_two_samplers_are_refused(badge: Any, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("used", "message"),
     [
-        ({"nothing": {}}, "method: expected one of clear, high_resolution, got 'nothing'"),
+        ({"nothing": {}}, "method: expected one of clear, concept, subject, high_resolution, got 'nothing'"),
         ({"high_resolution": {"size": 2}}, "high_resolution: expected settings of scale, strength, steps, "),
         ({"high_resolution": {"scale": 3}}, "high_resolution, scale: expected one of 2, 4, 8, got 3"),
         ({"high_resolution": {"strength": 0}}, "high_resolution, strength: expected a number from 0.05 to 1"),

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny_detectors as tiny
 import torch
+from data_files import export_scenes
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from interactdiff.cli import main
-from interactdiff.data.stickworld import export_scenes
 from interactdiff.errors import ModelError
 from interactdiff.evaluation.calibration import calibrate, fitted_scale
 from interactdiff.evaluation.detection import Instance, Picture
@@ -236,7 +236,7 @@ class Knowing:
 
 
 def test_calibration_tells_who_knows_from_who_does_not(tmp_path: Path) -> None:
-    export_scenes(tmp_path / "test", held_out_scenes(40, 0, plain=True), 32, colours=False)
+    export_scenes(tmp_path / "test", held_out_scenes(40, 0, plain=True), 32)
     data = open_data(str(tmp_path))
     truth = {
         tuple(edge * 32 for edge in one.subject_box): one.action or ""
@@ -251,7 +251,7 @@ def test_calibration_tells_who_knows_from_who_does_not(tmp_path: Path) -> None:
     for picture in (tmp_path / "test").glob("*.png"):
         picture.unlink()
     with pytest.raises(ModelError, match="expected real pictures in"):
-        calibrate(Knowing({}), data)
+        calibrate(Knowing({}), open_data(str(tmp_path)))
 
 
 def test_models_are_loaded_from_folders_and_score_layouts(
@@ -264,7 +264,7 @@ def test_models_are_loaded_from_folders_and_score_layouts(
     for name, parts in (("detr", tiny.detr()), ("clip", tiny.clip(tokenizer))):
         for part in parts:
             part.save_pretrained(tmp_path / name)
-    export_scenes(tmp_path / "data/test", held_out_scenes(12, 0, plain=True), 32, colours=False)
+    export_scenes(tmp_path / "data/test", held_out_scenes(12, 0, plain=True), 32)
     command = ["evaluate", "--data", "data", "--detector", "two-stage:detr,clip", "--json", "t.json"]
     command += ["--scores", "miou", "clip", "--box-model", "detr", "--clip-model", "clip", "--device", "cpu"]
     assert main(command) == 0

@@ -157,6 +157,8 @@ BASES = {
     "Qwen-Image": tiny_qwen,
     "Z-Image": tiny_z_image,
 }
+if not hasattr(diffusers, "Flux2KleinPipeline"):  # the lowest version that is promised has none
+    del BASES["Flux2 klein"]
 GUIDED: dict[str, dict[str, Any]] = {
     "Chroma": {"guidance_scale": 3.0, "negative_prompt": "a bike"},
     "Flux2 dev": {"guidance_scale": 3.0},

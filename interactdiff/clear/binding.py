@@ -114,6 +114,10 @@ class ClearBinding(Binding):
             self._of[large] = chosen + self._stretch if large else ()
         return self._of[large]
 
+    def pass_key(self) -> Any:
+        """The settings, all of which act in any pass."""
+        return self.backend, self.min_tokens, self.proportional, self.ntk_factor
+
     def describe(self) -> str:
         """The window, and where it acted last."""
         return f"{self.adapter.config}, {len(self._acting)} of {len(self._sites)} attentions in the last call"

@@ -66,30 +66,45 @@ def flex_attention(
             since on a CPU the kernel returns no log-sum-exps to merge by.
     """
     blocks = [for_queries(block, q) for block in extra]
-    layout = layout_of(pattern, q.device, sum(keys.shape[2] for keys, _, _ in blocks))
+    layout = layout_of(pattern, q.device, sum(keys.shape[2] for keys, *_ in blocks))
     k, v = (
         torch.cat([own, *([] if pooled is None else [pooled[n]]), *(block[n] for block in blocks)], 2)
         for n, own in enumerate((k, v))
     )
-    options = {"score_mod": _weighted(layout, k, blocks)} if blocks else {}
+    options = {"score_mod": _weighted(layout, k, blocks, pattern)} if blocks else {}
     of_queries = layout.keys[: layout.queries]
     arranged = (q.index_select(2, of_queries), k.index_select(2, layout.keys), v.index_select(2, layout.keys))
-    kernel = _kept(q.shape, len(layout.keys), q.dtype, q.device, scale, torch.is_grad_enabled(), bool(blocks))
+    kernel = _kept(q.shape, len(layout.keys), q.dtype, q.device, scale, torch.is_grad_enabled(), len(blocks))
     out = kernel(*arranged, block_mask=layout.block_mask, scale=scale, **options)
     return out.index_select(2, layout.places)
 
 
-def _weighted(layout: Layout, k: Tensor, blocks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Any:
-    """Adds to each score what its key's block weighs."""
-    rows, count = len(k), sum(keys.shape[2] for keys, _, _ in blocks)
-    weights = [weight[:, 0, 0].expand(rows, keys.shape[2]) for keys, _, weight in blocks]
+def _weighted(
+    layout: Layout, k: Tensor, blocks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], pattern: Pattern
+) -> Any:
+    """Adds to each score what its key's block weighs, by key and by query."""
+    rows, count = len(k), sum(keys.shape[2] for keys, *_ in blocks)
+    weights = [weight[:, 0, 0].expand(rows, keys.shape[2]) for keys, _, weight, _ in blocks]
     bias = torch.cat([weights[0].new_zeros(rows, k.shape[2] - count), *weights], 1).clamp(min=NO_KEY)
     bias = bias.index_select(1, layout.keys).contiguous()
+    if all(of_query.shape[2] == 1 and not of_query.any() for *_, of_query in blocks):
 
-    def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + bias[row, key]
+        def by_key(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + bias[row, key]
 
-    return score_mod
+        return by_key
+    own = torch.zeros(k.shape[2] - count, dtype=torch.long, device=k.device)
+    number = [torch.full_like(own[:1], n + 1).expand(keys.shape[2]) for n, (keys, *_) in enumerate(blocks)]
+    block_of = torch.cat([own, *number]).index_select(0, layout.keys).contiguous()
+    of_queries = bias.new_zeros(rows, len(blocks) + 1, pattern.length)
+    for n, (*_, of_query) in enumerate(blocks, start=1):
+        of_queries[:, n, pattern.image] = of_query[:, 0, :, 0].clamp(min=NO_KEY)
+    of_queries = of_queries.index_select(2, layout.keys[: layout.queries]).contiguous()
+
+    def by_key_and_query(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[row, key] + of_queries[row, block_of[key], query]
+
+    return by_key_and_query
 
 
 def compiled_flex() -> Callable[..., Tensor]:

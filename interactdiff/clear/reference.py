@@ -36,8 +36,9 @@ def reference_attention(
     scores = scale * q.to(dtype) @ k.to(dtype).transpose(2, 3)
     scores = scores.masked_fill(~pattern.mask(q.device), -torch.inf)
     for block in extra:
-        keys, values, weight = for_queries(block, q)
+        keys, values, weight, of_query = for_queries(block, q)
         further = scale * q.to(dtype) @ keys.to(dtype).transpose(2, 3) + weight.to(dtype)
+        further[:, :, pattern.image] += of_query.to(dtype)
         unseen = torch.ones(pattern.length, 1, dtype=torch.bool, device=q.device)
         unseen[pattern.image] = False
         scores = torch.cat([scores, further.masked_fill(unseen, -torch.inf)], 3)

@@ -4,12 +4,13 @@ import argparse
 import os
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from interactdiff.data.boxes import FORMS
 from interactdiff.errors import InteractdiffError
 from interactdiff.files import why_unwritable
 from interactdiff.models import MODEL, PACKAGED
-from interactdiff.registry import methods
+from interactdiff.registry import adapter_method, methods
 from interactdiff.scene_checks import Schedule
 
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns, for which argparse has no public name
@@ -35,7 +36,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         action="append",
-        metavar="[METHOD=]PATH_OR_ID",
+        metavar="[METHOD[:INSTANCE]=]PATH_OR_ID",
         help=f"packaged name, {elsewhere}, of interactions or of another method "
         f"({', '.join(adapter_methods())}); may be repeated (default: a packaged model's own, if it has one)",
     )
@@ -57,11 +58,12 @@ def adapter_methods() -> list[str]:
 
 
 def adapters_of(args: argparse.Namespace) -> dict[str, str]:
-    """What `--adapter` names, by the name of the method; of two for one method the last."""
+    """What `--adapter` names, by the adapter's name; of two of one name the last."""
     chosen: dict[str, str] = {}
     for text in args.adapter or []:
         method, equals, path = text.partition("=")
-        name, at = (method, path) if equals and method in adapter_methods() else ("interaction", text)
+        is_name = bool(equals) and adapter_method(method) in adapter_methods()
+        name, at = (method, path) if is_name else ("interaction", text)
         chosen[name] = at
     return chosen
 
@@ -125,3 +127,29 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def add_boxes(parser: Any) -> None:
+    """Add the flag of the form that boxes of data are in."""
+    parser.add_argument(
+        "--boxes", choices=FORMS, default="shares", help="what boxes are in (default: shares)"
+    )
+
+
+def add_columns(parser: Any) -> None:
+    """Add the flag of the columns of parquet."""
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="KEY=COLUMN",
+        help="parquet: the column of image, prompt, interactions, ...; may be repeated",
+    )
+
+
+def columns_of(args: argparse.Namespace) -> dict[str, str]:
+    """The columns of `add_columns`, by key."""
+    for pair in args.column:
+        if "=" not in pair:
+            raise UsageError(f"--column: expected key=column, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in args.column)

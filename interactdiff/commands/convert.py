@@ -1,4 +1,4 @@
-"""interactdiff convert: of any published file, the adapter alone, in our format."""
+"""interactdiff convert: of any published file, the adapter alone, in our format or in another one."""
 
 import argparse
 import os
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interactdiff.checkpoint import CONFIG, WEIGHTS, AdapterError
-from interactdiff.commands.arguments import Commands, quiet_libraries
+from interactdiff.commands.arguments import Commands, UsageError, quiet_libraries
 from interactdiff.files import why_unwritable
+from interactdiff.registry import exports, load_attribute
 
 DTYPES = ("float16", "bfloat16", "float32", "keep")
 
@@ -83,10 +84,27 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("--weight-name", metavar="FILE", help="which file of IN, where it has several")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
+    forms = "; ".join(f"{name}: {one.description}" for name, one in exports().items())
+    parser.add_argument(
+        "--export", choices=tuple(exports()), help=f"write an adapter in another form; {forms}"
+    )
+    parser.add_argument(
+        "--fold", dest="export", action="store_const", const="fold", help="the same as --export fold"
+    )
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="of --export: the model that the adapter is for"
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.export is None and args.model is not None:
+        raise UsageError("--model: expected it with --export, got it alone")
     quiet_libraries()
+    if args.export is not None:
+        if reason := _why_unwritable_folder(args.target):
+            raise UsageError(f"expected a folder that can be written, got {str(args.target)!r}: {reason}")
+        print(load_attribute(exports()[args.export].export)(args.source, args.target, args.model))
+        return
     print(convert(args.source, args.target, weight_name=args.weight_name, dtype=args.dtype))
 
 

@@ -6,8 +6,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interactdiff.commands.arguments import Commands, UsageError, check_picture_path, number, positive, whole
-from interactdiff.data.boxes import FORMS
+from interactdiff.commands.arguments import (
+    Commands,
+    UsageError,
+    add_boxes,
+    add_columns,
+    check_picture_path,
+    columns_of,
+    number,
+    positive,
+    whole,
+)
 from interactdiff.data.converters import CONVERTERS
 from interactdiff.errors import DataError
 from interactdiff.files import why_unwritable
@@ -88,7 +97,10 @@ def _add_convert(kinds: Commands) -> None:
     parser.add_argument("--names", type=Path, metavar="FILE", help="swig, hoia: names of classes")
     parser.add_argument("--predicates", type=Path, metavar="FILE", help="vg: those that are kept, one a line")
     parser.add_argument("--size", type=positive, default=128, help="stickworld: pixels (default: 128)")
-    _add_boxes(parser)
+    parser.add_argument(
+        "--no-colours", action="store_true", help="stickworld: phrases that its detector knows (bike)"
+    )
+    add_boxes(parser)
 
 
 def _reader(
@@ -99,14 +111,8 @@ def _reader(
     parser.set_defaults(run=run)
     parser.add_argument("path", metavar="PATH", help="a folder, a parquet file or a Hub id like owner/name")
     parser.add_argument("--split", help="only this one; needed if there are several")
-    parser.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="KEY=COLUMN",
-        help="parquet: the column of image, prompt, interactions, ...; may be repeated",
-    )
-    _add_boxes(parser)
+    add_columns(parser)
+    add_boxes(parser)
     if framing:
         parser.add_argument("--resolution", type=positive, default=512, help="of training (default: 512)")
         parser.add_argument(
@@ -114,12 +120,6 @@ def _reader(
         )
         parser.add_argument("--square", action="store_true", help="a centre crop in place of aspect buckets")
     return parser
-
-
-def _add_boxes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--boxes", choices=FORMS, default="shares", help="what boxes are in (default: shares)"
-    )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace) -> None:
         tokens, most = _tokens(args.tokenizer)
     options = CheckOptions(
         form=args.boxes,
-        columns=_columns(args),
+        columns=columns_of(args),
         framing=_framing(args),
         slots=args.slots,
         flip=not args.no_flip,
@@ -170,7 +170,7 @@ def _shard(args: argparse.Namespace) -> None:
     if args.target.exists() and not args.target.is_dir():
         raise UsageError(f"expected a folder for shards, got the file {args.target}")
     for split in splits(args.path) if args.split is None else [args.split]:
-        records = read_folder(args.path, split, args.boxes, _columns(args))
+        records = read_folder(args.path, split, args.boxes, columns_of(args))
         made = write_shards(records, args.target, split or "train", args.pictures, args.bytes)
         pictures, size = (sum(one[key] for one in made.values()) for key in ("count", "bytes"))
         words = f"{pictures:,} pictures in {len(made):,} shards, {size / 1e6:,.1f} MB"
@@ -196,6 +196,7 @@ def _convert(args: argparse.Namespace) -> None:
         predicates=args.predicates,
         form=args.boxes,
         size=args.size,
+        colours=not args.no_colours,
     )
 
     def progress(count: int) -> None:
@@ -215,14 +216,7 @@ def _framing(args: argparse.Namespace) -> "Framing":
 def _records(args: argparse.Namespace) -> "Records":
     from interactdiff.data.reading import Records
 
-    return Records.open(args.path, args.split, args.boxes, _columns(args))
-
-
-def _columns(args: argparse.Namespace) -> dict[str, str]:
-    for pair in args.column:
-        if "=" not in pair:
-            raise UsageError(f"--column: expected key=column, got {pair!r}")
-    return dict(pair.split("=", 1) for pair in args.column)
+    return Records.open(args.path, args.split, args.boxes, columns_of(args))
 
 
 def _tokens(folder: str) -> tuple[Any, int]:

@@ -5,12 +5,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interactdiff.commands.arguments import UsageError, adapters_of, positive, whole
+from interactdiff.commands.arguments import (
+    UsageError,
+    adapters_of,
+    add_boxes,
+    add_columns,
+    columns_of,
+    positive,
+    whole,
+)
 from interactdiff.files import why_unwritable, write_aside
 from interactdiff.models import MODEL, default_adapter, model_info
 
 if TYPE_CHECKING:
-    from interactdiff.data.layouts import Layout
+    from interactdiff.evaluation.layout import Layout
     from interactdiff.evaluation.layout_data import LayoutData
     from interactdiff.evaluation.layout_drawing import Ranks
     from interactdiff.evaluation.layout_run import Drawn
@@ -29,7 +37,11 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
         parser: of `evaluate`.
         what: its group of which one is chosen.
     """
-    what.add_argument("--data", metavar="DIR", help="on layouts of an image folder, or of HICO-DET (hico)")
+    what.add_argument(
+        "--data",
+        metavar="PATH",
+        help="on layouts of any data that `data check` takes, or of HICO-DET (hico)",
+    )
     what.add_argument(
         "--compare",
         nargs=2,
@@ -38,10 +50,10 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
         help="two files of --json: which differences are chance",
     )
     layouts = parser.add_argument_group("layouts", "for --data; docs/evaluation.md")
-    layouts.add_argument("--split", default="test", help="default: %(default)s")
-    layouts.add_argument(
-        "--classes", choices=("hico",), help="score an image folder by HICO-DET's 600 classes"
-    )
+    layouts.add_argument("--split", help="default: test, or the only one")
+    add_boxes(layouts)
+    add_columns(layouts)
+    layouts.add_argument("--classes", choices=("hico",), help="score other data by HICO-DET's 600 classes")
     layouts.add_argument(
         "--pictures", nargs="+", type=Path, metavar="DIR", help="score pictures that something else drew"
     )
@@ -90,7 +102,7 @@ def evaluate_data(args: argparse.Namespace) -> None:
     _check_files(args)
     protocols = tuple(one.name for one in chosen_protocols(args.protocol or DEFAULT_PROTOCOLS))
     seeds = tuple(dict.fromkeys(args.seeds or ((PAPER_SEED,) if args.paper else (1, 2, 3))))
-    data = open_data(args.data, args.split, args.classes)
+    data = open_data(args.data, args.split, args.classes, args.boxes, columns_of(args))
     if args.limit is not None:
         data = data.limited(args.limit)
     ranks = Ranks.from_environment()

@@ -20,7 +20,8 @@ from interactdiff.commands.arguments import (
 from interactdiff.models import MODEL
 from interactdiff.picture import Record, installed_versions, overlay, read_record, save_picture
 from interactdiff.registry import MethodError, configurables, item_specs, used_methods
-from interactdiff.scene import EXTRA_ITEMS, Scene, numbered
+from interactdiff.scene import CONTROLS, EXTRA_ITEMS, Scene, numbered
+from interactdiff.scene_pictures import picture_files
 
 
 def add_to(commands: Commands) -> None:
@@ -92,7 +93,9 @@ def add_to(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     record = read_record(args.picture) if args.picture else None
-    scene, adapters = _scene(args, record), adapters_of(args)
+    with picture_files():
+        scene = _scene(args, record)
+    adapters = adapters_of(args)
     used = used_methods(scene, _methods(args, record))
     out = args.out or (Path(args.picture).with_suffix(".again.png") if args.picture else Path("out.png"))
     check_picture_path(out)
@@ -132,7 +135,7 @@ def _scene(args: argparse.Namespace, record: Record | None) -> Scene:
         base = Scene.from_file(args.scene)
     elif record is None and args.prompt is None:
         raise UsageError("expected a prompt, --scene FILE or --from PNG, got none of them")
-    names = {field.name for field in fields(Scene)} - {EXTRA_ITEMS, *item_specs()}
+    names = {field.name for field in fields(Scene)} - {EXTRA_ITEMS, CONTROLS, *item_specs()}
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     extra = base.extra_items
     for key, spec in item_specs().items():

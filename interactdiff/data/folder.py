@@ -25,10 +25,11 @@ class MetadataFolder:
     Args:
         folder: the folder.
         form: of the boxes, see `boxes.FORMS`.
+        need_pictures: whether a row whose picture is not there is a mistake.
     """
 
-    def __init__(self, folder: Path, form: str = "shares"):
-        self.folder, self.form = folder, form
+    def __init__(self, folder: Path, form: str = "shares", need_pictures: bool = True):
+        self.folder, self.form, self.need_pictures = folder, form, need_pictures
         self.name = str(folder / METADATA)
         self.files = [folder / METADATA]
         self.ignored: dict[str, int] = {}
@@ -62,7 +63,7 @@ class MetadataFolder:
     def _find(self, name: Any) -> tuple[str, FileRange]:
         check_relative(name, self.folder)
         path = self.folder / name
-        if not is_file(path):
+        if not is_file(path) and (self.need_pictures or not name.lower().endswith(SUFFIXES)):
             names = [one for one in picture_names(self.folder) if Path(one).name == Path(name).name]
             hint = f" (did you mean {names[0]!r}?)" if names else ""
             hint = hint or nearest(name, list(picture_names(self.folder)))

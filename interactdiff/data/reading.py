@@ -11,8 +11,10 @@ import numpy as np
 
 from interactdiff.data.boxes import FORMS
 from interactdiff.data.folder import METADATA, LooseFolder, MetadataFolder, picture_names
+from interactdiff.data.pictures import PictureInfo
 from interactdiff.data.problems import Problem, Problems
 from interactdiff.data.records import ImageRecord
+from interactdiff.data.rows import is_file
 from interactdiff.data.shards import INDEX, Shards, chosen_split, file_hash
 from interactdiff.data.tables import Table
 from interactdiff.errors import DataError
@@ -53,6 +55,7 @@ def open_source(
     split: str | None = None,
     form: str = "shares",
     columns: Mapping[str, str] | None = None,
+    need_pictures: bool = True,
 ) -> Source:
     """The reader for what is at a path.
 
@@ -62,6 +65,7 @@ def open_source(
         split: which split; needed if there are several.
         form: of the boxes, see `boxes.FORMS`.
         columns: of parquet, see `tables.Table`.
+        need_pictures: whether a row of `metadata.jsonl` whose picture is not there is a mistake.
 
     Raises:
         DataError: there is nothing of the kind.
@@ -82,12 +86,12 @@ def open_source(
             raise DataError(
                 f"expected one {METADATA} in {folder}, got {others[0].relative_to(folder)} as well"
             )
-        return MetadataFolder(folder, form)
+        return MetadataFolder(folder, form, need_pictures)
     if (folder / INDEX).is_file() or any(folder.glob("*.tar")):
         return Shards(folder, split, form)
     below = sorted(one.name for one in folder.iterdir() if (one / METADATA).is_file())
     if below:
-        return MetadataFolder(folder / chosen_split(split, below, folder), form)
+        return MetadataFolder(folder / chosen_split(split, below, folder), form, need_pictures)
     if any(folder.rglob("*.parquet")):
         return Table(str(folder), split, columns, form)
     if next(picture_names(folder), None) is None:
@@ -163,7 +167,7 @@ class Records(Sequence[ImageRecord]):
         source: the reader.
         positions: [N] uint64, where each record is.
         lines: [N] uint32.
-        widths: [N] uint32, of the picture as shown, in pixels.
+        widths: [N] uint32, of the picture as shown, in pixels; 0 where it is not there.
         heights: [N] uint32.
         weights: [N] uint16, how often it comes in an epoch.
         digest: changes with the rows, but not with the pictures.
@@ -185,6 +189,7 @@ class Records(Sequence[ImageRecord]):
         form: str = "shares",
         columns: Mapping[str, str] | None = None,
         cache: str | PathLike[str] | None = None,
+        need_pictures: bool = True,
     ) -> "Records":
         """Check all rows and the headers of all pictures, and note where they are.
 
@@ -195,16 +200,17 @@ class Records(Sequence[ImageRecord]):
             columns: likewise.
             cache: a folder that keeps what is found, so that the same rows open at once the next time; made
                 if need be.
+            need_pictures: likewise; without, only what is there is checked.
 
         Raises:
             DataError: a row has a mistake, a header cannot be read, or there is no row.
         """
-        source = open_source(path, split, form, columns)
+        source = open_source(path, split, form, columns, need_pictures)
         digest = _digest(source, form)
         kept = None if cache is None else Path(cache) / f"records-{digest[:16]}.npz"
         if kept is not None and (found := _load(kept)) is not None:
             return cls(source, digest, found)
-        found = _scanned(source)
+        found = _scanned(source, need_pictures)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {**found}
@@ -232,12 +238,13 @@ class Records(Sequence[ImageRecord]):
         return (self.positions >> 32).astype(np.uint32) if isinstance(self.source, Shards) else self.lines * 0
 
 
-def _scanned(source: Source) -> dict[str, np.ndarray]:
+def _scanned(source: Source, need_pictures: bool) -> dict[str, np.ndarray]:
     problems, names = Problems(), Names()
     columns = {name: array(code) for name, code in zip(Records.FIELDS, "QIIIH", strict=True)}
     for position, record in source.scan(problems):
         try:
-            info = record.info()
+            missing = not need_pictures and record.path is not None and not is_file(record.path)
+            info = PictureInfo(0, 0) if missing else record.info()
         except DataError as error:
             where = Problem("picture", record.name, str(error), record.line, of_picture=True)
             problems.add(where)

@@ -1,4 +1,4 @@
-"""A picture and what is said of it: what every reader of data gives."""
+"""A picture and its annotations: what every reader of data gives."""
 
 import io
 from dataclasses import MISSING, dataclass, fields

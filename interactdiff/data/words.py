@@ -35,7 +35,7 @@ def speaks_of_lettering(text: str) -> bool:
 
 
 def triplet_caption(items: Sequence[Any]) -> str:
-    """One clause for each interaction, joined by commas, each once: "a person is riding a bike".
+    """One clause for each interaction, joined by commas, in their order: "a person is riding a bike".
 
     An action of "with" (HICO-DET's `no_interaction`), or none, makes "a person with a bike".
     """
@@ -44,4 +44,4 @@ def triplet_caption(items: Sequence[Any]) -> str:
         if isinstance(one, Interaction):
             verb = f"is {one.action}" if one.action not in (None, "with") else "with"
             clauses.append(f"{article(one.subject)} {verb} {article(one.object)}")
-    return ", ".join(dict.fromkeys(clauses))
+    return ", ".join(clauses)

@@ -1,4 +1,4 @@
-"""Whether what a layout names is in its boxes: mean IoU, AP50, and relations by a model that is asked."""
+"""Whether what a layout names is in its boxes: mean IoU, AP50, and relations by a vision-language model."""
 
 import contextlib
 import io
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from interactdiff.data.layouts import Layout
 from interactdiff.errors import ModelError
 from interactdiff.evaluation.detection import Instance, Picture, PixelBox
 from interactdiff.evaluation.hoi import LEAST_IOU, Share, iou
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.two_stage import BoxDetector
 
 LEAST_SCORE = 0.25  # of an instance that counts for mean IoU

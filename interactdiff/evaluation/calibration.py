@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from interactdiff.data.layouts import Layout
 from interactdiff.errors import ModelError
 from interactdiff.evaluation.detection import Picture
 from interactdiff.evaluation.hoi import LEAST_IOU, iou
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_data import LayoutData
 from interactdiff.evaluation.two_stage import Candidate, VerbScorer
 from interactdiff.scene_items import Interaction
@@ -42,10 +42,9 @@ def calibrate(
     scored: list[tuple[float, bool]] = []
     for layout in data.limited(min(pairs, len(data.layouts))).layouts:
         chosen = [one for one in layout.interactions if one.action and one.object in verbs_of]
-        path = data.picture(layout)
-        if not chosen or path is None or len(right) >= pairs:
+        if not chosen or layout.picture is None or len(right) >= pairs:
             continue
-        image = Picture(layout.file_name, path, None if size is None else (size, size)).image
+        image = Picture(layout.file_name, layout.picture, None if size is None else (size, size)).image
         candidates = [_candidate(one, image.size) for one in chosen]
         for one, verbs in zip(chosen, scorer.verbs(image, candidates, verbs_of), strict=True):
             true = _true_verbs(one, layout)

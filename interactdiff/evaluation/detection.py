@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from interactdiff.data.pictures import open_picture, picture_info
+from interactdiff.data.records import Stored
 from interactdiff.errors import DataError, SceneError
 from interactdiff.scene_checks import as_float, json_object, malformed, shown, unique_keys
 
-ORIENTATION = 0x0112  # EXIF's tag; from 5 on a picture lies on its side
 PixelBox = tuple[float, float, float, float]
 
 
@@ -60,42 +62,62 @@ class Picture:
 
     Attributes:
         file_name: its layout's.
-        path: of the file; None where only detections are at hand.
+        source: the file, or where else its bytes are; None where only detections are at hand.
         size: width and height that it is squeezed to; None is its own size.
     """
 
     file_name: str
-    path: Path | None
+    source: Path | Stored | None
     size: tuple[int, int] | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether there is a picture."""
+        return self.source.is_file() if isinstance(self.source, Path) else self.source is not None
 
     @property
     def shown_size(self) -> tuple[int, int] | None:
         """Width and height of `image`, without reading more than the file's header; None without a file."""
-        if self.size is not None or self.path is None or not self.path.is_file():
+        if self.size is not None or not self.there:
             return self.size
-        with Image.open(self.path) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(ORIENTATION, 1) >= 5
-            return (height, width) if turned else (width, height)
+        with self._named_in_errors():
+            info = picture_info(self.source if isinstance(self.source, Path) else self.read())
+        return info.width, info.height
+
+    def read(self) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not self.there or self.source is None:
+            raise DataError(f"expected a picture at {self._place}, got no such file")
+        return self.source.read_bytes() if isinstance(self.source, Path) else self.source.read()
 
     @cached_property
     def image(self) -> Image.Image:
-        """In RGB, as shown (after EXIF), of the size wanted.
+        """In RGB, as shown, see `interactdiff.data.pictures.open_picture`; of the size wanted.
 
         Raises:
             DataError: there is no such picture, or it is not whole.
         """
-        if self.path is None:
-            raise DataError(f"{self.file_name}: expected its picture, got none")
-        try:
-            with Image.open(self.path) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise DataError(f"expected a whole picture at {self.path}, got {reason}") from None
+        data = self.read()
+        with self._named_in_errors():
+            image = open_picture(data)
         if self.size is not None and image.size != self.size:
             image = image.resize(self.size, Image.Resampling.BICUBIC)
         return image
+
+    @property
+    def _place(self) -> str:
+        return str(self.source) if isinstance(self.source, Path) else self.file_name
+
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self._place}: {error}") from None
 
 
 class HoiDetector(Protocol):

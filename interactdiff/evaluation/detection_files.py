@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from interactdiff.data.hico import SUBJECT, coco_objects, hico_classes
+from interactdiff.data.classes import SUBJECT, coco_objects, hico_classes
 from interactdiff.errors import DataError, ModelError
 from interactdiff.evaluation.detection import (
     DetectedPair,

@@ -6,10 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
-from interactdiff.data.hico import hico_classes
-from interactdiff.data.layouts import Layout
+from interactdiff.data.classes import hico_classes
 from interactdiff.evaluation.detection import PictureDetections
 from interactdiff.evaluation.hoi_matching import Pairs
+from interactdiff.evaluation.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,32 @@
-"""Layouts to evaluate: which there are, which classes they are scored by, and where their pictures are."""
+"""Layouts to evaluate: which there are, and which classes they are scored by."""
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from interactdiff.data.hico import annotation_file, picture_file, read_hico
-from interactdiff.data.layouts import PICTURES, Layout, metadata_file, read_layouts
+from interactdiff.data.classes import SUBJECT, hico_classes
+from interactdiff.data.converters.base import Options, Pictures, PixelBoxes
+from interactdiff.data.hico_det import (
+    JSON_FORMS,
+    AnnotatedPicture,
+    find_annotations,
+    picture_folders,
+    read_annotations,
+)
+from interactdiff.data.pictures import SUFFIXES
+from interactdiff.data.reading import Records, splits
+from interactdiff.data.words import triplet_caption
 from interactdiff.errors import DataError
 from interactdiff.evaluation.hoi_classes import ClassTable
+from interactdiff.evaluation.layout import Layout
+from interactdiff.scene_items import Interaction
 
 HICO = "hico"
 HICO_FOLDER = "HICO_DET"  # the environment variable that says where it is
+TEST = "test"
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,6 @@ class LayoutData:
         split: likewise.
         layouts: in the file's order.
         table: the classes that they are scored by.
-        picture: where a layout's picture is; None if it is not there.
         of: how many layouts there are, of which these may be some.
     """
 
@@ -33,7 +45,6 @@ class LayoutData:
     split: str
     layouts: tuple[Layout, ...]
     table: ClassTable
-    picture: Callable[[Layout], Path | None]
     of: int
 
     def limited(self, count: int) -> "LayoutData":
@@ -43,15 +54,25 @@ class LayoutData:
         return replace(self, layouts=layouts, table=table)
 
 
-def open_data(data: str, split: str = "test", classes: str | None = None) -> LayoutData:
-    """The layouts of an image folder, or of HICO-DET.
+def open_data(
+    data: str,
+    split: str | None = None,
+    classes: str | None = None,
+    form: str = "shares",
+    columns: Mapping[str, str] | None = None,
+) -> LayoutData:
+    """The layouts of a data set in any form that `interactdiff.data` reads, or of HICO-DET's annotations.
+
+    Pictures need not be there.
 
     Args:
-        data: a folder with `metadata.jsonl`, or with one in a folder named as the split; a folder with
-            annotations of HICO-DET in JSON; or "hico": the folder that $HICO_DET names, else ./hico.
-        split: which part.
-        classes: "hico" scores an image folder by HICO-DET's 600 classes, whose words it has to use; None by
-            those of annotations of HICO-DET, and else by those that occur.
+        data: a folder with annotations of HICO-DET; "hico": the folder that $HICO_DET names, else ./hico; or
+            see `interactdiff.data.reading.open_source`.
+        split: which part; None is "test", or the only one that there is.
+        classes: "hico" scores data of another form by HICO-DET's 600 classes, whose words it has to use; None
+            by those of annotations of HICO-DET, and else by those that occur.
+        form: of the boxes, see `interactdiff.data.boxes.FORMS`; not of HICO-DET's annotations.
+        columns: of parquet, see `interactdiff.data.tables.Table`.
 
     Raises:
         DataError: there are none, or a file is damaged.
@@ -63,40 +84,97 @@ def open_data(data: str, split: str = "test", classes: str | None = None) -> Lay
             raise DataError(
                 f"expected HICO-DET in the folder that ${HICO_FOLDER} names, or in ./{HICO}, got no folder"
             )
-    annotations = annotation_file(folder, split)
-    if annotations is not None:
-        layouts = tuple(read_hico(annotations, split))
-        table = ClassTable.hico()
-        named = f"HICO-DET, {annotations.name}"
-
-        def picture(layout: Layout) -> Path | None:
-            return picture_file(folder, layout.file_name)
-
+    if (annotations := _annotations(folder, split or TEST)) is not None:
+        split, named, table = split or TEST, f"HICO-DET, {annotations.name}", ClassTable.hico()
+        layouts = tuple(_of_annotations(folder, annotations, split))
     else:
-        metadata = metadata_file(folder, split)
-        layouts = tuple(read_layouts(metadata))
-        table = ClassTable.hico() if classes == HICO else ClassTable.of(layouts)
-        named = folder.name or str(folder.resolve().name)
-
-        def picture(layout: Layout) -> Path | None:
-            path = metadata.parent / layout.file_name
-            return path if path.is_file() else None
-
+        path = str(folder) if data == HICO else data
+        there = splits(path)
+        split = split or (there[0] if len(there) == 1 else None) or TEST
+        table = ClassTable.hico() if classes == HICO else None
+        layouts = tuple(_of_records(Records.open(path, split, form, columns, need_pictures=False), table))
+        table = table or ClassTable.of(layouts)
+        named = folder.resolve().name if folder.exists() else data
     if not layouts:
         raise DataError(f"expected layouts in {folder}, got none")
-    _check_words(layouts, table, folder)
-    return LayoutData(named, split, layouts, table, picture, len(layouts))
+    _check_names(layouts, folder)
+    return LayoutData(named, split, layouts, table, len(layouts))
 
 
-def _check_words(layouts: Sequence[Layout], table: ClassTable, folder: Path) -> None:
-    """Refuse interactions of no class: they would be left out in silence."""
-    for layout in layouts:
-        for one in layout.interactions:
-            if one.action is not None and (one.action, one.object) not in table.numbers:
+def _annotations(folder: Path, split: str) -> Path | None:
+    """HICO-DET's annotations: JSON before the mat file, since reading it needs no further package."""
+    return find_annotations(folder, split, JSON_FORMS.get(split, ())) if folder.is_dir() else None
+
+
+@dataclass(frozen=True)
+class _RecordPicture:
+    """The picture of a record, which is read again whenever it is needed."""
+
+    records: Records
+    number: int
+
+    def read(self) -> bytes:
+        """All bytes of the encoded picture."""
+        return self.records[self.number].stored.read()
+
+
+def _of_records(records: Records, table: ClassTable | None) -> Iterator[Layout]:
+    """The layouts of records; words that a given table does not have are refused."""
+    for number, record in enumerate(records):
+        for one in record.interactions:
+            known = table is None or one.action is None or (one.action, one.object) in table.numbers
+            if not known:
                 raise DataError(
-                    f"{folder}, {layout.file_name}: expected words of HICO-DET, got {one.action!r} "
-                    f"{one.object!r}"
+                    f"{records.source.name}, line {record.line}: expected words of HICO-DET, got "
+                    f"{one.action!r} {one.object!r}"
                 )
+        width, height = int(records.widths[number]), int(records.heights[number])
+        picture = (record.path or _RecordPicture(records, number)) if width else None
+        size = (width, height) if width else None
+        yield Layout(record.name, record.prompt, record.interactions, record.entities, size, picture=picture)
+
+
+def _of_annotations(folder: Path, file: Path, split: str) -> Iterator[Layout]:
+    """The layouts of HICO-DET's pictures that have a visible pair."""
+    pictures = Pictures(folder, Options(skip_missing=True), Counter(), picture_folders(split))
+    for annotated in read_annotations(file, split, Counter()):
+        if annotated.pairs:
+            try:
+                yield _of_annotated(annotated, pictures.find(annotated.file_name))
+            except DataError as error:
+                raise DataError(f"{file}, {annotated.file_name}: {error}") from None
+
+
+def _of_annotated(annotated: AnnotatedPicture, picture: Path | None) -> Layout:
+    boxes, table = PixelBoxes(picture, annotated.size, "stored"), hico_classes()
+    interactions = []
+    for pair in annotated.pairs:
+        person, thing = boxes.shares(*pair.person), boxes.shares(*pair.object)
+        if person is None or thing is None:
+            outside = list(pair.person if person is None else pair.object)
+            width, height = boxes.size
+            raise DataError(f"expected a box in a picture of {width} x {height}, got {outside}")
+        interactions.append(Interaction(SUBJECT, *table.classes[pair.number], person, thing))
+    labels = annotated.labels
+    return Layout(
+        annotated.file_name,
+        triplet_caption(interactions),
+        tuple(interactions),
+        size=(boxes.info.width, boxes.info.height),
+        objects=None if labels is None else frozenset(table.classes[number][1] for number in labels),
+        picture=picture,
+    )
+
+
+def _check_names(layouts: Sequence[Layout], folder: Path) -> None:
+    """Refuse two layouts that would be drawn to one file."""
+    named: dict[str, str] = {}
+    for layout in layouts:
+        if (other := named.setdefault(layout.stem, layout.file_name)) != layout.file_name:
+            raise DataError(
+                f"{folder}: expected names that differ in more than their ending, got {other} and "
+                f"{layout.file_name}"
+            )
 
 
 def limited(layouts: Sequence[Layout], count: int) -> tuple[Layout, ...]:
@@ -141,10 +219,7 @@ def drawn_pictures(folder: Path) -> Callable[[Layout], Path | None]:
         raise DataError(f"expected a folder of pictures at {folder}, got none")
 
     def picture(layout: Layout) -> Path | None:
-        path = folder / layout.file_name
-        for ending in (path.suffix, *PICTURES):
-            if (there := path.with_suffix(ending)).is_file():
-                return there
-        return None
+        places = [folder / layout.file_name, *(folder / f"{layout.stem}{ending}" for ending in SUFFIXES)]
+        return next((place for place in places if place.is_file()), None)
 
     return picture

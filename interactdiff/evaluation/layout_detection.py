@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from interactdiff.data.layouts import Layout
 from interactdiff.errors import DataError
 from interactdiff.evaluation.detection import (
     HoiDetector,
@@ -21,6 +20,7 @@ from interactdiff.evaluation.detection import (
 )
 from interactdiff.evaluation.detection_files import DetectionFile
 from interactdiff.evaluation.hoi_classes import ClassTable
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_drawing import Ranks, batches
 from interactdiff.files import write_aside
 
@@ -80,7 +80,7 @@ def look(
     title = f"{pictures.row}, seed {pictures.seed}, detections"
     for number, numbers in tqdm(todo, unit="batch", desc=title, disable=not progress):
         batch = [pictures.picture(layouts[one]) for one in numbers]
-        sums = [_checksum(one) for one in batch]
+        sums = [zlib.crc32(one.read()) for one in batch]
         file = looking.batch_file(pictures, number)
         if _kept(file, batch, sums):
             continue
@@ -112,12 +112,6 @@ def found_in(
             if name != layout.file_name:
                 raise DataError(f"expected detections in {layout.file_name}, got some in {name}")
             yield layout, found_there
-
-
-def _checksum(picture: Picture) -> int:
-    if picture.path is None or not picture.path.is_file():
-        raise DataError(f"expected a picture at {picture.path or picture.file_name}, got no such file")
-    return zlib.crc32(picture.path.read_bytes())
 
 
 def _kept(file: Path, batch: Sequence[Picture], sums: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interactdiff.data.layouts import Layout
 from interactdiff.errors import DataError
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.sampling import Sampling, draw_batch
 from interactdiff.files import write_aside
 from interactdiff.generation import ScenePipeline
 from interactdiff.scene_items import Entity, Interaction
+from interactdiff.stickworld.captions import article
 
 RUN = "run.json"
 PAPER_NEGATIVE_PROMPT = (
@@ -90,8 +91,7 @@ class Drawing:
 
     def picture_path(self, row: str, seed: int, layout: Layout) -> Path:
         """Where a layout's picture is."""
-        name = PurePosixPath(layout.file_name).with_suffix(".jpg" if self.paper else ".png")
-        return self.folder / row / f"seed-{seed}" / name
+        return self.folder / row / f"seed-{seed}" / f"{layout.stem}{'.jpg' if self.paper else '.png'}"
 
 
 def noise_seed(seed: int, file_name: str) -> int:
@@ -104,12 +104,8 @@ def row_prompt(row: str, layout: Layout) -> str:
     """What a picture of a row is prompted with: its caption, or for boxes alone one that names no action."""
     if row != "boxes_only":
         return layout.prompt
-    clauses = [f"{_a(one.subject)} and {_a(one.object)}" for one in layout.interactions]
-    return ", ".join([*clauses, *(_a(one.phrase) for one in layout.entities)])
-
-
-def _a(phrase: str) -> str:
-    return f"{'an' if phrase[0].lower() in 'aeiou' else 'a'} {phrase}"
+    clauses = [f"{article(one.subject)} and {article(one.object)}" for one in layout.interactions]
+    return ", ".join([*clauses, *(article(one.phrase) for one in layout.entities)])
 
 
 def row_items(row: str, layout: Layout, most: int) -> tuple[Interaction | Entity, ...]:

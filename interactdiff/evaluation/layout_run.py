@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from interactdiff.data.layouts import Layout
+from interactdiff.data.records import Stored
 from interactdiff.errors import DataError
 from interactdiff.evaluation.detection import HoiDetector, Picture, PictureDetections
 from interactdiff.evaluation.hoi_matching import HoiEvaluator, Outcomes
 from interactdiff.evaluation.hoi_protocols import PROTOCOLS, Protocol, chosen_protocols
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_data import LayoutData
 from interactdiff.evaluation.layout_detection import (
     Looking,
@@ -43,7 +44,7 @@ class LayoutRun:
         seeds: of the noise.
         batch_size: pictures at a time.
         paper: as the paper's script does it, see `Drawing`.
-        limit: how many layouts were asked for, if not all.
+        limit: the number of layouts that was requested; None is all.
         measures: of further scores.
         calibration: of the detector on real pictures.
     """
@@ -179,14 +180,14 @@ def _picture_sets(
     squeezed = None if run.size is None else (run.size, run.size)
     sets: dict[str, list[PictureSet]] = {}
 
-    def of_folder(where: Callable[[Layout], Path | None]) -> Callable[[Layout], Picture]:
+    def of_source(where: Callable[[Layout], Path | Stored | None]) -> Callable[[Layout], Picture]:
         def picture(layout: Layout) -> Picture:
             return Picture(layout.file_name, where(layout), squeezed)
 
         return picture
 
-    if run.data.picture(run.data.layouts[0]) is not None:
-        sets[CEILING] = [PictureSet(CEILING, 0, of_folder(run.data.picture))]
+    if run.data.layouts[0].picture is not None:
+        sets[CEILING] = [PictureSet(CEILING, 0, of_source(lambda layout: layout.picture))]
     if drawn is not None:
         drawing = drawn.drawing
         for row in drawn.rows:
@@ -201,7 +202,7 @@ def _picture_sets(
                 for seed in run.seeds
             ]
     for name, where in folders.items():
-        sets[name] = [PictureSet(name, 0, of_folder(where))]
+        sets[name] = [PictureSet(name, 0, of_source(where))]
     return sets
 
 

@@ -5,10 +5,10 @@ from functools import cache
 
 import numpy as np
 
-from interactdiff.data.layouts import Layout
 from interactdiff.evaluation.box_scores import Answer, ap50, mean_iou, relation_score
 from interactdiff.evaluation.detection import Picture
 from interactdiff.evaluation.hoi import Share
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_data import LayoutData
 from interactdiff.evaluation.layout_detection import PictureSet
 from interactdiff.evaluation.layout_run import Measure
@@ -83,7 +83,7 @@ def distances(
 ) -> Measure:
     """FID ("fid") and KID ("kid") to the real pictures of the same layouts, the mean over seeds."""
     squeezed = None if size is None else (size, size)
-    real = [Picture(layout.file_name, data.picture(layout), squeezed) for layout in data.layouts]
+    real = [Picture(layout.file_name, layout.picture, squeezed) for layout in data.layouts]
 
     @cache
     def features_of_real() -> np.ndarray:

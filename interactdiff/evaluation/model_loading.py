@@ -60,7 +60,7 @@ def load_vision_language(name: str, device: torch.device) -> VisionLanguage:
 
 
 def load_verb_scorer(name: str, device: torch.device) -> VerbScorer:
-    """A scorer of verbs: CLIP, SigLIP, or else a language model that is asked.
+    """A scorer of verbs: CLIP, SigLIP, or else a vision-language model that answers yes or no.
 
     Raises:
         ModelError: it cannot be loaded.

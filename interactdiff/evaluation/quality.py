@@ -1,5 +1,6 @@
 """Image quality: FID and KID as torch-fidelity computes them, CLIP score for the whole and for each box."""
 
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -7,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from interactdiff.data.layouts import Layout
+from interactdiff.data.pictures import picture_info
 from interactdiff.errors import DataError, ModelError
 from interactdiff.evaluation.detection import Picture
 from interactdiff.evaluation.hoi import Share
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.two_stage import _on
 from interactdiff.evaluation.verb_scorers import ContrastiveVerbs, _normalised
 
@@ -66,12 +69,12 @@ def check_alike(pictures: Sequence[Picture], others: Sequence[Picture]) -> None:
 
 
 def _kind(picture: Picture) -> str:
-    own = Picture(picture.file_name, picture.path).shown_size
-    if own is None or picture.path is None:
-        raise DataError(f"{picture.file_name}: expected its picture, got none")
-    resized = picture.size is not None and picture.size != own
-    width, height = picture.size or own
-    lossy = not resized and picture.path.suffix.lower() in (".jpg", ".jpeg")
+    data = picture.read()
+    own = picture_info(data)
+    width, height = picture.size or (own.width, own.height)
+    resized = (width, height) != (own.width, own.height)
+    with Image.open(io.BytesIO(data)) as opened:
+        lossy = not resized and opened.format in ("JPEG", "MPO")
     return f"{width} x {height} px, {'JPEG' if lossy else 'lossless'}"
 
 

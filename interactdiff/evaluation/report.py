@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from interactdiff.data.layouts import Layout
 from interactdiff.errors import DataError
 from interactdiff.evaluation.bootstrap import (
     Difference,
@@ -25,6 +24,7 @@ from interactdiff.evaluation.bootstrap import (
 from interactdiff.evaluation.hoi import Share
 from interactdiff.evaluation.hoi_matching import Outcomes
 from interactdiff.evaluation.hoi_precision import SETTINGS, HoiPrecisions
+from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.table import markdown_block
 from interactdiff.files import write_aside
 
@@ -72,7 +72,11 @@ class RowScores:
 
 def layouts_digest(layouts: Sequence[Layout]) -> str:
     """A digest of which layouts there are, in which order."""
-    text = json.dumps([layout.to_row() for layout in layouts])
+    rows = [
+        (one.file_name, one.prompt, [*map(asdict, one.interactions)], [*map(asdict, one.entities)])
+        for one in layouts
+    ]
+    text = json.dumps(rows)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

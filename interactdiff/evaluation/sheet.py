@@ -14,7 +14,7 @@ from interactdiff.evaluation.layout_detection import PictureSet, found_in
 from interactdiff.evaluation.report import CEILING, ROWS
 
 if TYPE_CHECKING:
-    from interactdiff.data.layouts import Layout
+    from interactdiff.evaluation.layout import Layout
     from interactdiff.evaluation.layout_run import Evaluation, LayoutRun
 
 ACROSS = 8  # pictures of each kind
@@ -80,7 +80,7 @@ def _looked_up(
         if number in wanted:
             picture = pictures.picture(layout)
             size = found.size or layout.size or (CELL, CELL)
-            image = picture.image if picture.path is not None else Image.new("RGB", size, "white")
+            image = picture.image if picture.source is not None else Image.new("RGB", size, "white")
             yield number, SheetPicture(float(scores[number]), layout, found, image)
 
 

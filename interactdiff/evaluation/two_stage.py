@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from interactdiff.data.hico import SUBJECT
+from interactdiff.data.classes import SUBJECT
 from interactdiff.errors import ModelError
 from interactdiff.evaluation.detection import (
     DetectedPair,

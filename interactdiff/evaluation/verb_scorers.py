@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from interactdiff.data.hico import SUBJECT
+from interactdiff.data.classes import SUBJECT
 from interactdiff.errors import ModelError
 from interactdiff.evaluation.detection import PixelBox
 from interactdiff.evaluation.two_stage import Candidate, _on
@@ -139,7 +139,7 @@ class VisionLanguage:
 
 @dataclass
 class AskedVerbs:
-    """A language model that is asked of each verb, with both boxes drawn.
+    """A vision-language model that answers yes or no for each verb, with both boxes drawn.
 
     Attributes:
         model: that answers.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interactdiff.calls import Call, Rows
+from interactdiff.calls import Call, scenes_of_rows
 from interactdiff.interaction.site_state import ControlledSite, SceneTokenTable, SiteState
 from interactdiff.scene import SceneError
 from interactdiff.schedule import refreshes, scheduled
@@ -77,7 +77,7 @@ class ActiveScene:
             self._autocast = call.autocast
             self._forget()
         parts = call.rows
-        found = self._rows_of(batch, parts)
+        found = self._rows_of(call)
         if found is None:
             return None
         self._take_kept(call.thread)
@@ -122,22 +122,12 @@ class ActiveScene:
         self._kept_for[thread] = kept_for
         return self._fast and step is not None and same and not refreshes(step)
 
-    def _rows_of(self, batch: int, parts: tuple[Rows, ...]) -> tuple[Tensor, Tensor | None] | None:
+    def _rows_of(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """For each controlled row of the batch its tokens, and which rows those are if not all; or None."""
+        batch, parts = call.batch, call.rows
         if (batch, parts) in self._rows:
             return self._rows[batch, parts]
-        scenes = self._table.scenes
-        images, rest = divmod(batch, len(parts))
-        if rest or images % scenes:
-            guided = "on" if "unconditional" in parts else "off"
-            raise SceneError(
-                f"expected a batch of {len(parts)} times a multiple of {scenes} rows, for {scenes} scenes "
-                f"with guidance {guided}, got {batch} rows"
-            )
-        per_prompt = images // scenes
-        scene_of_row: list[tuple[int, Rows]] = [
-            (image // per_prompt, part) for part in parts for image in range(images)
-        ]
+        scene_of_row = scenes_of_rows(call, self._table.scenes)
         controlled = [row for row, scene in enumerate(scene_of_row) if self._table.controls(*scene)]
         found = None
         if controlled:

@@ -118,6 +118,8 @@ class InteractionBinding(Binding):
 
     def prepare(self, call: Call) -> Collection[Edit]:
         """Lay out the call's step, rows and tokens at every site."""
+        if call.is_pass:
+            return ()
         for recorder in self._recorders:
             recorder.begin(call.timestep)
         if self.scene is None:

@@ -55,7 +55,7 @@ class Caption:
 
 def article(words: str) -> str:
     """Put "a" or "an" before a phrase."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
 
 
 def phrase(name: str, look: Appearance, colours: bool = True) -> str:

@@ -32,6 +32,8 @@ class Options:
         predicates: a file with the predicates of Visual Genome that are kept, one a line.
         form: of the boxes in scene files, see `boxes.FORMS`.
         size: of stickworld's renders, in pixels.
+        colours: whether phrases of stickworld name colours ("red bike"); without them a phrase is the name of
+            a kind, as its detector says it.
     """
 
     images: Path | None = None
@@ -43,6 +45,7 @@ class Options:
     predicates: Path | None = None
     form: str = "shares"
     size: int = 128
+    colours: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,17 +113,21 @@ class PixelBoxes:
     both have the same size, `drawn_on` decides.
 
     Args:
-        picture: the file.
+        picture: the file; None if it is not there, and is taken to be stored as it is shown.
         size: width and height that the annotations name; None if they do not.
         drawn_on: "stored" for data sets that were annotated without regard to EXIF, "shown" for tools of
             today.
 
     Raises:
-        DataError: the picture cannot be read, or has another size.
+        DataError: the picture cannot be read, or has another size; there is neither a picture nor a size.
     """
 
-    def __init__(self, picture: Path, size: tuple[int, int] | None, drawn_on: Literal["stored", "shown"]):
-        info = picture_info(picture)
+    def __init__(
+        self, picture: Path | None, size: tuple[int, int] | None, drawn_on: Literal["stored", "shown"]
+    ):
+        if picture is None and size is None:
+            raise DataError("expected its picture, or annotations that name its size, got neither")
+        info = picture_info(picture) if picture is not None else PictureInfo(*size)  # type: ignore[misc]
         stored, as_shown = info.stored_size, (info.width, info.height)
         fits = [name for name, one in (("stored", stored), ("shown", as_shown)) if size in (None, one)]
         if not fits:
@@ -132,13 +139,13 @@ class PixelBoxes:
         self.turned = (drawn_on if len(fits) == 2 else fits[0]) == "stored"
         self.size = stored if self.turned else as_shown
 
-    def shares(self, x0: float, y0: float, x1: float, y1: float) -> list[float] | None:
+    def shares(self, x0: float, y0: float, x1: float, y1: float) -> Box | None:
         """A box from pixel edges (the right and lower edge not included); None if nothing of it is inside."""
         width, height = self.size
         box = clamped((x0 / width, y0 / height, x1 / width, y1 / height))
         if area(box) <= 0:
             return None
-        return list(_turned(box, self.info.orientation) if self.turned else box)
+        return _turned(box, self.info.orientation) if self.turned else box
 
 
 def interaction(

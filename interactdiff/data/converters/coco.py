@@ -17,18 +17,7 @@ from interactdiff.data.converters.base import (
     stream_json,
 )
 from interactdiff.errors import DataError
-
-_NAMES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,"
-    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
-    "surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,"
-    "broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,,dining table,,,toilet,,tv,"
-    "laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,,book,clock,vase,"
-    "scissors,teddy bear,hair drier,toothbrush"
-)
-COCO_NAMES = dict(enumerate(_NAMES.split(","), start=1))
-"""COCO's 80 objects by their ids, 1 to 90 with gaps (empty names)."""
+from interactdiff.scene_checks import Box
 
 
 class Instances:
@@ -68,7 +57,7 @@ class Instances:
         first, last = np.searchsorted(self.of, [picture, picture + 1])
         return range(int(first), int(last))
 
-    def shares(self, number: int, boxes: PixelBoxes) -> list[float] | None:
+    def shares(self, number: int, boxes: PixelBoxes) -> Box | None:
         """A box as shares, from x, y, width and height in pixels."""
         x, y, width, height = self.boxes[number].tolist()
         return boxes.shares(x, y, x + width, y + height)

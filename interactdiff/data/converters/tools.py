@@ -19,6 +19,7 @@ from interactdiff.data.converters.base import (
 from interactdiff.data.folder import caption_beside
 from interactdiff.data.words import triplet_caption
 from interactdiff.errors import DataError
+from interactdiff.scene_checks import Box
 from interactdiff.scene_items import Interaction
 
 _CAPTIONS = ("prompt", "caption", "text")  # keys of a task's data, and attributes, that have one
@@ -76,7 +77,7 @@ def convert_cvat(source: str, options: Options, notes: Counter[str]) -> Iterator
 def _labelled(
     results: list[dict[str, Any]], picture: Path, data: dict[str, Any], notes: Counter[str]
 ) -> dict[str, Any]:
-    regions: dict[str, tuple[str, list[float]]] = {}
+    regions: dict[str, tuple[str, Box]] = {}
     relations: list[tuple[str, str, list[str | None]]] = []
     caption = next((data[key] for key in _CAPTIONS if isinstance(data.get(key), str)), None)
     for one in results:

@@ -19,6 +19,7 @@ from interactdiff.data.converters.base import (
 from interactdiff.data.converters.coco import Instances
 from interactdiff.data.words import triplet_caption
 from interactdiff.errors import DataError
+from interactdiff.scene_checks import Box
 from interactdiff.scene_items import Interaction
 
 SPLITS = ("train", "val", "test")
@@ -117,7 +118,7 @@ def _converted(
     if (picture := pictures.find(name)) is None:
         return None
     boxes = PixelBoxes(picture, (width, height), "stored")
-    things: dict[int, tuple[str, list[float] | None]] = {}
+    things: dict[int, tuple[str, Box | None]] = {}
     for one in instances.of_picture(number):
         phrase = instances.names[int(instances.categories[one])]
         things[int(instances.ids[one])] = phrase, instances.shares(one, boxes)

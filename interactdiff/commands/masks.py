@@ -1,0 +1,71 @@
+"""interactdiff masks: where things are in a photo, by a model's attention to their words."""
+
+import argparse
+from pathlib import Path
+
+from interactdiff.commands.arguments import Commands, check_picture_path, quiet_libraries
+from interactdiff.commands.concept_arguments import (
+    add_photo,
+    boxes,
+    checked_photo,
+    loaded,
+    looking,
+    named,
+)
+from interactdiff.files import write_aside
+
+
+def add_to(commands: Commands) -> None:
+    """Add `masks`."""
+    parser = commands.add_parser(
+        "masks",
+        help="find things in a photo by a model's attention to their words",
+        description="Noises a photo a little, reads where the model attends to each word, and writes the "
+        "masks as a picture, and with --each one PNG a word.",
+    )
+    parser.set_defaults(run=_run)
+    add_photo(parser, "WORD", 'what is in the photo, such as "dog"')
+    parser.add_argument(
+        "--out", type=Path, default=Path("masks.png"), metavar="PNG", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--each", action="store_true", help="also write OUT.WORD.png for each word, white where it is"
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    check_picture_path(args.out)
+    checked_photo(args)
+    quiet_libraries()
+    import numpy as np
+    from PIL import Image
+
+    from interactdiff.concept.denoising import Denoising
+    from interactdiff.concept.finding import find_masks
+    from interactdiff.concept.pictures import masks_picture, read_mask, read_photo
+
+    photo = read_photo(args.photo)
+    given = {name: read_mask(path) for name, path in named("--mask", args.mask).items()}
+    pipeline, size = loaded(args)
+    masks = find_masks(
+        pipeline,
+        photo,
+        [word.rpartition("=")[2] for word in args.concept],
+        size=size,
+        prompt=args.prompt,
+        looking=looking(args, pipeline),
+        boxes=boxes(args.box),
+        given=given,
+    )
+    sized = Denoising.of(pipeline).sized(photo, size)
+    written = {args.out: masks_picture(sized, masks)}
+    if args.each:
+        for number, name in enumerate(masks.names):
+            white = Image.fromarray(masks.masks[number].numpy().astype(np.uint8) * 255)
+            beside = args.out.with_suffix(f".{name.replace(' ', '_')}.png")
+            written[beside] = white.resize(sized.size, Image.Resampling.NEAREST)
+    for path, picture in written.items():
+        write_aside(path, lambda file, picture=picture: picture.save(file, format="PNG"))
+        print(path)
+    for name, area in masks.areas.items():
+        print(f"{name}: {100 * area:.1f} % of the photo")

@@ -1,0 +1,163 @@
+"""How concepts are learned. Each published behaviour that is a bug is an option, off by default."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from interactdiff.concept.config import Acts
+from interactdiff.concept.finding import Looking
+from interactdiff.concept.masks import MaskSettings
+from interactdiff.concept.words import PREFIX, ConceptError
+
+PARSED = (bool, int, float, str)  # types of options that a command line can give
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """Options of `learn`.
+
+    Attributes:
+        steps: of training.
+        learning_rate: of keys and values.
+        token_learning_rate: of the tokens' embeddings.
+        weight_decay: of keys and values; tokens have none.
+        projections: of text that are changed: "kv", "k", "v" or "none".
+        rank: of the changes; 0 for whole matrices.
+        acts_on: the rows of the text that are changed, see `ConceptConfig`.
+        vectors: embeddings for each token.
+        attention_loss: "normalised" (ours), "published" or "none".
+        attention_weight: of that loss.
+        full_image_weight: share of the denoising error over the whole picture; the published code has 0.5.
+        prefix: of prompts that name some of the concepts.
+        sampling: of concepts for each step: "uniform" over all subsets, or "reweighted", which draws those
+            alone more often that attention finds less well.
+        joint_share: of the steps, with all concepts, where sampling is reweighted.
+        refresh_every: steps between looks at the photo for better masks; 0 keeps the first ones.
+        least_overlap: IoU with the last masks that better ones have, for each concept.
+        looking: how the photo is looked at.
+        prior_pictures: of the base's own for `prior_prompt`, on which it has to stay as it is; 0 for none.
+        prior_prompt: what they show.
+        prior_weight: of that loss.
+        mixed_precision: "no" or "bf16"; what is trained stays in float32.
+        seed: of everything that is drawn.
+        checkpoint_every: steps between checkpoints; 0 for none but that of an interruption.
+        sample_every: steps between sample grids; 0 for none.
+        size: side in pixels; None for the model's own.
+        published_error: masks enter squared and enlarged by bicubic interpolation, channels are summed, and
+            the divisor is the picture's area.
+        published_refresh: masks are looked for at one noise level of all, and taken if SSIM says that they
+            are like the last ones.
+        freeze_last_token: the last concept's embedding gets no gradient.
+        detach_start: the keys and values of the text's first token are constants, as in Custom Diffusion.
+    """
+
+    steps: int = 500
+    learning_rate: float = 1e-4
+    token_learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    projections: str = "kv"
+    rank: int = 0
+    acts_on: Acts = "own"
+    vectors: int = 1
+    attention_loss: str = "normalised"
+    attention_weight: float = 0.1
+    full_image_weight: float = 0.0
+    prefix: str = PREFIX
+    sampling: str = "uniform"
+    joint_share: float = 1 / 3
+    refresh_every: int = 50
+    least_overlap: float = 0.7
+    looking: Looking = field(default_factory=Looking)
+    prior_pictures: int = 0
+    prior_prompt: str = "a photo"
+    prior_weight: float = 1.0
+    mixed_precision: str = "no"
+    seed: int = 0
+    checkpoint_every: int = 100
+    sample_every: int = 0
+    size: int | None = None
+    published_error: bool = False
+    published_refresh: bool = False
+    freeze_last_token: bool = False
+    detach_start: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("attention_loss", ("normalised", "published", "none")),
+            ("sampling", ("uniform", "reweighted")),
+            ("mixed_precision", ("no", "bf16")),
+        ):
+            if getattr(self, name) not in known:
+                raise ConceptError(f"expected {name} of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("steps", "refresh_every", "prior_pictures", "checkpoint_every", "sample_every"):
+            least = 1 if name == "steps" else 0
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ConceptError(f"expected {name} from {least} up, got {value!r}")
+        if self.prior_pictures and self.acts_on == "own":
+            raise ConceptError(
+                "expected acts_on 'all' with prior_pictures, got 'own', which changes no prompt without a "
+                "concept"
+            )
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether any loss reads them."""
+        return self.attention_loss != "none" or self.full_image_weight < 1
+
+    @classmethod
+    def parsed(cls, texts: Sequence[str]) -> dict[str, Any]:
+        """Options of the command line, "name=value" each, as keyword arguments.
+
+        Raises:
+            ConceptError: there is no such option, or its value is of another type.
+        """
+        simple = {one.name: type(one.default) for one in fields(cls) if type(one.default) in PARSED}
+        values: dict[str, Any] = {}
+        for text in texts:
+            name, _, value = text.partition("=")
+            kind = simple.get(name)
+            if kind is None:
+                raise ConceptError(f"expected an option of {', '.join(simple)}, got {text!r}")
+            if kind is bool:
+                kind = {"true": True, "false": False}.__getitem__
+            try:
+                values[name] = kind(value)  # type: ignore[operator]
+            except (ValueError, KeyError):
+                raise ConceptError(f"expected {name} like {getattr(cls, name)!r}, got {value!r}") from None
+        return values
+
+    @classmethod
+    def published(cls, **changes: Any) -> "LearnOptions":
+        """What AttenCraft's released code does, bugs included, at its learning rate."""
+        masks = MaskSettings(background="start", unassigned="ignore", minimum_area=0.0)
+        options = cls(
+            learning_rate=1e-4,
+            token_learning_rate=1e-4,
+            acts_on="all",
+            attention_loss="published",
+            attention_weight=1.0,
+            full_image_weight=0.5,
+            refresh_every=20,
+            least_overlap=0.8,
+            looking=Looking(timesteps=(150,), masks=masks),
+            prior_pictures=200,
+            prior_prompt="a photo at the beach",
+            published_error=True,
+            published_refresh=True,
+            freeze_last_token=True,
+            detach_start=True,
+        )
+        return replace(options, **changes)
+
+    @classmethod
+    def custom_diffusion(cls, **changes: Any) -> "LearnOptions":
+        """Custom Diffusion (arXiv 2212.04488): no masks in any loss, keys and values of all words."""
+        options = cls(
+            acts_on="all",
+            attention_loss="none",
+            full_image_weight=1.0,
+            refresh_every=0,
+            detach_start=True,
+        )
+        return replace(options, **changes)

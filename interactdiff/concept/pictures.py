@@ -1,0 +1,82 @@
+"""Pictures of masks over their photo."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from interactdiff.concept.masks import ConceptMasks
+from interactdiff.concept.words import ConceptError
+
+COLOURS = ((214, 0, 108), (0, 87, 217), (0, 116, 58), (138, 75, 0), (98, 0, 168), (0, 122, 128))
+GAP, LEAST_SIDE, LABEL = 8, 192, 22  # pixels
+
+
+def masks_picture(photo: Image.Image, masks: ConceptMasks) -> Image.Image:
+    """The photo, and beside it each concept in its mask, with its name and its share of the picture."""
+    shown = _legible(photo.convert("RGB"))
+    width, height = shown.size
+    panels = [(shown, "photo")]
+    pixels = np.asarray(shown, dtype=np.float32)
+    for number, name in enumerate(masks.names):
+        inside = _enlarged(masks.masks[number], (height, width))[..., None]
+        colour = np.asarray(COLOURS[number % len(COLOURS)], dtype=np.float32)
+        outside = 0.25 * pixels + 0.75 * 245
+        within = 0.75 * pixels + 0.25 * colour
+        drawn = Image.fromarray(np.where(inside, within, outside).round().astype(np.uint8))
+        panels.append((drawn, f"{name} {100 * masks.areas[name]:.0f} %"))
+    return side_by_side(panels)
+
+
+def side_by_side(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Pictures in a row, each with a line of words under it; small ones are enlarged, so that words fit."""
+    panels = [(_legible(picture), words) for picture, words in panels]
+    width = sum(picture.width for picture, _ in panels) + GAP * (len(panels) - 1)
+    height = max(picture.height for picture, _ in panels)
+    sheet = Image.new("RGB", (width, height + LABEL), "white")
+    draw, left = ImageDraw.Draw(sheet), 0
+    for picture, words in panels:
+        sheet.paste(picture, (left, 0))
+        draw.text((left + 2, height + 3), words, fill="black", font=ImageFont.load_default(14))
+        left += picture.width + GAP
+    return sheet
+
+
+def read_photo(path: str) -> Image.Image:
+    """A photo.
+
+    Raises:
+        ConceptError: there is none, or it is damaged.
+    """
+    return _read(path, "photo").convert("RGB")
+
+
+def read_mask(path: str) -> torch.Tensor:
+    """[h, w] float32 in [0, 1], of a picture that is white where the concept is.
+
+    Raises:
+        ConceptError: there is none, or it is damaged.
+    """
+    return torch.from_numpy(np.asarray(_read(path, "mask").convert("L"), dtype=np.float32) / 255)
+
+
+def _read(path: str, what: str) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened
+    except OSError as error:
+        raise ConceptError(f"expected a {what} at {path}, got {error.strerror or 'no picture'}") from None
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConceptError(f"expected a whole {what} at {path}, got {error}") from None
+
+
+def _legible(picture: Image.Image) -> Image.Image:
+    scale = max(1, -(-LEAST_SIDE // min(picture.size)))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _enlarged(mask: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    return F.interpolate(mask.float()[None, None], size, mode="nearest")[0, 0].numpy() > 0.5

@@ -1,0 +1,114 @@
+"""Where a prompt's words are among the rows of a denoiser's text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from interactdiff.concept.words import ConceptError
+from interactdiff.pipeline_calls import text_limits
+from interactdiff.sites import denoiser_of, known_family
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Rows of the text.
+
+    Attributes:
+        concepts: for each name those of its tokens.
+        start: of the first token, which has seen nothing of the prompt; empty for encoders that have none.
+        template: of the words around the names.
+    """
+
+    concepts: tuple[tuple[int, ...], ...]
+    start: tuple[int, ...]
+    template: tuple[int, ...]
+
+    def of_background(self, background: str) -> tuple[int, ...]:
+        """The rows of a background, see `MaskSettings`; empty where it has none."""
+        return {"start": self.start, "template": self.template}.get(background, ())
+
+    def classes(self, background: str) -> list[tuple[int, ...]]:
+        """The rows of each concept, and of the background where it has some.
+
+        Raises:
+            ConceptError: the background has none.
+        """
+        if background == "complement":
+            return list(self.concepts)
+        rows = self.of_background(background)
+        if not rows:
+            raise ConceptError(
+                f"expected a text with rows for the background {background!r}, got none: try another"
+            )
+        return [*self.concepts, rows]
+
+
+def segments(pipeline: Any) -> list[tuple[Any, int, int]]:
+    """The tokenizers whose positions are rows of the denoiser's text: tokenizer, first row, rows.
+
+    Raises:
+        ConceptError: the family's text is not laid out so.
+    """
+    family = known_family(denoiser_of(pipeline)).name
+    if family == "U-Net":
+        tokenizer = getattr(pipeline, "tokenizer", None) or pipeline.tokenizer_2
+        return [(tokenizer, 0, tokenizer.model_max_length)]
+    (_, limit), *_ = text_limits(pipeline)
+    if family == "Flux":
+        return [(pipeline.tokenizer_2, 0, limit)]
+    if family == "SD3":
+        clip = pipeline.tokenizer_max_length
+        found = [(pipeline.tokenizer, 0, clip)] if pipeline.tokenizer is not None else []
+        if pipeline.tokenizer_3 is not None:
+            found.append((pipeline.tokenizer_3, clip, limit))
+        return found
+    raise ConceptError(f"expected a base of U-Net, Flux, SD3 for concepts, got {family}")
+
+
+def prompt_rows(pipeline: Any, prompt: str, names: Sequence[str]) -> PromptRows:
+    """Find names in a prompt.
+
+    Args:
+        pipeline: from text, with the names' new tokens where they are new.
+        prompt: in which each name stands once.
+        names: tokens or words, in any order.
+
+    Raises:
+        ConceptError: a name is not in the prompt, or beyond what the text encoder takes.
+    """
+    concepts: list[list[int]] = [[] for _ in names]
+    start, template = [], []
+    for tokenizer, first, limit in segments(pipeline):
+        text = prompt
+        if hasattr(pipeline, "maybe_convert_prompt"):
+            text = pipeline.maybe_convert_prompt(prompt, tokenizer)
+        spans = [_span(text, prompt, name, tokenizer) for name in names]
+        encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        offsets, special = encoded.offset_mapping, encoded.special_tokens_mask
+        for row, ((begin, end), is_special) in enumerate(zip(offsets, special, strict=True)):
+            if is_special:
+                if row == 0:
+                    start.append(first)
+                continue
+            own = [n for n, (low, high) in enumerate(spans) if begin < high and low < end]
+            if own and row >= limit - 1:
+                raise ConceptError(
+                    f"expected a prompt of at most {limit} tokens, got {names[own[0]]} beyond them"
+                )
+            if row < limit:
+                (concepts[own[0]] if own else template).append(first + row)
+    return PromptRows(tuple(map(tuple, concepts)), tuple(start), tuple(template))
+
+
+def _span(text: str, prompt: str, name: str, tokenizer: Any) -> tuple[int, int]:
+    """Where a name stands in a prompt that a pipeline may have given further tokens of several vectors."""
+    begin = prompt.find(name)
+    if begin < 0:
+        raise ConceptError(f"expected {name} in the prompt, got {prompt!r}")
+    if text == prompt:
+        return begin, begin + len(name)
+    begin = text.find(name)
+    end, number = begin + len(name), 1
+    while text.startswith(further := f" {name}_{number}", end):
+        end, number = end + len(further), number + 1
+    return begin, end

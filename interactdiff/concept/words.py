@@ -1,0 +1,119 @@
+"""What a person names: a concept's new token, and the word whose embedding it starts from. No torch."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+
+from interactdiff.errors import InteractdiffError
+from interactdiff.scene_checks import shown
+
+TOKEN = re.compile(r"<[\w-]+>")
+MAX_VECTORS = 16
+PREFIX = "a photo of "
+
+
+class ConceptError(InteractdiffError):
+    """Concepts that cannot be learned, found or read as they were given."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A thing that is learned.
+
+    Attributes:
+        token: what prompts call it, in angle brackets, such as "<hero>".
+        word: what it is, such as "person": its embedding starts there.
+        vectors: embeddings that the token stands for, 1 to `MAX_VECTORS`.
+
+    Raises:
+        ConceptError: a token without brackets, no word, or a number of vectors out of range.
+    """
+
+    token: str
+    word: str
+    vectors: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.token, str) or not TOKEN.fullmatch(self.token):
+            raise ConceptError(
+                f"expected a concept's token in angle brackets, such as <hero>, got {shown(self.token)}"
+            )
+        if not isinstance(self.word, str) or not self.word.strip():
+            raise ConceptError(
+                f"expected a word for {self.token}, such as {self.token}=person, got {shown(self.word)}"
+            )
+        if type(self.vectors) is not int or not 1 <= self.vectors <= MAX_VECTORS:
+            raise ConceptError(f"expected 1 to {MAX_VECTORS} vectors a token, got {shown(self.vectors)}")
+
+    @classmethod
+    def parse(cls, text: str, vectors: int = 1) -> "Concept":
+        """Read `<token>=word`.
+
+        Raises:
+            ConceptError: it is of another form.
+        """
+        token, equals, word = text.partition("=")
+        if not equals:
+            raise ConceptError(f"expected TOKEN=WORD, such as <hero>=person, got {shown(text)}")
+        return cls(token.strip(), word.strip(), vectors)
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """One token for each vector, as diffusers' textual inversion names them: `<hero>`, `<hero>_1`."""
+        return (self.token, *(f"{self.token}_{n}" for n in range(1, self.vectors)))
+
+
+def as_concepts(given: Mapping[str, str] | Sequence[Concept], vectors: int = 1) -> tuple[Concept, ...]:
+    """Concepts, of {token: word} or as they are.
+
+    Raises:
+        ConceptError: there are none, or two of one token.
+    """
+    if isinstance(given, Mapping):
+        given = [Concept(token, word, vectors) for token, word in given.items()]
+    check_distinct([concept.token for concept in given])
+    return tuple(given)
+
+
+def check_distinct(names: Sequence[str]) -> None:
+    """Make sure that concepts have a name each.
+
+    Raises:
+        ConceptError: there are none, or two have the same.
+    """
+    if not names:
+        raise ConceptError("expected at least one concept, got none")
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise ConceptError(f"expected each concept once, got {twice} twice")
+
+
+def joint_prompt(template: str | None, names: Sequence[str], prefix: str = PREFIX) -> str:
+    """The prompt that names all concepts.
+
+    Args:
+        template: with a slot for each concept, "{0} beside {1}"; None is "a photo of {0} and {1}".
+        names: what fills the slots: tokens or words.
+        prefix: of the prompt where there is no template.
+
+    Raises:
+        ConceptError: the template's slots are not those of the concepts.
+    """
+    if template is None:
+        return subset_prompt(names, prefix)
+    try:
+        slots = [slot for _, slot, _, _ in Formatter().parse(template) if slot is not None]
+    except ValueError as error:
+        raise ConceptError(
+            f"expected a prompt such as 'a photo of {{0}}', got {template!r}: {error}"
+        ) from None
+    if sorted(slots) != sorted(str(n) for n in range(len(names))):
+        wanted = ", ".join(f"{{{n}}}" for n in range(len(names)))
+        raise ConceptError(f"expected a prompt with each of {wanted} once, got {template!r}")
+    return template.format(*names)
+
+
+def subset_prompt(names: Iterable[str], prefix: str = PREFIX) -> str:
+    """The prompt that names some concepts, as published: "a photo of <new1> and <new2>"."""
+    return prefix + " and ".join(names)

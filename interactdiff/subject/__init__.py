@@ -1,0 +1,1 @@
+"""DreamTuner (arXiv 2312.13691): this very subject, from one picture. docs/subject.md."""

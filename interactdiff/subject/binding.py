@@ -1,0 +1,387 @@
+"""DreamTuner attached: from the subjects of a scene to what its sites read in each denoiser call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interactdiff.adapter import Binding, Edit, EditedCall, Guidance, Host
+from interactdiff.calls import Call
+from interactdiff.errors import AdapterError, SceneError
+from interactdiff.scene_checks import shown
+from interactdiff.schedule import scheduled
+from interactdiff.sites import known_family
+from interactdiff.subject.active_scene import PlacedSubject, SubjectScene
+from interactdiff.subject.adapter import SubjectAdapter
+from interactdiff.subject.features import Features, moved
+from interactdiff.subject.foreground import load_segmenter
+from interactdiff.subject.guidance import combined, guided_by_reference, halves_of, map_rows, prompt_in_both
+from interactdiff.subject.items import MAX_SUBJECTS, Subject
+from interactdiff.subject.place import boxes_of
+from interactdiff.subject.runner import ReferenceRunner, Time
+from interactdiff.subject.spec import SPEC
+from interactdiff.subject.subject_sites import EncoderSite, KeySite
+
+
+@dataclass
+class Plan:
+    """What is done in the call under way.
+
+    Attributes:
+        features: of subjects by number and sign.
+        gap: whether the reference's noise differs by what a row is for.
+        blind: which part of the batch sees no reference.
+        by_reference: whether the step is guided by the reference.
+        doubled: whether rows were added that the caller does not know of.
+        returns: whether the caller gets what its first call of the step gave.
+    """
+
+    features: dict[tuple[int, int], Features]
+    gap: bool = False
+    blind: int | None = None
+    by_reference: bool = False
+    doubled: bool = False
+    returns: bool = False
+
+
+class SubjectBinding(Binding):
+    """An attached `SubjectAdapter`: `handle["subject"]`.
+
+    Attributes:
+        settings: those of the method's spec, by name.
+        runner: what runs the references; `runner.cache` keeps what they give.
+    """
+
+    adapter: SubjectAdapter
+    scene: SubjectScene | None
+
+    def __init__(self, adapter: SubjectAdapter, host: Host):
+        super().__init__(adapter, host)
+        self.settings = {setting.name: setting.default for setting in SPEC.settings}
+        self._keys = [KeySite(site) for site in host.sites_of("self", "joint", "single")]
+        attentions = adapter.attentions
+        self._encoders = [
+            EncoderSite(site, *attentions[site.path]) for site in host.sites if site.path in attentions
+        ]
+        self.runner = ReferenceRunner(host, adapter, self._keys)
+        self._guidance = Guidance(self._before, self._after)
+        recorders = tuple(one.recorder for one in self._keys)
+        self._encoder_edits = tuple(one.edit for one in self._encoders)
+        self.edits = (
+            self._guidance, *(one.edit for one in self._keys), *recorders, *self._encoder_edits,
+        )  # fmt: skip
+        self._recording = recorders, (*recorders, *self._encoder_edits)
+        self._acting: dict[tuple[bool, bool, int], tuple[Edit, ...]] = {}
+        self._plan: Plan | None = None
+        self._pass_weight = 0.0  # of the encoder, in a pass over a reference
+        self._returned: dict[int, tuple[float, Tensor]] = {}
+
+    def configure(
+        self,
+        *,
+        segmenter: str | None = None,
+        cache_bytes: float | None = None,
+        cache_device: str | torch.device | None = None,
+        rows_at_once: int | None = None,
+        **settings: float,
+    ) -> None:
+        """Change how subjects act from the next call on; what is None stays.
+
+        Args:
+            segmenter: a model of transformers for image segmentation, folder or Hub id, for pictures without
+                a mask, an alpha channel or a white background.
+            cache_bytes: limit of what is kept of references, 2e9 at first.
+            cache_device: where it is kept, such as "cpu"; the denoiser's device at first.
+            rows_at_once: times of one pass over a reference, 8 at first.
+            **settings: those of the method: `encoder_weight`, `reference_weight`, `guidance`,
+                `guidance_share`, `time_gap`, `layers`, `schedule`, `extra_row`, `fresh_noise`,
+                `position_shift` (docs/subject.md).
+
+        Raises:
+            SceneError: there is no such setting, or its value is out of range.
+            AdapterError: there is no such segmentation model, or positions cannot be shifted in this base.
+        """
+        known = {setting.name: setting for setting in SPEC.settings}
+        checked = {}
+        for name, value in settings.items():
+            if name not in known:
+                raise SceneError(f"subject: expected settings of {', '.join(known)}, got {shown(name)}")
+            checked[name] = known[name].checked(value)
+        if checked.get("position_shift") and known_family(self.host.denoiser).name != "Flux":
+            kind = type(self.host.denoiser).__name__
+            raise AdapterError(f"position_shift: expected 0 for {kind}, whose positions cannot be shifted")
+        if segmenter is not None:
+            self.runner.segmenter = load_segmenter(segmenter)
+        if rows_at_once is not None:
+            self.runner.rows_at_once = max(int(rows_at_once), 1)
+        if cache_bytes is not None or cache_device is not None:
+            self.runner.cache.clear()
+            cache = self.runner.cache
+            cache.limit = cache.limit if cache_bytes is None else cache_bytes
+            cache.device = cache.device if cache_device is None else torch.device(cache_device)
+        self.settings |= checked
+
+    def encode(
+        self,
+        items: Sequence[Sequence[Subject]],
+        seed: int = 0,
+        prompt: str | Sequence[str] | None = None,
+        all_items: Sequence[Sequence[Any]] | None = None,
+    ) -> SubjectScene | None:
+        """Encode the references of a scene, once: latents, foreground, text, tokens.
+
+        Args:
+            items: for every image, or one sequence for each prompt of the batch.
+            seed: of the draws of reference guidance.
+            prompt: of the pictures, or one for each; subjects that it does not name get a warning.
+            all_items: with interactions, whose boxes place subjects of the same phrases.
+
+        Raises:
+            SceneError: too many subjects, or nothing is left of one in its picture.
+            AdapterError: there is no pipeline to encode pictures and texts with.
+        """
+        if not any(one.strength for subjects in items for one in subjects):
+            return None
+        for subjects in items:
+            if len(subjects) > MAX_SUBJECTS:
+                raise SceneError(f"subjects: expected at most {MAX_SUBJECTS}, got {len(subjects)}")
+        self.runner.passes()
+        self.follow(self.runner.passes().device)
+        _warn_unnamed(items, prompt)
+        everything = items if all_items is None else all_items
+        placed: dict[Any, tuple[int, PlacedSubject]] = {}
+        prompts = []
+        for n, subjects in enumerate(items):
+            numbers = []
+            for one in subjects:
+                boxes = boxes_of(one, everything[n if len(everything) > 1 else 0])
+                if (one, boxes) not in placed:
+                    made = PlacedSubject(self.runner.reference_of(one), boxes, one.strength)
+                    placed[one, boxes] = len(placed), made
+                numbers.append(placed[one, boxes][0])
+            prompts.append(tuple(numbers))
+        references = tuple(subject for _, subject in placed.values())
+        for one in references:
+            if one.reference.how.startswith("nothing"):
+                warnings.warn(
+                    f"subject {shown(one.reference.subject.phrase)}: its whole picture is taken, background "
+                    "and all: give a mask, an alpha channel, a white background or a segmenter",
+                    stacklevel=2,
+                )
+        return SubjectScene(references, tuple(prompts), seed)
+
+    def use(self, encoded: SubjectScene | None) -> None:
+        """Act by a scene from the next call on."""
+        self.clear()
+        self.scene = encoded
+
+    def clear(self) -> None:
+        """Forget the scene; what is kept of its references stays for the next one."""
+        self.scene = self._plan = None
+        self._returned.clear()
+        for one in self._keys:
+            one.blocks = ()
+        for site in self._encoders:
+            site.forget()
+
+    def prepare(self, call: Call) -> Collection[Edit]:
+        """Lay out the call's keys and the encoder's results at every site."""
+        if call.is_pass:
+            return self._prepare_pass(call)
+        plan, scene = self._plan, self.scene
+        if plan is None or scene is None or plan.returns:
+            return ()
+        self.follow(call.device)
+        rows = scene.rows(call, plan.gap, plan.blind)
+        acting = self._acting_keys() if plan.features else []
+        for one in acting:
+            one.blocks = scene.key_blocks(
+                one.site, call, rows, plan.features, self.settings["reference_weight"]
+            )
+        encoder = False
+        if self._encoders and self.settings["encoder_weight"]:
+            for site in self._encoders:
+                grid = site.site.grid(*call.grid)
+                shares = scene.encoder_shares(rows, grid, self.settings["encoder_weight"], call.device)
+                tokens = {n: scene.subjects[n].reference.tokens for n in shares}
+                site.prepare(tokens, [self._cast(share) for share in shares.values()])  # type: ignore[arg-type]
+                encoder = encoder or bool(shares)
+        which = bool(acting), encoder, len(acting)
+        if which not in self._acting:
+            keys = tuple(one.edit for one in acting)
+            self._acting[which] = keys + (self._encoder_edits if encoder else ())
+        return self._acting[which]
+
+    def describe(self) -> str:
+        """Which subjects there are, and what found their foregrounds."""
+        if self.scene is None:
+            return ""
+        words = [f"{one.reference.subject.phrase} by {one.reference.how}" for one in self.scene.subjects]
+        return ", ".join(words)
+
+    # --- a call ---
+
+    def _before(self, call: Call) -> EditedCall | None:
+        """Run what references the call needs, before anything is laid out for it; choose how it is guided."""
+        self._plan, scene = None, self.scene
+        if scene is None:
+            return None
+        share = self.settings["schedule"]
+        if share < 1 and (not share or (call.step and not scheduled(*call.step, (share, 0.0, 1 - share)))):
+            return None
+        acts = self.settings["reference_weight"] > 0 and bool(self._acting_keys())
+        plan, edited = Plan({}), None
+        if acts and self.settings["guidance"] > 0:
+            plan, edited = self._guided(call, scene)
+        if acts and not plan.returns:
+            plan.features = self._features(call, scene, plan, edited)
+        self._plan = plan
+        return edited
+
+    def _guided(self, call: Call, scene: SubjectScene) -> tuple[Plan, EditedCall | None]:
+        plan = Plan({}, gap=self.settings["time_gap"] > 0)
+        plan.by_reference = self._by_reference(call, scene, 0)
+        halves = halves_of(call.rows)
+        if halves is None and not self.settings["extra_row"]:
+            raise AdapterError(
+                "expected batches of prompt and negative prompt for reference guidance, got one row a "
+                "picture: set extra_row to 1, which adds one, or guidance to 0"
+            )
+        if not plan.by_reference:
+            return plan, None
+        if halves is not None:
+            plan.blind = halves[0]
+            edited = prompt_in_both(call.arguments, call.batch, halves)
+        elif call.rows == ("unconditional",):
+            plan.returns = True
+            return plan, None
+        else:
+            plan.blind, plan.doubled = 0, True
+            edited = map_rows(call.arguments, call.batch, lambda t: torch.cat([t, t]))
+        return plan, EditedCall(edited, ("conditional", "conditional"))
+
+    def _by_reference(self, call: Call, scene: SubjectScene, ahead: int) -> bool:
+        step = int(call.timestep) if call.step is None else call.step[0]
+        return guided_by_reference(scene.seed, step + ahead, self.settings["guidance_share"])
+
+    def _features(
+        self, call: Call, scene: SubjectScene, plan: Plan, edited: EditedCall | None
+    ) -> dict[tuple[int, int], Features]:
+        """Of all references that the call's rows see."""
+        parts = call.rows if edited is None else edited.rows or ()
+        signs = (0,)
+        if plan.gap:
+            signs = tuple(sorted({1 if part == "unconditional" else -1 for part in parts}))
+        gap = float(self.settings["time_gap"]) if plan.gap else 0.0
+        time, passes = call.timestep, self.runner.passes()
+        fresh = None
+        if self.settings["fresh_noise"]:
+            step = int(time) if call.step is None else call.step[0]
+            fresh = (scene.seed * 1000003 + step + 1) % 2**63  # 0 is that of the reference's own noise
+        found: dict[tuple[int, int], Features] = {}
+        ahead = self._ahead(call, scene, plan)
+        numbers = {n for prompt in scene.prompts for n in prompt if scene.subjects[n].strength}
+        for number in sorted(numbers):
+            subject = scene.subjects[number]
+            self._pass_weight = self.settings["encoder_weight"] * subject.strength * bool(self._encoders)
+            shift = self._shift(call, subject) if passes.shifts else (0, 0)
+            now = [(time, sign) for sign in signs]
+            made = self.runner.features(
+                call, subject.reference, now, ahead, gap, self._pass_weight, fresh, shift
+            )
+            for sign, features in zip(signs, made, strict=True):
+                found[number, sign] = moved(features, call.device)
+        return found
+
+    def _shift(self, call: Call, subject: PlacedSubject) -> tuple[int, int]:
+        """Rows and columns by which a reference's positions lie beside the picture's.
+
+        Positions decide where a transformer draws what it sees: the middle of the subject comes to lie on the
+        middle of its place, if it has one.
+        """
+        if not subject.boxes:
+            return 0, round(self.settings["position_shift"] * subject.reference.grid[1])
+        x0, y0, x1, y1 = subject.boxes[0]
+        row, column = subject.reference.middle()
+        rows, columns = call.grid
+        return round((y0 + y1) / 2 * rows - 0.5 - row), round((x0 + x1) / 2 * columns - 0.5 - column)
+
+    def _ahead(self, call: Call, scene: SubjectScene, plan: Plan) -> list[Time]:
+        """Times that the run will come to, in their order."""
+        timesteps = getattr(getattr(call.pipeline, "scheduler", None), "timesteps", None)
+        if timesteps is None:
+            return []
+        times: list[Time] = []
+        later = [float(t) for t in timesteps.tolist() if float(t) < call.timestep]
+        for ahead, time in enumerate(dict.fromkeys(later), start=1):
+            if not plan.gap:
+                times.append((time, 0))
+            elif self._by_reference(call, scene, ahead):
+                times.append((time, -1))
+            else:
+                times += [(time, -1), (time, 1)]
+        return times
+
+    def _after(self, call: Call, prediction: Tensor) -> Tensor | None:
+        """What the caller gets of a step that is guided by the reference: the same in both halves."""
+        plan = self._plan
+        if plan is None or not plan.by_reference:
+            return None
+        if plan.returns:
+            time, kept = self._returned.pop(call.thread, (None, None))
+            if kept is None or time != call.timestep:
+                raise AdapterError(
+                    "expected the prompt's call before the negative prompt's for reference guidance, got "
+                    "the other order"
+                )
+            return kept
+        assert plan.blind is not None
+        guided = combined(prediction, plan.blind, self.settings["guidance"])
+        if plan.doubled:
+            self._returned[call.thread] = call.timestep, guided
+            return guided
+        return torch.cat([guided, guided])
+
+    def _prepare_pass(self, call: Call) -> Collection[Edit]:
+        """In a pass over a reference: keep its keys, and let it attend to its own tokens."""
+        reference = self.runner.reference
+        if reference is None:
+            return ()
+        weight = self._pass_weight
+        if not weight:
+            return self._recording[0]
+        assert reference.tokens is not None
+        share = self._cast(torch.full((1, 1, 1), weight, device=call.device))
+        for site in self._encoders:
+            site.prepare({-1: reference.tokens}, [share])
+        return self._recording[1]
+
+    def _acting_keys(self) -> list[KeySite]:
+        """Attentions that see references: a share of all, those with the widest tokens first."""
+        count = round(self.settings["layers"] * len(self._keys))
+        order = sorted(range(len(self._keys)), key=lambda n: (-self._keys[n].site.dim, n))
+        chosen = set(order[:count])
+        return [one for n, one in enumerate(self._keys) if n in chosen]
+
+    def _cast(self, share: Tensor) -> Tensor:
+        return share.to(next(self.adapter.parameters()).dtype)
+
+
+def _warn_unnamed(items: Sequence[Sequence[Subject]], prompt: str | Sequence[str] | None) -> None:
+    """Say which subjects a prompt does not name, which it is to draw."""
+    if prompt is None:
+        return
+    prompts = [prompt] * len(items) if isinstance(prompt, str) else list(prompt)
+    for n, text in enumerate(prompts):
+        for subject in items[n] if len(items) > 1 else items[0]:
+            if subject.phrase.lower() not in " ".join(text.lower().split()):
+                warnings.warn(
+                    f"subject {shown(subject.phrase)}: expected its phrase in the prompt, got {shown(text)}: "
+                    "name it there, in the same words, to have it drawn",
+                    stacklevel=4,
+                )

@@ -1,0 +1,72 @@
+"""Reference guidance (DreamTuner, Eq. 4 to 6), through any pipeline: one prediction for both of its halves.
+
+    e_r = w_r eps(c, reference) - (w_r - 1) eps(c, none)     at a share p_r of the steps
+    e_c = w_c eps(c, reference, less noise) - (w_c - 1) eps(uc, reference, more noise)     at the others
+
+The latter is what the pipeline computes by itself, with the reference in both halves. For the former the
+unconditional half gets the prompt and no reference, and both halves return e_r: u + w (c - u) of equal u and
+c is that. v and velocities combine likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interactdiff.calls import Rows
+from interactdiff.errors import AdapterError
+
+MAX_STEPS = 1000
+WITHOUT_BATCH = ("img_ids", "txt_ids")  # arguments that have no row for each picture
+
+
+def guided_by_reference(seed: int, step: int, share: float) -> bool:
+    """Whether a step is guided by the reference, lambda_t < p_r: all are drawn at once, by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return float(torch.rand(MAX_STEPS, generator=generator)[step % MAX_STEPS]) < share
+
+
+def halves_of(parts: Sequence[Rows]) -> tuple[int, int] | None:
+    """Which part of a batch is the unconditional one, and which the prompt's; None if it has one part.
+
+    Raises:
+        AdapterError: there are others, as those of perturbed attention.
+    """
+    if len(parts) == 1:
+        return None
+    if sorted(parts) != ["conditional", "unconditional"]:
+        raise AdapterError(
+            f"expected batches of prompt and negative prompt for reference guidance, got {', '.join(parts)}"
+        )
+    return parts.index("unconditional"), parts.index("conditional")
+
+
+def map_rows(arguments: Mapping[str, Any], batch: int, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A call's arguments with every tensor changed that has a row for each of the batch."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value) if value.ndim and len(value) == batch else value
+        if isinstance(value, Mapping):
+            return {name: mapped(one) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(mapped(one) for one in value)
+        return value
+
+    return {name: value if name in WITHOUT_BATCH else mapped(value) for name, value in arguments.items()}
+
+
+def prompt_in_both(arguments: Mapping[str, Any], batch: int, halves: tuple[int, int]) -> dict[str, Any]:
+    """The arguments with what the prompt's half has in the other half too."""
+    _, conditional = halves
+    return map_rows(arguments, batch, lambda t: torch.cat([t.chunk(2)[conditional]] * 2))
+
+
+def combined(prediction: Tensor, blind: int, scale: float) -> Tensor:
+    """e_r of both parts' predictions, Eq. 4: of the part that sees the reference and of the blind one."""
+    parts = prediction.chunk(2)
+    seeing = parts[1 - blind]
+    return seeing if scale == 1 else scale * seeing - (scale - 1) * parts[blind]

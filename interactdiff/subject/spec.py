@@ -1,0 +1,87 @@
+"""What the registry knows of DreamTuner's subjects (arXiv 2312.13691). No torch."""
+
+from typing import Any
+
+from interactdiff.registry import ItemSpec, MethodSpec, Setting
+from interactdiff.scene_items import MAX_STRENGTH
+from interactdiff.subject.items import Subject
+
+PHRASE: dict[str, Any] = {"type": "string", "pattern": r"\S"}
+PICTURE: dict[str, Any] = {
+    "type": "string",
+    "description": "a file, relative to the scene file; or a data URI, data:image/png;base64,...",
+}
+SUBJECT: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "phrase": PHRASE,
+        "image": PICTURE,
+        "mask": {**PICTURE, "type": ["string", "null"], "default": None},
+        "box": {
+            "type": ["array", "null"],
+            "items": {"type": "number", "minimum": 0, "maximum": 1},
+            "minItems": 4,
+            "maxItems": 4,
+            "default": None,
+            "description": "x0, y0, x1, y1 as shares of width and height, x0 < x1 and y0 < y1",
+        },
+        "reference_prompt": {**PHRASE, "type": ["string", "null"], "default": None},
+        "strength": {"type": "number", "minimum": 0, "maximum": MAX_STRENGTH, "default": 1.0},
+    },
+    "required": ["phrase", "image"],
+    "additionalProperties": False,
+}
+
+SPEC = MethodSpec(
+    name="subject",
+    title="Subjects (DreamTuner)",
+    description="This very person or object, from one picture.",
+    settings=(
+        Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Of what the subject encoder adds."),
+        Setting(
+            "reference_weight", "Reference weight", 3.0, 0.0, 100.0,
+            "How often each key of the reference counts; 0: no self-subject attention.",
+        ),
+        Setting(
+            "guidance", "Reference guidance", 0.0, 0.0, 30.0,
+            "Scale of guidance by the reference; 0: guidance by the prompt alone.",
+        ),
+        Setting(
+            "guidance_share", "Share of reference guidance", 0.9, 0.0, 1.0,
+            "Of the steps, drawn by chance; the others are guided by the prompt.",
+        ),
+        Setting(
+            "time_gap", "Time gap", 1, 0, 100,
+            "With reference guidance: timesteps, of 1000, that the reference is less noisy or noisier.",
+        ),
+        Setting("layers", "Share of layers", 1.0, 0.0, 1.0, "That see the reference, widest first."),
+        Setting("schedule", "Schedule", 1.0, 0.0, 1.0, "Share of the steps, from the first, to act in."),
+        Setting(
+            "extra_row", "Row for guidance", 0, 0, 1,
+            "Where a step has one row (guidance off, or distilled): 1 adds one for reference guidance.",
+            (0, 1),
+        ),
+        Setting(
+            "fresh_noise", "Fresh noise", 0, 0, 1,
+            "1: new noise on the reference at each step, which is then run at each step.", (0, 1),
+        ),
+        Setting(
+            "position_shift", "Position shift", 0.0, -8.0, 8.0,
+            "In Flux: by how many of its widths the reference's positions lie beside the picture's.",
+        ),
+    ),
+    adapter="interactdiff.subject.adapter:SubjectAdapter",
+    items=(
+        ItemSpec(
+            Subject,
+            "subjects",
+            "PHRASE|PICTURE",
+            'this very subject, from its picture: "person|ref.png"; |box=0.1,0.1,0.5,0.9 (where it shall '
+            "be), |mask=m.png (its pixels), |reference_prompt=TEXT and |strength=0.5 may follow; may be "
+            "repeated",
+            SUBJECT,
+        ),
+    ),
+    needs_weights=False,
+    benches=("interactdiff.commands.bench_subject",),
+)  # fmt: skip

@@ -1,0 +1,164 @@
+"""interactdiff learn, masks, convert --fold and generate --adapter concept=...: as people type them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from tiny_concept import PAIR, photo, trained_concept
+
+from interactdiff.bench.concept import BASES, bench_concept, published_bytes
+from interactdiff.cli import main
+from interactdiff.concept import ConceptAdapter, Learner
+from interactdiff.picture import read_record
+
+NAMED = ["--concept", "<hero>=cat", "--concept", "<blob>=dog"]
+
+
+@pytest.fixture
+def model(pipe: Any, tmp_path: Path) -> str:
+    pipe.save_pretrained(tmp_path / "model")
+    photo(64, 48).save(tmp_path / "photo.png")
+    for token, box in (("hero", (0, 0, 30, 48)), ("blob", (34, 10, 64, 48))):
+        mask = Image.new("L", (64, 48))
+        mask.paste(255, box)
+        mask.save(tmp_path / f"{token}.png")
+    return str(tmp_path / "model")
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    given = [part for token in ("hero", "blob") for part in ("--mask", f"<{token}>={folder / token}.png")]
+    learn = ["learn", str(folder / "photo.png"), *NAMED, *given, "--model", str(folder / "model")]
+    return [*learn, "--out", str(folder / "my"), "--steps", "4", "--size", "32", *more]
+
+
+def test_from_a_photo_to_a_picture(model: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("interactdiff.concept.learner.SAMPLE_STEPS", 1)
+    assert main(arguments(tmp_path, "--sample-every", "4", "--set", "prefix=", "rank=2")) == 0
+    assert {path.name for path in (tmp_path / "my").iterdir()} == {
+        "adapter.safetensors", "config.json", "masks.png", "samples",
+    }  # fmt: skip
+    with Image.open(tmp_path / "my" / "masks.png") as picture:
+        assert picture.width > 3 * 192
+    with Image.open(tmp_path / "my" / "samples" / "000004.png") as picture:
+        assert picture.width > 4 * 192
+    said = capsys.readouterr()
+    assert "masks.png: <hero> 50 %, <blob> 42 %" in said.out
+    assert "4/4" in said.err
+    adapter = ConceptAdapter.from_pretrained(tmp_path / "my")
+    assert adapter.config.rank == 2
+    drawn = ["generate", "<hero> on a <blob>", "--model", model, "--steps", "2", "--device", "cpu"]
+    for out, chosen in (("one", []), ("two", ["--adapter", f"concept={tmp_path / 'my'}"])):
+        assert main([*drawn, *chosen, "--out", str(tmp_path / f"{out}.png")]) == 0
+    pixels = [Image.open(tmp_path / f"{out}.png").tobytes() for out in ("one", "two")]
+    assert pixels[0] != pixels[1]
+    assert read_record(tmp_path / "two.png").adapters == {"concept": str(tmp_path / "my")}
+    assert main(["generate", "--from", str(tmp_path / "two.png"), "--out", str(tmp_path / "three.png")]) == 0
+    assert Image.open(tmp_path / "three.png").tobytes() == pixels[1]
+
+
+def test_two_files_at_once(pipe: Any, model: str, tmp_path: Path) -> None:
+    for token, word in PAIR.items():
+        trained_concept(pipe, {token: word}).save_pretrained(tmp_path / word)
+    chosen = [f"concept:{word}={tmp_path / word}" for word in PAIR.values()]
+    drawn = ["generate", "<hero> on <blob>", "--model", model, "--steps", "1", "--device", "cpu"]
+    pixels = []
+    for number, order in enumerate((chosen, chosen[::-1])):
+        flags = [part for one in order for part in ("--adapter", one)]
+        assert main([*drawn, *flags, "--out", str(tmp_path / f"{number}.png")]) == 0
+        pixels.append(Image.open(tmp_path / f"{number}.png").tobytes())
+    assert pixels[0] == pixels[1]
+
+
+def test_interrupted_it_goes_on(model: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    step = Learner._train_step
+
+    def interrupted(learner: Learner) -> Any:
+        if learner.step == 2:
+            raise KeyboardInterrupt
+        return step(learner)
+
+    monkeypatch.setattr(Learner, "_train_step", interrupted)
+    assert main(arguments(tmp_path)) == 130
+    assert "stopped after step 2: the same command goes on from there" in capsys.readouterr().out
+    assert not (tmp_path / "my" / "adapter.safetensors").exists()
+    with safe_open(tmp_path / "my" / "checkpoint.safetensors", "pt") as opened:
+        assert '"step": 2' in opened.metadata()["state"]
+    monkeypatch.undo()
+    assert main(arguments(tmp_path)) == 0
+    assert not list((tmp_path / "my").glob("checkpoint*"))
+    assert main(arguments(tmp_path)) == 2
+    assert "--out: expected a new folder" in capsys.readouterr().err
+
+
+def test_masks_alone(model: str, tmp_path: Path, capsys: Any) -> None:
+    command = ["masks", str(tmp_path / "photo.png"), "--concept", "c", "--concept", "d", "--model", model]
+    command += ["--nearest", "--size", "32", "--prompt", "{0} on {1}", "--timesteps", "100"]
+    command += [
+        "--box",
+        "c=0,0,0.5,1",
+        "--mask",
+        f"d={tmp_path / 'blob.png'}",
+        "--out",
+        str(tmp_path / "m.png"),
+    ]
+    assert main([*command, "--each"]) == 0
+    said = capsys.readouterr().out
+    assert "d: 41.7 % of the photo" in said
+    with Image.open(tmp_path / "m.d.png") as white:
+        assert white.size[0] > white.size[1]
+        assert set(white.getdata()) == {0, 255}
+    assert (tmp_path / "m.c.png").is_file()
+
+
+def test_convert(pipe: Any, model: str, tmp_path: Path, capsys: Any) -> None:
+    trained_concept(pipe).save_pretrained(tmp_path / "my")
+    export = ["convert", str(tmp_path / "my")]
+    assert main([*export, str(tmp_path / "cd"), "--export", "custom-diffusion", "--model", model]) == 0
+    assert main(["convert", str(tmp_path / "cd"), str(tmp_path / "back"), "--export", "concept"]) == 0
+    assert ConceptAdapter.from_pretrained(tmp_path / "back").tokens == ("<blob>", "<hero>")
+    assert main([*export, str(tmp_path / "folded"), "--fold", "--model", model]) == 0
+    assert "it was learned for its own tokens and now changes all words" in capsys.readouterr().out
+    drawn = ["generate", "<hero> on", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "f.png")]
+    assert main([*drawn, "--model", str(tmp_path / "folded")]) == 0
+    assert main([*export, str(tmp_path / "folded"), "--fold", "--model", model]) == 2
+    assert main([*export, str(tmp_path / "x"), "--model", model]) == 2
+    said = capsys.readouterr().err
+    assert "expected a new or an empty folder for the folded model" in said
+    assert "--model: expected it with --export, got it alone" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--concept", "hero=cat"], "in angle brackets"),
+        (["--concept", "<x>"], "expected TOKEN=WORD"),
+        (["--concept", "<hero>=dog"], "expected each concept once"),
+        (["--prompt", "{0} alone"], "expected a prompt with each of"),
+        (["--mask", "<hero>=nowhere.png"], "expected a picture file, got no file nowhere.png"),
+        (["--box", "<hero>=1,2"], "--box: "),
+        (["--set", "nothing=1"], "expected an option of"),
+        (["--threshold", "2"], "expected a threshold of 0 up to 1"),
+        (["--adapter", "concept=x"], "--adapter: expected none"),
+        (["--size", "512"], "expected a photo of at least 128 pixels a side, got 64 x 48"),
+    ],
+)
+def test_refusals_write_nothing(model: str, tmp_path: Path, capsys: Any, more: list[str], words: str) -> None:
+    assert main(arguments(tmp_path, *more)) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1 or "\r" in said
+    assert not (tmp_path / "my").exists()
+
+
+def test_the_bench(capsys: Any) -> None:
+    """The published capture by counting: 3.94 GB a copy for SD 2.1; ours in a step, of a tiny U-Net."""
+    assert published_bytes(BASES["sd21"]) == pytest.approx(3.94e9, rel=1e-3)
+    row = bench_concept(BASES["tiny"], torch.float32, 1, torch.device("cpu"))
+    assert row["attention_mb"] - row["plain_mb"] < 1
+    assert row["attention_s"] > 0
+    with pytest.raises(SystemExit):
+        main(["bench", "concept", "--help"])
+    assert "--rounds" in capsys.readouterr().out

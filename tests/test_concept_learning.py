@@ -1,0 +1,343 @@
+"""Learning: losses by hand, which parameters move, runs that go on as they would have, and the command."""
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_concept import PAIR, draw, halves, photo
+from torch import Tensor
+
+from interactdiff.concept import (
+    ConceptAdapter,
+    ConceptError,
+    Learner,
+    LearnOptions,
+    Looking,
+    MaskSettings,
+    learn,
+)
+from interactdiff.concept.denoising import Denoising
+from interactdiff.concept.losses import (
+    attention_loss,
+    divergence,
+    masked_error,
+    published_attention_loss,
+    published_masked_error,
+    sampling_weights,
+)
+from interactdiff.concept.sampling import chosen_concepts
+
+LOOKING = Looking((100, 200), masks=MaskSettings(0.0, minimum_area=0.0, background="template"))
+SHORT = {"steps": 3, "size": 32, "looking": LOOKING, "prefix": "", "refresh_every": 2, "checkpoint_every": 0}
+BASES = ["pipe", "xl_pipe", "flux_pipe", "sd3_pipe"]
+
+
+@pytest.fixture(params=BASES)
+def any_pipe(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def learned(pipe: Any, **changes: Any) -> ConceptAdapter:
+    options = {"masks": halves(), "prompt": "{0} on {1}"} | SHORT | changes
+    return learn(pipe, photo(), PAIR, **options)
+
+
+# --- losses ---
+
+
+def test_divergence_of_the_published_loss_is_at_most_a_ninth_of_a_nat() -> None:
+    half = torch.zeros(1, 32, 32)
+    half[:, :16] = 1
+    worst = published_attention_loss(half, 1 - half)
+    assert 0.105 < float(worst) <= 0.1115
+    assert float(attention_loss(half, 1 - half)) == pytest.approx(0.6931, abs=1e-3)
+    assert float(published_attention_loss(half, half)) == pytest.approx(0, abs=1e-6)
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0])
+    m = (p + q) / 2
+    expected = 0.5 * F.kl_div(m.log(), p, reduction="sum") + 0.5 * (torch.tensor(1 / 0.75)).log()
+    assert float(divergence(p, q)) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [attention_loss, published_attention_loss])
+def test_attention_is_drawn_into_its_mask(loss: Any) -> None:
+    torch.manual_seed(0)
+    columns = torch.rand(2, 8, 8).requires_grad_()
+    masks = torch.zeros(2, 8, 8)
+    masks[0, :4], masks[1, 4:] = 1, 1
+    loss(columns, masks).sum().backward()
+    assert columns.grad is not None
+    inner = columns.grad[
+        :, 1:7, 1:7
+    ]  # of the published one, the extremes of a map have gradients of their own
+    assert inner[masks[:, 1:7, 1:7] == 1].mean() < inner[masks[:, 1:7, 1:7] == 0].mean()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_masked_error_by_hand(rows: int) -> None:
+    torch.manual_seed(0)
+    predicted, target = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)
+    masks = torch.rand(rows, 6, 8)
+    by_hand = torch.zeros(())
+    for mask in masks:
+        total = sum(
+            float(mask[y, x] * ((predicted - target)[0, :, y, x] ** 2).mean())
+            for y in range(6)
+            for x in range(8)
+        )
+        by_hand += total / float(mask.sum()) / rows
+    assert float(masked_error(predicted, target, masks)) == pytest.approx(float(by_hand), rel=1e-5)
+    everything = F.mse_loss(predicted, target)
+    assert torch.allclose(masked_error(predicted, target, masks, 1.0), everything)
+    half = masked_error(predicted, target, masks, 0.5)
+    assert float(half) == pytest.approx(0.5 * float(by_hand) + 0.5 * float(everything), rel=1e-5)
+
+
+def test_the_published_error_is_half_of_the_whole_picture() -> None:
+    """A mask of one row, of the photo and of ones for the prior, times a batch of one: as the code has it."""
+    torch.manual_seed(0)
+    predicted, target = torch.randn(1, 4, 64, 64), torch.randn(1, 4, 64, 64)
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 4:10, 4:10], masks[1, 20:28, 12:30] = 1, 1
+    union = F.interpolate(masks.amax(0)[None, None], (64, 64), mode="bicubic", align_corners=False)
+    assert union.min() < -0.05, "bicubic masks overshoot"
+    weights = torch.cat([union.repeat(1, 4, 1, 1), torch.ones(1, 4, 64, 64)])
+    error = (weights * predicted - weights * target) ** 2
+    valid = torch.zeros(2, 1, 64, 64)
+    valid[:, :, 1:-1, 1:-1] = 1
+    expected = (valid * error).sum((1, 2, 3)) / valid.sum((1, 2, 3))
+    assert torch.allclose(published_masked_error(predicted, target, masks), expected.mean())
+    assert torch.allclose(published_masked_error(predicted, target, masks, 0.0), expected[0])
+
+
+def test_how_concepts_are_drawn() -> None:
+    counts = Counter(tuple(sorted(chosen_concepts(2, random.Random(n)))) for n in range(3000))
+    assert all(abs(count / 3000 - 1 / 3) < 0.04 for count in counts.values())
+    assert len(counts) == 3
+    assert {tuple(chosen_concepts(2, random.Random(n))) for n in range(50)} >= {(0, 1), (1, 0)}
+    sizes = Counter(len(chosen_concepts(5, random.Random(n))) for n in range(2000))
+    assert all(abs(sizes[size] / 2000 - 0.2) < 0.04 for size in range(1, 6))
+    weights = sampling_weights([4.0, 1.0])
+    assert weights == pytest.approx([0.2, 0.8])
+    assert sampling_weights([1.0, 1000.0])[0] == pytest.approx(0.9)
+    drawn = Counter(tuple(sorted(chosen_concepts(2, random.Random(n), weights))) for n in range(3000))
+    assert drawn[0, 1] / 3000 == pytest.approx(1 / 3, abs=0.04)
+    assert drawn[1,] > 3 * drawn[0,]
+
+
+def test_noise_levels_are_those_of_the_schedulers(any_pipe: Any) -> None:
+    """Once the noise is taken out by what should be predicted, the photo is there again."""
+    torch.manual_seed(0)
+    denoising = Denoising.of(any_pipe)
+    sized = denoising.sized(photo(), 32)
+    latents = denoising.latents(sized)
+    assert latents.shape[3] > latents.shape[2]
+    noise, times = torch.randn(latents.shape), torch.tensor([300])
+    noisy, target = (f(latents, noise, times) for f in (denoising.noisy, denoising.target))
+    if hasattr(any_pipe, "unet"):
+        a = any_pipe.scheduler.alphas_cumprod[300]
+        assert torch.allclose((noisy - (1 - a).sqrt() * target) / a.sqrt(), latents, atol=1e-5)
+    else:
+        assert torch.allclose(noisy - 0.3 * target, latents, atol=1e-5)
+    with torch.no_grad():
+        predicted = denoising.predict(noisy, times, denoising.encode(["a cat"], sized.size[::-1]))
+    assert predicted.shape == latents.shape
+
+
+def test_velocity_is_the_target_where_the_scheduler_predicts_it(pipe: Any) -> None:
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    denoising = Denoising.of(pipe)
+    latents, noise, times = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([500])
+    a = pipe.scheduler.alphas_cumprod[500]
+    expected = a.sqrt() * noise - (1 - a).sqrt() * latents
+    assert torch.allclose(denoising.target(latents, noise, times), expected, atol=1e-5)
+
+
+# --- training ---
+
+
+def test_it_trains_the_tokens_and_the_changes_alone(any_pipe: Any) -> None:
+    before = {n: p.clone() for part in any_pipe.components.values() if hasattr(part, "named_parameters")
+              for n, p in part.named_parameters()}  # fmt: skip
+    tokenizer, start = any_pipe.tokenizer, ConceptAdapter.for_pipeline(any_pipe, PAIR)
+    plain = draw(any_pipe, "a cat")
+    adapter = learned(any_pipe, sampling="reweighted", joint_share=1.0)
+    assert (adapter.training, adapter.name) == (False, "concept")
+    for concept in adapter.config.concepts:
+        for name in adapter.config.widths:
+            assert not torch.equal(adapter.vectors_of(concept, name), start.vectors_of(concept, name)), name
+    moved = [bool(p.abs().sum()) for n, p in adapter.named_parameters() if not n.startswith("concept_tokens")]
+    assert moved
+    assert all(moved)
+    after = {n: p for part in any_pipe.components.values() if hasattr(part, "named_parameters")
+             for n, p in part.named_parameters()}  # fmt: skip
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(p.requires_grad for p in any_pipe.text_encoder.parameters())
+    assert any_pipe.tokenizer is tokenizer
+    assert torch.equal(draw(any_pipe, "a cat"), plain)
+    assert adapter.masks is not None
+    assert adapter.masks.shape[0] == 3
+
+
+def test_published_options_train_too(pipe: Any, monkeypatch: Any) -> None:
+    """Bugs and all: the last token stays where it was, and the picture as a whole counts."""
+    monkeypatch.setattr("interactdiff.concept.objective.SAMPLE_STEPS", 1)
+    options = LearnOptions.published(steps=2, size=32, prior_pictures=1, prior_prompt="a", prefix="")
+    start = ConceptAdapter.for_pipeline(pipe, PAIR)
+    adapter = learn(pipe, photo(64, 64), PAIR, options=options, masks=halves())
+    first, last = adapter.config.concepts
+    assert torch.equal(adapter.vectors_of(last, "text_encoder"), start.vectors_of(last, "text_encoder"))
+    assert not torch.equal(adapter.vectors_of(first, "text_encoder"), start.vectors_of(first, "text_encoder"))
+    assert adapter.config.acts_on == "all"
+
+
+def test_the_prior_is_of_the_base_and_holds_the_changes_back(pipe: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("interactdiff.concept.objective.SAMPLE_STEPS", 1)
+    options = LearnOptions.published(
+        size=32, prior_pictures=1, prior_prompt="a", prefix="", published_refresh=False
+    )
+    with Learner(pipe, photo(), PAIR, options) as learner:
+        learner.find(given=halves())
+        for name, parameter in learner.adapter.named_parameters():
+            if not name.startswith("concept_tokens"):
+                parameter.data.normal_(std=0.3)
+        learner.objective.prior_error(0, torch.Generator().manual_seed(0)).backward()
+        moved = [p.grad for n, p in learner.adapter.named_parameters() if not n.startswith("concept_tokens")]
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in moved)
+        size = {"width": learner.photo.width, "height": learner.photo.height}
+    drawn = pipe("a", num_inference_steps=1, generator=torch.Generator().manual_seed(0), **size).images[0]
+    assert torch.allclose(learner.objective._prior, learner.denoising.latents(drawn), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"rank": 2, "projections": "v"}, {"mixed_precision": "bf16"},
+                                     {"vectors": 2, "attention_loss": "none"}])  # fmt: skip
+def test_other_options(pipe: Any, changes: dict[str, Any]) -> None:
+    adapter = learned(pipe, **changes)
+    assert all(p.dtype == torch.float32 for p in adapter.parameters())
+    assert all(bool(p.isfinite().all()) for p in adapter.parameters())
+    assert adapter.config.rank == changes.get("rank", 0)
+
+
+def test_custom_diffusion_reads_no_mask(pipe: Any) -> None:
+    """Concepts that are not found are no hindrance; the whole picture counts."""
+    options = LearnOptions.custom_diffusion(steps=1, size=32, prefix="", looking=Looking((100,)))
+    adapter = learn(pipe, photo(), PAIR, options=options, boxes={"<hero>": (0.0, 0.0, 0.01, 0.01)})
+    assert adapter.config.acts_on == "all"
+    with pytest.raises(ConceptError, match="expected <hero> in the photo"):
+        learn(
+            pipe,
+            photo(),
+            PAIR,
+            boxes={"<hero>": (0.0, 0.0, 0.01, 0.01)},
+            **SHORT | {"looking": Looking((100,))},
+        )
+
+
+class Stop(BaseException):
+    """As Ctrl-C."""
+
+
+def test_a_run_that_was_interrupted_goes_on_as_it_would_have(pipe: Any, tmp_path: Path) -> None:
+    whole = learned(pipe, steps=5)
+    seen: list[int] = []
+
+    def stop(report: Any) -> None:
+        seen.append(report.step)
+        if report.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        learned(pipe, steps=5, checkpoint=tmp_path, on_step=stop)
+    assert not pipe.unet._forward_pre_hooks, "still attached"
+    state = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert state["step"] == 3
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    resumed = learned(pipe, steps=5, checkpoint=tmp_path, on_step=lambda report: seen.append(report.step))
+    assert seen == [1, 2, 3, 4, 5]
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6), name
+    with pytest.raises(ConceptError, match="got one with another options: delete it"):
+        learned(pipe, steps=5, checkpoint=tmp_path, learning_rate=1.0)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
+    with pytest.raises(ConceptError, match="expected a whole checkpoint"):
+        learned(pipe, steps=5, checkpoint=tmp_path)
+
+
+def test_masks_are_looked_for_again_and_taken_if_they_are_close(pipe: Any) -> None:
+    options = LearnOptions(**{**SHORT, "least_overlap": 0.0})  # type: ignore[arg-type]
+    with Learner(pipe, photo(), PAIR, options, "{0} on {1}") as learner:
+        first = learner.find()
+        reports = learner.train()
+        assert [report.accepted for report in reports] == [None, None, True]
+        assert learner.masks is not first
+        assert set(reports[0].attention) <= set(PAIR)
+    options = LearnOptions(**{**SHORT, "least_overlap": 1.0})  # type: ignore[arg-type]
+    with Learner(pipe, photo(), PAIR, options, "{0} on {1}") as learner:
+        first = learner.find()
+        other = Tensor(first.masks.clone())
+        learner._accept(type(first)(first.names, first.scores, ~other.bool()))
+        kept = learner.masks
+        assert [report.accepted for report in learner.train()] == [None, None, False]
+        assert learner.masks is kept
+
+
+def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
+    """On one noise at one level, over a short run: a learner that does nothing fails."""
+    options = LearnOptions(**{**SHORT, "steps": 8, "refresh_every": 0, "learning_rate": 1e-2,
+                              "token_learning_rate": 5e-2})  # type: ignore[arg-type]  # fmt: skip
+    with Learner(pipe, photo(), PAIR, options, "{0} on {1}") as learner:
+        learner.find(given=halves())
+
+        @torch.no_grad()
+        def error() -> float:
+            parts = []
+            for seed in range(4):
+                generator = torch.Generator().manual_seed(seed)
+                value, _, _ = learner.objective.denoise("<hero> on <blob>", list(PAIR), [0, 1], generator)
+                parts.append(float(value))
+            return sum(parts)
+
+        before = error()
+        learner.train()
+        assert error() < 0.99 * before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "expected steps from 1 up, got 0"),
+        ({"sampling": "random"}, "expected sampling of uniform, reweighted"),
+        ({"prior_pictures": 2}, "expected acts_on 'all' with prior_pictures"),
+        ({"projections": "q"}, "expected projections of kv, k, v, none"),
+        ({"masks": {"<hero>": torch.zeros(4, 4)}}, "expected a mask that is not empty for <hero>"),
+        (
+            {"masks": {"<cow>": torch.ones(4, 4)}},
+            "expected boxes and masks of <hero>, <blob>, got one of <cow>",
+        ),
+        ({"published_refresh": True}, "expected maps of 7 x 7 or more for published_refresh"),
+        ({"prompt": "{0}"}, "expected a prompt with each of {0}, {1} once"),
+    ],
+)
+def test_what_is_refused_leaves_the_pipeline(
+    pipe: Any, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConceptError, match=re.escape(words)):
+        learned(pipe, checkpoint=tmp_path / "run", **changes)
+    assert not pipe.unet._forward_pre_hooks
+    assert not (tmp_path / "run").exists()
+    assert len(pipe.tokenizer) == 54
+
+
+def test_options_of_the_command_line() -> None:
+    assert LearnOptions.parsed(["rank=8", "learning_rate=1e-3", "freeze_last_token=true", "prefix="]) == {
+        "rank": 8, "learning_rate": 1e-3, "freeze_last_token": True, "prefix": "",
+    }  # fmt: skip
+    for wrong, words in (("ranks=1", "expected an option of"), ("rank=x", "expected rank like 0, got 'x'")):
+        with pytest.raises(ConceptError, match=words):
+            LearnOptions.parsed([wrong])
+    assert LearnOptions.custom_diffusion(steps=2).full_image_weight == 1.0
