@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +127,12 @@ def test_each_base_is_trained_saved_loaded_and_drawn(
 # --- several processes ---
 
 
-def trained(file: Path, processes: int, *changes: str) -> None:
-    """Run a recipe's file on some processes, by torchrun."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
-    command = [*torchrun, "-m", "interactdiff", "train", str(file), "--set", *changes]
+def trained(file: Path, processes: int, *runs: Mapping[str, Any]) -> None:
+    """Run a recipe's file with each of some changes, on processes that torchrun starts once."""
+    lines = [["train", str(file), "--set", *(f"{key}={value}" for key, value in run.items())] for run in runs]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = Path(__file__).with_name("several_trainings.py")
+    command = [sys.executable, "-m", *torchrun, str(script), json.dumps(lines)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -158,10 +155,13 @@ def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Pat
     file.write_text(yaml.safe_dump(config))
     one = make_recipe(config).train()
     runs = {"two": (2, 1), "parts": (1, 2)}
-    for name, (batch_size, accumulate) in runs.items():
-        changes = {"output_dir": tmp_path / name, "export_to": tmp_path / f"{name}-adapter"}
-        changes |= {"batch_size": batch_size, "accumulate": accumulate, "processes": 2}
-        trained(file, 2, *(f"{key}={value}" for key, value in changes.items()))
+    changes = [
+        {"output_dir": tmp_path / name, "export_to": tmp_path / f"{name}-adapter", "processes": 2}
+        | {"batch_size": batch_size, "accumulate": accumulate}
+        for name, (batch_size, accumulate) in runs.items()
+    ]
+    trained(file, 2, *changes)
+    for name in runs:
         assert logged(tmp_path / name) == pytest.approx(one, rel=1e-5)
         assert (tmp_path / name / "samples/000006.png").is_file()
         mine, theirs = (checkpoint_of(tmp_path / run, 6) for run in ("run", name))
