@@ -6,12 +6,15 @@ from pathlib import Path
 
 import psutil
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from interactdiff.errors import RecipeError
 
 _FLAGS = ("--num_processes", "--num-processes")
+_FILES = ("--config_file", "--config-file")
+_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 def world_size() -> int:
@@ -49,15 +52,35 @@ def _parent_command() -> list[str]:
 
 
 def _of_launcher(command: list[str]) -> int | None:
-    """How many processes a command line of `accelerate launch` asks for."""
+    """How many processes `accelerate launch` was asked for, by a flag or a configuration file."""
     if "launch" not in command or not any(Path(word).name.startswith("accelerate") for word in command):
         return None
+    given: dict[str, str] = {}
     for word, following in zip(command, [*command[1:], ""], strict=True):
         flag, _, value = word.partition("=")
-        if flag in _FLAGS:
-            number = value or following
-            return int(number) if number.isdecimal() else None
-    return None
+        given.setdefault(flag, value or following)
+    number = next((given[flag] for flag in _FLAGS if flag in given), None)
+    if number is None and (file := next((given[flag] for flag in _FILES if flag in given), None)):
+        try:
+            values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            number = str(values.get("num_processes"))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            return None
+    return int(number) if number is not None and number.isdecimal() else None
+
+
+def check_strategy() -> None:
+    """Make sure that processes are to share gradients as DDP does.
+
+    Raises:
+        RecipeError: accelerate was asked to shard weights.
+    """
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise RecipeError(
+                f"expected DDP (distributed_type: MULTI_GPU), got {name}: the adapter's weights act outside "
+                "its own forward pass, where they must be whole"
+            )
 
 
 class Processes:
