@@ -18,6 +18,7 @@ from interactdiff.training.dit import image_ids, packed
 from interactdiff.training.interaction_config import LossConfig
 from interactdiff.training.objectives import Diffusion, Flow, Objective
 
+CLIP_TOKENS = 77
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 States = Mapping[str, Tensor]
 """Of a prompt or of a batch: "states" [..., L, D], and "pooled" [..., P] where the base takes it."""
@@ -37,6 +38,7 @@ class FrozenBase:
     """
 
     multiple = 64
+    flows = False  # times are shares of noise, not timesteps
     long_encoder: str | None = None  # the largest, which phrases are not encoded by
 
     def __init__(self, pipe: Any, loss: LossConfig, text_tokens: int | None):
@@ -67,6 +69,10 @@ class FrozenBase:
         """States of prompts, as the pipeline draws by them."""
         states, _ = self.pipe.encode_prompt(texts, device, 1, False)
         return {"states": states}
+
+    def states_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of a prompt's states, as `encode` makes them."""
+        return {"states": (CLIP_TOKENS, self.denoiser.config.cross_attention_dim)}
 
     def encode_texts(self, device: torch.device) -> EncodeTexts:
         """`encode` as a text cache calls it."""
@@ -108,6 +114,12 @@ class XLBase(FrozenBase):
             states, pooled = states * there[:, None, None], pooled * there[:, None]
         return {"states": states, "pooled": pooled}
 
+    def states_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `FrozenBase`."""
+        config = self.denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {**super().states_shapes(), "pooled": (pooled,)}
+
     def predict(self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]) -> Tensor:
         """Sizes and crops of the batch become the time ids."""
         sizes = zip(batch["original_size"], batch["crop"], batch["target_size"], strict=True)
@@ -120,6 +132,7 @@ class SD3Base(FrozenBase):
     """Stable Diffusion 3 and 3.5: three encoders, of which T5 may be missing."""
 
     multiple = 16
+    flows = True
     long_encoder = "text_encoder_3"
 
     def make_objective(self) -> Objective:
@@ -138,6 +151,10 @@ class SD3Base(FrozenBase):
         )
         return {"states": states, "pooled": pooled}
 
+    def states_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `FrozenBase`."""
+        return _transformer_shapes(self.denoiser.config, CLIP_TOKENS + (self.text_tokens or 256))
+
     def predict(self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]) -> Tensor:
         """Times are shares of noise; the transformer takes thousandths."""
         return self.denoiser(
@@ -152,7 +169,9 @@ class FluxBase(FrozenBase):
     """Flux: T5's states, CLIP's pooled one, latents packed two by two."""
 
     multiple = 16
+    flows = True
     long_encoder = "text_encoder_2"
+    places: torch.device | None = None  # where tokens' places are made; None: where the latents are
 
     def make_objective(self) -> Objective:
         """Rectified flow."""
@@ -165,15 +184,20 @@ class FluxBase(FrozenBase):
         )
         return {"states": states, "pooled": pooled}
 
+    def states_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `FrozenBase`."""
+        return _transformer_shapes(self.denoiser.config, self.text_tokens or 512)
+
     def predict(self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]) -> Tensor:
         """Packed on the way in, unpacked on the way out."""
+        places = self.places or noisy.device
         inputs: dict[str, Any] = {
             "hidden_states": packed(noisy),
             "timestep": times,
             "encoder_hidden_states": states["states"],
             "pooled_projections": states["pooled"],
-            "img_ids": image_ids(noisy),
-            "txt_ids": torch.zeros(states["states"].shape[1], 3, device=noisy.device),
+            "img_ids": image_ids(noisy, places),
+            "txt_ids": torch.zeros(states["states"].shape[1], 3, device=places),
         }
         if self.denoiser.config.guidance_embeds:
             inputs["guidance"] = torch.full_like(times, self.loss.guidance)
@@ -187,6 +211,10 @@ class FluxBase(FrozenBase):
             own = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
             return {name: tensor[None] for name, tensor in made.items()} | own
         return super().drawing_arguments(prompt, empty, None) | {"true_cfg_scale": guidance_scale}
+
+
+def _transformer_shapes(config: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+    return {"states": (tokens, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
 
 FAMILIES: dict[str, type[FrozenBase]] = {
