@@ -12,17 +12,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_training import config_of, exported_world
 
 from interactdiff import Interaction, InteractionAdapter, attach
 from interactdiff.cli import main
-from interactdiff.data.converters.base import Options
-from interactdiff.data.converters.run import run as convert
 from interactdiff.errors import RecipeError
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import InteractionConfig
-from interactdiff.training.processes import check_world_size
+from interactdiff.training.processes import _of_launcher, check_world_size
 from interactdiff.training.run import make_recipe
 
 BASES = {"sd15": "pipe", "sd21": "pipe", "sdxl": "xl_pipe", "flux": "flux_pipe", "sd35": "sd3_pipe"}
@@ -30,10 +29,7 @@ BASES = {"sd15": "pipe", "sd21": "pipe", "sdxl": "xl_pipe", "flux": "flux_pipe",
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Renders of the embedded world, exported to a folder."""
-    folder = tmp_path_factory.mktemp("pictures") / "world"
-    convert("stickworld", "0:12", folder, Options(size=32))
-    return folder
+    return exported_world(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(params=BASES)
@@ -46,43 +42,6 @@ def base_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         )
     pipe.save_pretrained(tmp_path / request.param)
     return tmp_path / request.param
-
-
-def config_of(base: Path, pictures: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Four tiny steps on a folder of pictures."""
-    transformer = (base / "transformer").is_dir()
-    sizes = {"max_interactions": 6, "hidden": 16, "init": "open"} | (
-        {"token_dim": 8, "parts": 2} if transformer else {}
-    )
-    return {
-        "recipe": "interaction",
-        "output_dir": str(folder / "run"),
-        "export_to": str(folder / "adapter"),
-        "base": str(base),
-        "data": str(pictures),
-        "cache": str(folder / "cache"),
-        "resolution": 32,
-        "multiple": 16,
-        "workers": 0,
-        "adapter": sizes,
-        "batch_size": 2,
-        "validation": {"count": 1, "steps": 2, "guidance_scale": 3.0},
-        "seed": 0,
-        "steps": 4,
-        "optimizer": "adamw",
-        "learning_rate": 1e-3,
-        "warmup_steps": 1,
-        "lr_scheduler": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "mixed_precision": "no",
-        "ema_decay": 0.0,
-        "log_every": 2,
-        "checkpoint_every": 2,
-        "checkpoints_total_limit": 2,
-        "sample_every": 4,
-        **changes,
-    }
 
 
 def test_each_base_is_trained_saved_loaded_and_drawn(
@@ -197,17 +156,33 @@ def test_what_accelerate_launch_was_asked_for_is_compared(tmp_path: Path) -> Non
         "from interactdiff.errors import RecipeError\n"
         "try:\n    check_world_size(None)\nexcept RecipeError as error:\n    print(error)\n"
     )
-    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu"]
-    if not Path(launch[0]).is_file():
-        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
-    said = [
-        subprocess.run(
-            [*launch, "--num_processes", str(count), str(script)], capture_output=True, text=True, timeout=300
-        ).stdout
-        for count in (1, 2)
-    ]
-    assert "expected" not in said[0]
-    assert "expected 2 processes, which accelerate launch asks for, got 1" in said[1]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+    launch += ["--num_processes", "2", str(script)]
+    said = subprocess.run(launch, capture_output=True, text=True, timeout=300).stdout
+    assert "expected 2 processes, which accelerate launch asks for, got 1" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["python", "accelerate", "launch", "--num_processes", "2", "script.py"], 2),
+        (["accelerate", "launch", "--num-processes=1", "--config_file", "8-gpu.yaml", "script.py"], 1),
+        (["accelerate", "launch", "--config_file", "8-gpu.yaml", "script.py"], 8),
+        (["accelerate", "launch", "--config_file", "missing.yaml", "script.py"], None),
+        (["accelerate", "launch", "script.py"], None),
+        (["torchrun", "--nproc_per_node", "2", "script.py"], None),
+    ],
+)
+def test_launch_commands_say_how_many_processes(words: list[str], count: int | None) -> None:
+    files = Path(__file__).parent.parent / "training/accelerate"
+    assert _of_launcher([str(files / word) if word.endswith("gpu.yaml") else word for word in words]) == count
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_weights_are_refused(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(RecipeError, match=r"expected DDP \(distributed_type: MULTI_GPU\), got "):
+        make_recipe(config_of(tmp_path, tmp_path, tmp_path))
 
 
 def test_readme_trains_on_pictures_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,7 @@ Share = Annotated[float, number("a number from 0 to 1", 0, 1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Location = Annotated[str, BeforeValidator(_location)]
 OptionalLocation = Annotated[Location | None, BeforeValidator(nothing)]
+OptionalText = Annotated[str | None, BeforeValidator(nothing)]
 MeanAndDeviation = Annotated[tuple[Number, Rate] | None, BeforeValidator(_pair)]
 
 
@@ -194,11 +195,12 @@ class RecipeConfig(Keys):
         sample_every: steps.
         stop_after: minutes after which a run ends early at a checkpoint.
         stop_at: step at which it does.
+        tracker: one that accelerate knows, such as "tensorboard" or "wandb", beside `log.jsonl`; or null.
     """
 
     may_change: ClassVar[frozenset[str]] = frozenset(
         {"output_dir", "export_to", "cache_dir", "steps", "stop_after", "stop_at", "compile", "held_out"}
-        | {"log_every", "checkpoint_every", "checkpoints_total_limit", "sample_every"}
+        | {"log_every", "checkpoint_every", "checkpoints_total_limit", "sample_every", "tracker"}
     )
     """Keys that may be others when a run is resumed: none of them changes what a step computes."""
 
@@ -228,6 +230,7 @@ class RecipeConfig(Keys):
     sample_every: Count
     stop_after: Limit = math.inf
     stop_at: Limit = math.inf
+    tracker: OptionalText = None
 
     @model_validator(mode="after")
     def _time_to_plan_for(self) -> "RecipeConfig":

@@ -43,8 +43,11 @@ from interactdiff.training.interaction_data import (
     inside_boxes,
     items_of,
 )
+from interactdiff.training.model_card import push, write_card
 from interactdiff.training.objectives import weighted_loss
+from interactdiff.training.probe import Counts, Probe, load_probe, verdict
 from interactdiff.training.recipe import Recipe
+from interactdiff.training.run_folder import SAMPLES
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -79,6 +82,8 @@ class InteractionRecipe(Recipe[InteractionConfig]):
         self.handle = attach(self.pipe, adapter, phrase_encoder=self.features)
         self._batches: Iterator[dict[str, Any]] | None = None
         self._next_step = -1
+        self._probe: Probe | None = None
+        self._scores: dict[str, float] = {}
         if self.processes.is_main:
             print(self._summary(adapter), file=sys.stderr)
         return adapter
@@ -235,8 +240,10 @@ class InteractionRecipe(Recipe[InteractionConfig]):
     def sample(self) -> Image.Image | None:
         """A row for each scene: the picture itself, drawn without the adapter, and with it, boxes over it."""
         count = min(self.config.validation.count, len(self.shown))
+        counts = Counts(), Counts()
         with self._drawing():
-            rows = [self._row(number) for number in range(count)]
+            rows = [self._row(number, counts) for number in range(count)]
+        self._scores = counts[1].shares() | counts[0].shares("_without")
         if not rows:
             return None
         size = max(row.width for row in rows), sum(row.height for row in rows)
@@ -247,16 +254,37 @@ class InteractionRecipe(Recipe[InteractionConfig]):
             top += row.height
         return sheet
 
-    def _row(self, number: int) -> Image.Image:
+    def scores(self) -> dict[str, float]:
+        """Shares of boxes and actions that the drawn scenes show, with the adapter and without."""
+        return self._scores
+
+    def _look(self, picture: Image.Image, items: Sequence[Interaction | Entity], counts: Counts) -> None:
+        if (name := self.config.validation.detector) is None:
+            return
+        if self._probe is None:
+            shown = [self._shown(n)[1] for n in range(min(self.config.validation.count, len(self.shown)))]
+            actions = [
+                one.action for of in shown for one in of if isinstance(one, Interaction) and one.action
+            ]
+            self._probe = load_probe(name, actions, self.device)
+        self._probe.look(picture, items, counts)
+
+    def _row(self, number: int, counts: tuple[Counts, Counts]) -> Image.Image:
+        """One scene.
+
+        Args:
+            number: of its picture.
+            counts: to which is added what is drawn without the adapter, and with it.
+        """
         prompt, items, placement = self._shown(number)
         config = self.config.validation
-        states = [
+        worded, empty = (
             {n: t.to(self.device, self.dtype) for n, t in self.texts.get(p).items()} for p in (prompt, "")
-        ]
-        arguments = self.base.drawing_arguments(*states, config.guidance_scale)
+        )
+        arguments = self.base.drawing_arguments(worded, empty, config.guidance_scale)
         height, width = placement.size
         pictures = [placement.apply(self.shown[number].open())]
-        for scene in ((), items):
+        for scene, of_scene in zip(((), items), counts, strict=True):
             self.handle.set_scene(scene)
             drawn = self.pipe(
                 **arguments,
@@ -266,6 +294,7 @@ class InteractionRecipe(Recipe[InteractionConfig]):
                 generator=torch.Generator().manual_seed(self.config.seed + number),
             )
             pictures.append(drawn.images[0])
+            self._look(pictures[-1], items, of_scene)
         triplets = tuple(item for item in items if isinstance(item, Interaction))
         entities = tuple(item for item in items if isinstance(item, Entity))
         pictures = [overlay(picture, triplets, entities) for picture in pictures]
@@ -277,4 +306,24 @@ class InteractionRecipe(Recipe[InteractionConfig]):
     def export(self) -> None:
         adapter = self.accelerator.unwrap_model(self.model)
         half = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
-        InteractionAdapter.from_tensors(adapter.config, half).save_pretrained(self.config.export_to)
+        config = self.config
+        InteractionAdapter.from_tensors(adapter.config, half).save_pretrained(config.export_to)
+        if "control/found" in self._scores:
+            print(f"interactdiff: {verdict(self._scores)}", file=sys.stderr)
+        samples = sorted((self.output / SAMPLES).glob("*.png"))
+        write_card(config, self._facts(), self._scores, samples[-1] if samples else None)
+        if config.hub.id is not None:
+            push(config.export_to, config.hub.id, config.hub.private)
+
+    def _facts(self) -> dict[str, str]:
+        """What the card says of the training."""
+        config = self.config
+        data = ", ".join(f"{one.path}{f' ({one.split})' if one.split else ''}" for one in config.data)
+        return {
+            "Pictures": f"{len(self.data.records)}, of {data}",
+            "Steps": f"{self.step} of {config.global_batch} examples",
+            "Resolution": f"{config.resolution} px" + (", square crops" if config.square else ""),
+            "Optimizer": f"{config.optimizer}, {config.learning_rate:g}, {config.lr_scheduler}",
+            "Precision": f"base in {str(self.dtype).removeprefix('torch.')}, adapter in float32",
+            "Started from": config.init_from or "new weights",
+        }

@@ -14,6 +14,7 @@ from interactdiff.training.config import (
     Location,
     Number,
     OptionalLocation,
+    OptionalText,
     Positive,
     Rate,
     RecipeConfig,
@@ -30,7 +31,6 @@ DENSITIES = ("uniform", "logit_normal", "mode")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 OptionalCount = Annotated[Count | None, BeforeValidator(nothing)]
 OptionalPositive = Annotated[Positive | None, BeforeValidator(nothing)]
-OptionalText = Annotated[str | None, BeforeValidator(nothing)]
 PositiveOrAuto = Annotated[
     Positive | None, BeforeValidator(lambda value: None if value in ("auto", None) else value)
 ]
@@ -158,12 +158,28 @@ class ValidationConfig(Keys):
         count: how many; 0: none.
         steps: denoising steps.
         guidance_scale: null: the pipeline's default.
+        detector: that looks whether boxes are followed, see `probe.load_probe`; null: none looks.
     """
 
     data: OptionalLocation = None
     count: Whole = 4
     steps: Count = 30
     guidance_scale: OptionalPositive = None
+    detector: OptionalText = None
+
+
+class HubConfig(Keys):
+    """Where what was trained is uploaded to, when it is done.
+
+    Attributes:
+        id: owner/name of the repository, made if need be; null: nothing is uploaded.
+        private: whether it is.
+        license: of the weights, for the card; null: the card has none.
+    """
+
+    id: OptionalText = None
+    private: Flag = True
+    license: OptionalText = None
 
 
 class InteractionConfig(RecipeConfig):
@@ -192,6 +208,7 @@ class InteractionConfig(RecipeConfig):
         drops: what examples are trained without.
         loss: its weights.
         validation: what is drawn.
+        hub: where the adapter goes when it is done.
     """
 
     may_change: ClassVar[frozenset[str]] = RecipeConfig.may_change | {
@@ -202,6 +219,7 @@ class InteractionConfig(RecipeConfig):
         "cache",
         "gradient_checkpointing",
         "validation",
+        "hub",
     }
 
     base: Location
@@ -225,6 +243,7 @@ class InteractionConfig(RecipeConfig):
     drops: DropsConfig = Field(default_factory=DropsConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    hub: HubConfig = Field(default_factory=HubConfig)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "InteractionConfig":

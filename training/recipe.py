@@ -34,8 +34,9 @@ from interactdiff.files import write_aside
 from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
 from interactdiff.training.optimizers import make_optimizers
-from interactdiff.training.processes import Processes, check_world_size, world_size
+from interactdiff.training.processes import Processes, check_strategy, check_world_size, world_size
 from interactdiff.training.run_folder import SAMPLES, RunFolder
+from interactdiff.training.tracking import Tracker, check_tracker
 
 C = TypeVar("C", bound=RecipeConfig)
 
@@ -94,9 +95,17 @@ class Recipe(ABC, Generic[C]):
         self.output.mkdir(parents=True, exist_ok=True)
         if config.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise RecipeError("mixed_precision: expected no or bf16 on a machine without a GPU, got 'fp16'")
+        check_strategy()
         check_world_size(getattr(config, "processes", None))
         on_cpus = world_size() > 1 and not torch.cuda.is_available()  # accelerate would not join them
-        self.accelerator = Accelerator(cpu=on_cpus, mixed_precision=config.mixed_precision)
+        check_tracker(config.tracker)
+        self.accelerator = Accelerator(
+            cpu=on_cpus,
+            mixed_precision=config.mixed_precision,
+            log_with=config.tracker,
+            project_dir=self.output,
+        )
+        self.tracker = Tracker(self.accelerator, config.tracker)
         self.processes = Processes(self.accelerator)
         if self.processes.count != world_size():
             raise RecipeError(
@@ -167,6 +176,10 @@ class Recipe(ABC, Generic[C]):
     def sample(self) -> Image.Image | None:
         """A grid that shows what the (averaged) model does now."""
 
+    def scores(self) -> dict[str, float]:
+        """What the last sample scored, by names for the log; nothing where none was looked at."""
+        return {}
+
     @abstractmethod
     def export(self) -> None:
         """Write the (averaged) model where `export_to` says."""
@@ -195,6 +208,8 @@ class Recipe(ABC, Generic[C]):
         with ExitStack() as stack:
             held = self.folder.held(self.run, self.config, self.step, self._replaces, overwrite)
             self.processes.on_main(lambda: stack.enter_context(held))
+            self.tracker.start(self.output.name, self.config.to_json())
+            stack.callback(self.tracker.end)
             bar = tqdm(
                 total=self.config.steps,
                 initial=self.step,
@@ -281,10 +296,14 @@ class Recipe(ABC, Generic[C]):
             raise RecipeError(f"expected a finite loss, got {loss} before step {self.step}")
         if not self.processes.is_main:
             return
-        row = {"step": self.step, "loss": loss, "lr": self.schedulers[0].get_last_lr()[0]}
+        self._report({"loss": loss, "lr": self.schedulers[0].get_last_lr()[0]})
+        tqdm.write(f"step {self.step}: loss {loss:.4f}")
+
+    def _report(self, values: dict[str, float]) -> None:
+        """A line of `log.jsonl`, and to the tracker if there is one."""
         with (self.output / "log.jsonl").open("a") as log:
-            log.write(json.dumps(row) + "\n")
-        tqdm.write(f"step {self.step}: loss {row['loss']:.4f}")
+            log.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.tracker.log(values, self.step)
 
     @property
     def _averaged_parameters(self) -> list[nn.Parameter]:
@@ -303,6 +322,9 @@ class Recipe(ABC, Generic[C]):
             path = self.output / SAMPLES / f"{self.step:06d}.png"
             path.parent.mkdir(exist_ok=True)
             write_aside(path, picture.save)
+            self.tracker.picture(SAMPLES, picture, self.step)
+        if scores := self.scores():
+            self._report(scores)
 
     def save_checkpoint(self) -> None:
         """Write everything needed to go on.
