@@ -18,7 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tiny import trained_adapter
+from tiny import Graphs, trained_adapter
 from tiny_dit import clip_config, tiny_flux_pipeline, tiny_sd3_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -164,6 +164,14 @@ def sd3_pipe(tokenizer: CLIPTokenizer) -> Any:
 @pytest.fixture(params=["flux_pipe", "sd3_pipe"])
 def dit_pipe(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    """A backend for `torch.compile` that counts, where nothing has been compiled yet."""
+    torch.compiler.reset()
+    yield Graphs()
+    torch.compiler.reset()
 
 
 @pytest.fixture

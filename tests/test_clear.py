@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxControlNetPipeline, FluxImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from tiny import FEEDING, RIDING, trained_adapter
+from tiny import FEEDING, RIDING, Graphs, trained_adapter
 from tiny_dit import draw, trained_layers
 
 from interactdiff import AdapterError, attach
@@ -135,23 +135,12 @@ def test_half_precision(flux_pipe: Any, dtype: torch.dtype) -> None:
     assert torch.allclose(*drawn, atol=0.1)
 
 
-@pytest.mark.parametrize("how", ["whole", "wrapped"])
-def test_compiled_as_one_graph_and_for_sizes_above_and_below(flux_pipe: Any, how: str) -> None:
-    torch.compiler.reset()
-    graphs = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiled_as_one_graph_and_for_sizes_above_and_below(flux_pipe: Any, graphs: Graphs) -> None:
     layers = trained_layers(flux_pipe.transformer, ClearConfig(2))
     plain = draw(flux_pipe)
     with linearize(flux_pipe, weights=layers, min_tokens=0):
         expected = draw(flux_pipe)
-    if how == "whole":
-        flux_pipe.transformer.compile(backend=count, fullgraph=True)
-    else:
-        flux_pipe.transformer = torch.compile(flux_pipe.transformer, backend=count, fullgraph=True)
+    flux_pipe.transformer = torch.compile(flux_pipe.transformer, backend=graphs, fullgraph=True)
     handle = linearize(flux_pipe, weights=layers, min_tokens=0)
     assert torch.allclose(draw(flux_pipe), expected, atol=1e-4)
     assert len(graphs) == 1
@@ -160,7 +149,6 @@ def test_compiled_as_one_graph_and_for_sizes_above_and_below(flux_pipe: Any, how
         assert torch.allclose(draw(flux_pipe), plain, atol=1e-4)
     handle["clear"].configure(min_tokens=0)
     assert torch.allclose(draw(flux_pipe), expected, atol=1e-4)
-    torch.compiler.reset()
 
 
 def test_proportional_scale_and_rotary_base_change_pictures_and_end(flux_pipe: Any) -> None:

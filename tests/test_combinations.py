@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from test_features import ip_adapter_tensors
-from tiny import RIDING, trained_adapter
+from tiny import RIDING, Graphs, trained_adapter
 from tiny import draw as draw_unet
 from tiny_dit import draw, trained_joint_adapter, trained_layers
 from torch import Tensor
@@ -27,22 +27,11 @@ def both(pipe: Any, layers: bool = True) -> Handle:
     return handle
 
 
-@pytest.mark.parametrize("how", ["whole", "wrapped"])
-def test_compiled_they_are_one_graph_from_step_to_step(flux_pipe: Any, how: str) -> None:
-    torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def count(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiled_they_are_one_graph_from_step_to_step(flux_pipe: Any, graphs: Graphs) -> None:
     plain = draw(flux_pipe, num_inference_steps=3)
     with both(flux_pipe):
         expected = draw(flux_pipe, num_inference_steps=3)
-    if how == "whole":
-        flux_pipe.transformer.compile(backend=count, fullgraph=True)
-    else:
-        flux_pipe.transformer = torch.compile(flux_pipe.transformer, backend=count, fullgraph=True)
+    flux_pipe.transformer.compile(backend=graphs, fullgraph=True)
     with both(flux_pipe) as handle:
         assert torch.allclose(draw(flux_pipe, num_inference_steps=3), expected, atol=1e-4)
         assert len(graphs) == 1
@@ -51,7 +40,6 @@ def test_compiled_they_are_one_graph_from_step_to_step(flux_pipe: Any, how: str)
         handle.detach("clear")
         assert not torch.allclose(draw(flux_pipe, num_inference_steps=3), expected, atol=1e-3)
     assert torch.allclose(draw(flux_pipe, num_inference_steps=3), plain, atol=1e-4)
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("order", ["lora first", "adapters first"])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import RIDING, trained_adapter
+from tiny import RIDING, Graphs, trained_adapter
 from tiny_concept import PROMPT, draw, trained_concept
 from tiny_dit import trained_joint_adapter, trained_layers
 
@@ -299,22 +299,14 @@ def test_prompts() -> None:
         Concept.parse("<hero>")
 
 
-def test_compiled_it_is_one_graph_from_step_to_step(flux_pipe: Any) -> None:
-    torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def count(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiled_it_is_one_graph_from_step_to_step(flux_pipe: Any, graphs: Graphs) -> None:
     adapter = trained_concept(flux_pipe)
     with attach(flux_pipe, adapter):
         expected = draw(flux_pipe, num_inference_steps=3)
-    flux_pipe.transformer.compile(backend=count, fullgraph=True)
+    flux_pipe.transformer.compile(backend=graphs, fullgraph=True)
     with attach(flux_pipe, adapter):
         assert torch.allclose(draw(flux_pipe, num_inference_steps=3), expected, atol=1e-4)
         assert len(graphs) == 1, "a step compiles anew"
-    torch.compiler.reset()
 
 
 def test_many_hidden_states_push_no_prompt_out(xl_pipe: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_attach import state_of
 from test_edits import made, scaling
-from tiny import FEEDING, RIDING, draw, trained_adapter
+from tiny import FEEDING, RIDING, Graphs, draw, trained_adapter
 from tiny_dit import draw as draw_dit
 from tiny_dit import flux_inputs, trained_joint_adapter, trained_layers
 from torch import nn
@@ -131,23 +131,18 @@ def test_items_for_another_handle_say_so(pipe: Any) -> None:
             windows.set_scene([RIDING])
 
 
-def test_a_wrapper_compiled_after_an_adapter_was_attached_to_the_bare_denoiser(flux_pipe: Any) -> None:
-    torch.compiler.reset()
-    transformer, graphs = flux_pipe.transformer, []
+def test_a_wrapper_compiled_after_an_adapter_was_attached_to_the_bare_denoiser(
+    flux_pipe: Any, graphs: Graphs
+) -> None:
+    transformer = flux_pipe.transformer
     plain = draw_dit(flux_pipe)
-
-    def count(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
     with attach(transformer, scaling(1.0, 0.0, "bare", 1)):
-        flux_pipe.transformer = torch.compile(transformer, backend=count, fullgraph=True)
+        flux_pipe.transformer = torch.compile(transformer, backend=graphs, fullgraph=True)
         assert torch.allclose(draw_dit(flux_pipe), plain, atol=1e-4)
         with attach(flux_pipe, scaling(1.0, 0.5, "later", 2)):
             assert not torch.allclose(draw_dit(flux_pipe), plain, atol=1e-2)
         assert torch.allclose(draw_dit(flux_pipe), plain, atol=1e-4)
     assert len(graphs) == 3
-    torch.compiler.reset()
 
 
 def test_what_is_no_adapter_is_refused(pipe: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from methods import EditsAdapter
+from tiny import Graphs
 from tiny_bases import draw as draw_base
 from tiny_bases import tiny_base
 from tiny_dit import draw, flux_inputs, tiny_flux
@@ -273,21 +274,14 @@ def test_what_cannot_have_extra_keys_is_refused_in_words(flux_pipe: Any) -> None
         transformer(**flux_inputs(), joint_attention_kwargs={"attention_mask": torch.ones(69, 69)})
 
 
-def test_extra_keys_are_one_graph_under_torch_compile() -> None:
-    torch.compiler.reset()
-    transformer, inputs, graphs = tiny_flux(), flux_inputs(), []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+def test_extra_keys_are_one_graph_under_torch_compile(graphs: Graphs) -> None:
+    transformer, inputs = tiny_flux(), flux_inputs()
     with torch.no_grad(), attach(transformer, extra(BLOCK, *ROLES)):
         expected = transformer(**inputs).sample
-        compiled: Any = torch.compile(transformer, backend=backend, fullgraph=True)
+        compiled: Any = torch.compile(transformer, backend=graphs, fullgraph=True)
         for timestep in (0.5, 0.4, 0.3):
             inputs["timestep"] = torch.full((2,), timestep)
             out = compiled(**inputs).sample
             expected = expected if timestep == 0.5 else transformer(**inputs).sample
             assert torch.allclose(out, expected, atol=1e-4)
     assert len(graphs) == 1
-    torch.compiler.reset()

@@ -1,6 +1,5 @@
 """What else people do with their pipelines, together with an attached adapter."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -11,7 +10,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
 from test_support import PICTURE, controlnet, from_base
-from tiny import FEEDING, RIDING, Calls, close, draw, trained_adapter
+from tiny import RIDING, Calls, close, draw, trained_adapter
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from interactdiff.handle import attach
@@ -315,84 +314,6 @@ def test_saved_and_reloaded_both_draw_the_same(base, tmp_path):
     )
     again.set_progress_bar_config(disable=True)
     assert torch.equal(controlled(again, InteractionAdapter.from_pretrained(tmp_path / "adapter")), expected)
-
-
-# --- torch.compile ---
-
-
-@pytest.fixture
-def graphs() -> Iterator[list[Any]]:
-    """What the backend `counting(graphs)` was given to compile."""
-    torch.compiler.reset()
-    yield []
-    torch.compiler.reset()
-
-
-def counting(graphs: list[Any]) -> Callable[..., Any]:
-    def backend(graph: Any, _: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    return backend
-
-
-HOW = ["compiled, then attached", "attached, then compiled", "in place", "ran before"]
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_compiled_unet_is_one_graph_from_step_to_step(pipe, adapter, graphs, how):
-    def compile_unet() -> None:
-        if how == "in place":
-            pipe.unet.compile(backend=counting(graphs), fullgraph=True)
-        else:
-            pipe.unet = torch.compile(pipe.unet, backend=counting(graphs), fullgraph=True)
-
-    plain, expected = draw(pipe), controlled(pipe, adapter)
-    with attach(pipe, adapter) as handle:
-        handle.set_scene([FEEDING], strength=0.5)
-        other = draw(pipe)
-    if how in ("compiled, then attached", "ran before"):
-        compile_unet()
-    if how == "ran before":
-        draw(pipe)
-        graphs.clear()
-    with attach(pipe, adapter) as handle:
-        if how in ("attached, then compiled", "in place"):
-            compile_unet()
-        handle.set_scene([RIDING])
-        assert close(draw(pipe), expected)
-        handle.set_scene([FEEDING], strength=0.5)
-        assert close(draw(pipe), other)
-        assert len(graphs) == 1, "a step or another scene compiles anew"
-        handle.set_scene([RIDING], schedule=0.5)
-        draw(pipe, num_inference_steps=4)
-        draw(pipe, num_inference_steps=6)
-        handle.set_scene([])
-        assert close(draw(pipe), plain)
-        assert len(graphs) == 1, "a step without control compiles anew"
-    assert close(draw(pipe), plain)
-
-
-def test_a_bare_unet_that_was_compiled_and_run_is_controlled(unet, adapter, graphs):
-    compiled = torch.compile(unet, backend=counting(graphs), fullgraph=True)
-    x, context = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 24)
-    features = {phrase: torch.ones(24) for phrase in ("person", "riding", "bike")}
-    with torch.no_grad():
-        plain = compiled(x, 1, context).sample
-        with attach(compiled, adapter, phrase_encoder=lambda phrases: features) as handle:
-            handle.set_scene([RIDING])
-            assert not close(compiled(x, 1, context).sample, plain)
-        assert close(compiled(x, 1, context).sample, plain)
-
-
-def test_compiled_fast_control_is_the_same_graph(pipe, adapter, graphs):
-    """Whether a step computes or reuses is decided within one operator."""
-    with attach(pipe, adapter) as handle:
-        handle.set_scene([RIDING], fast=True)
-        expected = draw(pipe, num_inference_steps=6)
-        pipe.unet = torch.compile(pipe.unet, backend=counting(graphs), fullgraph=True)
-        assert close(draw(pipe, num_inference_steps=6), expected)
-    assert len(graphs) == 1
 
 
 # --- entities ---

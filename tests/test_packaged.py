@@ -53,10 +53,10 @@ def test_all_packaged_weights_are_of_40_mb_together() -> None:
 def found_of_captions(scene_pipeline: ScenePipeline) -> list[float]:
     """Shares of what a few captions say that is found in the pictures: objects, actions, colours."""
     info = PACKAGED[scene_pipeline.model]
-    scenes = held_out_scenes(12, 3, info.plain_world)
+    scenes = held_out_scenes(8, 3, info.plain_world)
     requests = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]
     found = packaged_detector(info.detector).detect(
-        draw_pictures(requests, scene_pipeline, 3, Sampling(12, 3.0))
+        draw_pictures(requests, scene_pipeline, 3, Sampling(10, 3.0))
     )
     scores = text_scores(found, scenes)
     return [with_interval(score, len(scenes))[0] for score in scores.values()]
@@ -108,7 +108,7 @@ def test_control_beats_the_caption(model: str, boxes: float, base: float) -> Non
     adapter = default_adapter(model)
     scene_pipeline = ScenePipeline.from_pretrained(model, device="cpu")
     table = evaluate_world(
-        model, adapter, scenes=6, seed=3, steps=8, batch_size=12, device="cpu", progress=False,
+        model, adapter, scenes=4, seed=3, steps=6, batch_size=12, device="cpu", progress=False,
         scene_pipeline=scene_pipeline,
         guidance_scale=PACKAGED[model].guidance_scale,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from test_features import ip_adapter_tensors, lora_tensors
 from test_support import PICTURE, controlnet, from_base
-from tiny import RIDING, Calls, close, trained_adapter
+from tiny import RIDING, Calls, Graphs, close, trained_adapter
 from tiny import draw as draw_unet
 from tiny_dit import draw, trained_joint_adapter, trained_layers
 from tiny_subject import dog, half_mask, picture, trained_subject_adapter
@@ -207,19 +207,11 @@ def test_half_precision(any_pipe: Any) -> None:
     assert not torch.equal(expected, plain)
 
 
-def test_compiled_it_draws_the_same(flux_pipe: Any) -> None:
-    torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def count(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiled_it_draws_the_same(flux_pipe: Any, graphs: Graphs) -> None:
     with attach(flux_pipe, SubjectAdapter()) as handle:
         handle.set_scene([dog()])
         expected = draw(flux_pipe, num_inference_steps=3)
         handle["subject"].runner.cache.clear()
-        flux_pipe.transformer.compile(backend=count, fullgraph=True)
+        flux_pipe.transformer.compile(backend=graphs, fullgraph=True)
         assert torch.allclose(draw(flux_pipe, num_inference_steps=3), expected, atol=1e-4)
         assert len(graphs) == 1
-    torch.compiler.reset()

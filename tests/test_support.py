@@ -107,6 +107,7 @@ def test_stock_pipelines_take_the_adapter(base, kind):
 
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0], ids=["guided", "unguided"])
 @pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("base", ["sd1", "sdxl"], indirect=True)
 def test_more_images_a_prompt_and_no_guidance(base, kind, guidance_scale):
     make, arguments = PIPELINES[kind]
     pipeline = make(base)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
-from tiny import FEEDING, RIDING
+from tiny import FEEDING, RIDING, Graphs
 from tiny_dit import TEXT_LENGTH, draw, flux_inputs, sd3_inputs, trained_joint_adapter, trained_layers
 from torch import Tensor, nn
 
@@ -307,22 +307,13 @@ def test_a_window_over_everything_is_full_attention_with_interactions_too(dit_pi
             assert torch.allclose(draw(dit_pipe), full, atol=1e-4)
 
 
-def test_compiled_in_one_graph(flux_pipe: Any) -> None:
-    graphs: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(1)
-        return graph.forward
-
+def test_compiled_in_one_graph(flux_pipe: Any, graphs: Graphs) -> None:
     with attach(flux_pipe, trained_joint_adapter(flux_pipe.transformer)) as handle:
         handle.set_scene([RIDING])
         expected = draw(flux_pipe)
-        flux_pipe.transformer.compile(backend=backend, fullgraph=True)
-        try:
-            assert torch.allclose(draw(flux_pipe), expected, atol=1e-5)
-            assert len(graphs) == 1
-        finally:
-            flux_pipe.transformer._compiled_call_impl = None
+        flux_pipe.transformer.compile(backend=graphs, fullgraph=True)
+        assert torch.allclose(draw(flux_pipe), expected, atol=1e-5)
+        assert len(graphs) == 1
 
 
 def test_image_to_image_follows_the_schedule_from_where_it_starts(flux_pipe: Any) -> None:

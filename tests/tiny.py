@@ -49,3 +49,11 @@ class Calls:
 
     def add(self, *_: object) -> None:
         self.count += 1
+
+
+class Graphs(list[Any]):
+    """A backend of `torch.compile` that keeps the graphs it gets, and runs them as they are."""
+
+    def __call__(self, graph: Any, inputs: list[Tensor]) -> Any:
+        self.append(graph)
+        return graph.forward
