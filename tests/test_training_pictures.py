@@ -1,13 +1,17 @@
 """The adapter trained on a folder of pictures, on tiny pipelines of each base."""
 
+import contextlib
 import json
+import random
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -23,6 +27,7 @@ from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.processes import _of_launcher, check_world_size
 from interactdiff.training.run import make_recipe
+from interactdiff.training.run_folder import checkpoints
 
 BASES = {"sd15": "pipe", "sd21": "pipe", "sdxl": "xl_pipe", "flux": "flux_pipe", "sd35": "sd3_pipe"}
 
@@ -86,14 +91,21 @@ def test_each_base_is_trained_saved_loaded_and_drawn(
 # --- several processes ---
 
 
-def trained(file: Path, processes: int, *runs: Mapping[str, Any]) -> None:
-    """Run a recipe's file with each of some changes, on processes that torchrun starts once."""
+def trained(file: Path, processes: int, *runs: Mapping[str, Any], killed_at: Path) -> str:
+    """Run a recipe's file with each of some changes, on processes that torchrun starts once.
+
+    One of them is killed as soon as a folder is there.
+
+    Returns:
+        What they said on stderr.
+    """
     lines = [["train", str(file), "--set", *(f"{key}={value}" for key, value in run.items())] for run in runs]
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = Path(__file__).with_name("several_trainings.py")
-    command = [sys.executable, "-m", *torchrun, str(script), json.dumps(lines)]
+    command = [sys.executable, "-m", *torchrun, str(script), json.dumps(lines), str(killed_at)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode != 0
+    return done.stderr
 
 
 def checkpoint_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -105,7 +117,10 @@ def logged(folder: Path) -> list[float]:
 
 
 def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Path, tmp_path: Path) -> None:
-    """1 x 4, 2 x 2 and 2 x 1 in two parts; and a checkpoint of two processes goes on on one."""
+    """1 x 4, 2 x 2 and 2 x 1 in two parts; and a checkpoint of two processes goes on on one.
+
+    Where a process is killed, the other one ends with a sentence, and what it saved goes on.
+    """
     pipe.save_pretrained(tmp_path / "base")
     options = {"max_grad_norm": 0.1, "ema_decay": 0.9, "log_every": 1, "checkpoint_every": 3, "steps": 6}
     options |= {"sample_every": 6, "validation": {"count": 1, "steps": 1}, "checkpoints_total_limit": 5}
@@ -113,14 +128,16 @@ def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Pat
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(config))
     one = make_recipe(config).train()
-    runs = {"two": (2, 1), "parts": (1, 2)}
+    runs = {"two": (2, 1), "parts": (1, 2), "left": (2, 1)}
     changes = [
         {"output_dir": tmp_path / name, "export_to": tmp_path / f"{name}-adapter", "processes": 2}
         | {"batch_size": batch_size, "accumulate": accumulate}
         for name, (batch_size, accumulate) in runs.items()
     ]
-    trained(file, 2, *changes)
-    for name in runs:
+    changes[-1]["steps"] = 10_000
+    said = trained(file, 2, *changes, killed_at=tmp_path / "left/checkpoint-6")
+    assert "interactdiff: expected all 2 processes to go on, got one that ended" in said, said[-3000:]
+    for name in ("two", "parts"):
         assert logged(tmp_path / name) == pytest.approx(one, rel=1e-5)
         assert (tmp_path / name / "samples/000006.png").is_file()
         mine, theirs = (checkpoint_of(tmp_path / run, 6) for run in ("run", name))
@@ -132,9 +149,58 @@ def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Pat
     again.resume(str(tmp_path / "two/checkpoint-3"))
     assert again.train(overwrite=True) == pytest.approx(one[3:4], rel=1e-5)
 
+    left = make_recipe(config | {"output_dir": str(tmp_path / "left"), "steps": 10_000, "stop_at": 6})
+    left.resume(str(tmp_path / "left/checkpoint-3"))
+    assert left.train(overwrite=True) == pytest.approx(one[3:], rel=1e-5)
+
     narrow = make_recipe(config | {"output_dir": str(tmp_path / "narrow"), "batch_size": 2})
     with pytest.raises(RecipeError, match=r"expected global_batch to be 4 as in .*, got 2"):
         narrow.resume(str(tmp_path / "two/checkpoint-4"))
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(pipe: Any, pictures: Path, tmp_path: Path) -> None:
+    """Once here; benchmarks/training_kills.py does it many times, on two processes."""
+    pipe.save_pretrained(tmp_path / "base")
+    options = {"log_every": 1, "checkpoint_every": 2, "sample_every": 3, "ema_decay": 0.9, "workers": 1}
+    config = config_of(tmp_path / "base", pictures, tmp_path, **options, steps=10_000)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(config))
+    run = subprocess.Popen([sys.executable, "-m", "interactdiff", "train", str(file)], start_new_session=True)
+    try:
+        while run.poll() is None and not (tmp_path / "run/checkpoint-4").exists():
+            time.sleep(0.01)
+        time.sleep(random.Random().uniform(0.0, 0.3))
+        everyone = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    finally:
+        run.kill()
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    run.wait()
+    before = logged(tmp_path / "run")
+    saved = checkpoints(tmp_path / "run")[-1]
+    assert len(before) - int(saved.name.removeprefix("checkpoint-")) <= 2 + 1  # done twice, at most
+    resumed = make_recipe(config | {"stop_at": len(before) + 2})
+    resumed.resume("latest")
+    losses = resumed.train()
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+    whole = make_recipe(config | {"output_dir": str(tmp_path / "whole"), "stop_at": len(before) + 2}).train()
+    assert before == pytest.approx(whole[: len(before)], rel=1e-6)
+    assert losses == pytest.approx(whole[-len(losses) :], rel=1e-6)
+
+
+def test_a_step_that_does_not_fit_in_memory_is_one_sentence(
+    pipe: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.save_pretrained(tmp_path / "base")
+    recipe = make_recipe(config_of(tmp_path / "base", pictures, tmp_path))
+
+    def loss(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(recipe, "loss", loss)
+    with pytest.raises(RecipeError, match=r"expected a step to fit in memory, .* --plan says what would"):
+        recipe.train()
 
 
 def test_as_many_processes_as_were_asked_for(

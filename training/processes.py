@@ -83,6 +83,14 @@ def check_strategy() -> None:
             )
 
 
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error of torch's says that another process is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    said = str(error)
+    return "gloo" in said or "closed by peer" in said or "reset by peer" in said  # gloo raises plain ones
+
+
 class Processes:
     """What the processes of a run do together.
 

@@ -34,7 +34,13 @@ from interactdiff.files import write_aside
 from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
 from interactdiff.training.optimizers import make_optimizers
-from interactdiff.training.processes import Processes, check_strategy, check_world_size, world_size
+from interactdiff.training.processes import (
+    Processes,
+    check_strategy,
+    check_world_size,
+    is_lost_process,
+    world_size,
+)
 from interactdiff.training.run_folder import SAMPLES, RunFolder
 from interactdiff.training.tracking import Tracker, check_tracker
 
@@ -218,7 +224,10 @@ class Recipe(ABC, Generic[C]):
                 disable=not self.processes.is_main,
             )
             with bar, StopSignals() as stop, ThreadPoolExecutor(1) as pool:  # makes the next batch meanwhile
-                losses, received = self._train(bar, pool, stop)
+                try:
+                    losses, received = self._train(bar, pool, stop)
+                except RuntimeError as error:
+                    raise self._refusal(error) or error from None
             if received is not None:
                 if self.processes.is_main:
                     print(
@@ -229,6 +238,20 @@ class Recipe(ABC, Generic[C]):
                 raise KeyboardInterrupt if received == signal.SIGINT else SystemExit(128 + received)
             self.processes.on_main(self._export)
         return losses
+
+    def _refusal(self, error: RuntimeError) -> RecipeError | None:
+        """A sentence for what stops a training from outside; None for any other error."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return RecipeError(
+                f"expected a step to fit in memory, got one that does not (step {self.step}): --plan says "
+                "what would"
+            )
+        if self.processes.count > 1 and is_lost_process(error):
+            return RecipeError(
+                f"expected all {self.processes.count} processes to go on, got one that ended in step "
+                f"{self.step}: --resume_from_checkpoint latest goes on from the last checkpoint"
+            )
+        return None
 
     def _export(self) -> None:
         with self._averaged():
