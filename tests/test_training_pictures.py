@@ -20,6 +20,7 @@ from tiny_training import config_of, exported_world
 
 from interactdiff import Interaction, InteractionAdapter, attach
 from interactdiff.cli import main
+from interactdiff.data.reading import Records
 from interactdiff.errors import RecipeError
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
@@ -187,6 +188,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(pipe: Any, pictures: Pa
     whole = make_recipe(config | {"output_dir": str(tmp_path / "whole"), "stop_at": len(before) + 2}).train()
     assert before == pytest.approx(whole[: len(before)], rel=1e-6)
     assert losses == pytest.approx(whole[-len(losses) :], rel=1e-6)
+
+
+def test_a_second_start_reads_no_rows(
+    pipe: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where latents, states and features are cached, but for the scenes that are drawn."""
+    pipe.save_pretrained(tmp_path / "base")
+    config = config_of(tmp_path / "base", pictures, tmp_path)
+    losses = make_recipe(config | {"steps": 2}).train()
+    read: list[int] = []
+    own = Records.__getitem__
+    monkeypatch.setattr(Records, "__getitem__", lambda self, n: (read.append(n), own(self, n))[1])
+    again = make_recipe(config | {"steps": 2, "output_dir": str(tmp_path / "again")})
+    assert set(read) == {0}
+    assert again.train() == pytest.approx(losses, rel=1e-6)
+    for file in (tmp_path / "cache/phrases").iterdir():
+        file.unlink()
+    make_recipe(config | {"steps": 2, "output_dir": str(tmp_path / "third")})
+    assert set(read) == set(range(12))
 
 
 def test_a_step_that_does_not_fit_in_memory_is_one_sentence(

@@ -38,6 +38,7 @@ from interactdiff.training.interaction_data import (
     CachedFeatures,
     PictureData,
     Variation,
+    WordsDone,
     captions_of,
     feature_encoder,
     inside_boxes,
@@ -131,14 +132,12 @@ class InteractionRecipe(Recipe[InteractionConfig]):
         known = TextCache(cache / "phrases", f"phrases {of_encoders}", torch.float32)
         self.features = CachedFeatures(known, self.device)
         shown = [self._shown(n) for n in range(min(config.validation.count, len(self.shown)))]
-        captions = [
-            *captions_of(data.records, data.framing, config.flip, self.slots),
-            *(p for p, *_ in shown),
-        ]
-        phrases = [
-            *phrases_of(data.records, config.flip > 0),
-            *scene_phrases([items for _, items, _ in shown]),
-        ]
+        captions = [prompt for prompt, *_ in shown]
+        phrases = scene_phrases([items for _, items, _ in shown])
+        done = WordsDone(data, config.flip, self.slots, self.texts, known)
+        if not done.recalled():
+            captions += captions_of(data.records, data.framing, config.flip, self.slots)
+            phrases = [*phrases, *phrases_of(data.records, config.flip > 0)]
         rank, count = self.processes.rank, self.processes.count
         for part in parts.values():
             part.to(self.device)
@@ -161,6 +160,7 @@ class InteractionRecipe(Recipe[InteractionConfig]):
         self.accelerator.wait_for_everyone()
         self.texts.refresh()
         known.refresh()
+        self.processes.on_main(done.note)
 
     def _summary(self, adapter: InteractionAdapter) -> str:
         config, data = self.config, self.data

@@ -1,5 +1,7 @@
 """Examples of one's own pictures for the adapter: latents and states from caches, and what is left out."""
 
+import hashlib
+import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from interactdiff.data.mixture import MixedLatents, Mixture
 from interactdiff.data.order import Draw, GlobalBatches, Order, mixed
 from interactdiff.data.reading import Records
 from interactdiff.data.texts import TextCache
+from interactdiff.files import write_aside
 from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.training.interaction_config import DropsConfig, InteractionConfig
 from interactdiff.training.objectives import Objective
@@ -216,6 +219,37 @@ class PictureData:
             for name in self.bad.count(batch):
                 print(f"interactdiff: {name}: replaced by another picture")
             yield batch
+
+
+class WordsDone:
+    """Whether a data set's captions and phrases are all in the caches: then its rows need not be read again.
+
+    Args:
+        data: the pictures.
+        flip: probability of mirroring.
+        slots: of the adapter.
+        texts: states of captions.
+        phrases: features of phrases.
+    """
+
+    def __init__(self, data: PictureData, flip: float, slots: int, texts: TextCache, phrases: TextCache):
+        self.caches = {"texts": texts, "phrases": phrases}
+        digests = [part.digest for part in data.parts]
+        made_of = f"{digests} {data.framing} {flip > 0} {slots} {texts.key} {phrases.key}"
+        self.file = data.cache / f"words-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
+
+    def recalled(self) -> bool:
+        """Whether that was noted, and the caches have no fewer texts since."""
+        try:
+            noted = json.loads(self.file.read_text(encoding="utf-8"))
+            return all(len(cache.files) >= noted[name] for name, cache in self.caches.items())
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
+    def note(self) -> None:
+        """Note it, once all processes have built the caches."""
+        counts = {name: len(cache.files) for name, cache in self.caches.items()}
+        write_aside(self.file, lambda aside: aside.write_text(json.dumps(counts), encoding="utf-8"))
 
 
 class CachedFeatures:
