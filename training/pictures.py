@@ -1,0 +1,269 @@
+"""What recipes on pictures of one's own share: a frozen base, caches, and the order of examples.
+
+The base is any pipeline of `frozen_bases`, with the prediction and the schedule that it was trained with.
+Latents and states of captions are computed once and kept on disk; then the text encoders are let go.
+"""
+
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from interactdiff.data.latents import vae_mean, weights_key
+from interactdiff.data.reading import Records
+from interactdiff.data.texts import TextCache
+from interactdiff.errors import RecipeError
+from interactdiff.models import resolve
+from interactdiff.pipeline_loading import load_pipeline
+from interactdiff.training.frozen_bases import frozen_base
+from interactdiff.training.interaction_data import PictureData, WordsDone
+from interactdiff.training.pictures_config import TRANSFORMER_LOSS, UNET_LOSS, PicturesConfig
+from interactdiff.training.recipe import Recipe
+
+P = TypeVar("P", bound=PicturesConfig)
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class PictureRecipe(Recipe[P]):
+    """Trains an adapter on a frozen base, on pictures.
+
+    Attributes:
+        pipe: the base's pipeline, without text encoders once captions are cached.
+        base: as training calls it.
+        data: the pictures.
+        shown: those whose scenes are drawn.
+        latents: a cache for each data set.
+        texts: the states of captions.
+        handle: what is attached.
+    """
+
+    shares_batches = True
+    handle: Any
+
+    def build(self) -> nn.Module:
+        config = self.config
+        chosen = config.base_dtype
+        self.dtype = _DTYPES[config.mixed_precision] if chosen == "auto" else getattr(torch, chosen)
+        self.pipe: Any = load_pipeline(resolve("model", config.base), torch.device("cpu"), self.dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.base = frozen_base(self.pipe, config.loss, config.text_tokens)
+        self.pipe.vae.float()  # SDXL's overflows in half precision
+        self.in_unet = hasattr(self.pipe, "unet")
+        if names := sorted(self.misplaced_keys()):
+            kind = "U-Net" if self.in_unet else "transformer"
+            raise RecipeError(f"expected keys for the {kind} of {config.base}, got {', '.join(names)}")
+        adapter = self.new_adapter().train()
+        with self.accelerator.main_process_first():
+            self.data = PictureData(config, self.base.multiple)
+            validation = config.validation.data
+            self.shown = self.data.records if validation is None else Records.open(validation)
+        self._cache(adapter)
+        if config.gradient_checkpointing:
+            self.base.denoiser.enable_gradient_checkpointing()
+        if self.in_unet:
+            self.base.denoiser.to(memory_format=torch.channels_last)
+        self.handle = self.attached(adapter)
+        self._batches: Iterator[dict[str, Any]] | None = None
+        self._next_step = -1
+        if self.processes.is_main:
+            print(self._summary(adapter), file=sys.stderr)
+        return adapter
+
+    def misplaced_keys(self) -> set[str]:
+        """Keys that are set and are for the other kind of base."""
+        others = TRANSFORMER_LOSS if self.in_unet else UNET_LOSS
+        return {f"loss.{name}" for name in self.config.loss.model_fields_set & others}
+
+    @abstractmethod
+    def new_adapter(self) -> nn.Module:
+        """What is trained, in float32, attached to nothing yet."""
+
+    @abstractmethod
+    def attached(self, adapter: Any) -> Any:
+        """Its handle in the base."""
+
+    @abstractmethod
+    def vary(self) -> Any:
+        """What draws what an example is trained without, see `interaction_data.Variation`."""
+
+    @abstractmethod
+    def captions(self) -> Iterator[str]:
+        """Every caption that may be drawn of the data."""
+
+    @abstractmethod
+    def condition(self, batch: dict[str, Any]) -> None:
+        """Give the adapter the items of a batch, so that it acts in the base's next call."""
+
+    def cache_more(self, adapter: Any, done: bool) -> None:
+        """Fill further caches while the text encoders are there, but for the largest.
+
+        Args:
+            adapter: what is trained.
+            done: whether all that the data's rows ask for was noted to be there.
+        """
+
+    def further_caches(self, keys: Mapping[str, str]) -> dict[str, TextCache]:
+        """Those that `cache_more` fills, by name.
+
+        Args:
+            keys: hashes of the parts' weights, by name.
+        """
+        return {}
+
+    @torch.no_grad()
+    def _cache(self, adapter: nn.Module) -> None:
+        """Make what is missing in the caches, and let go of the text encoders.
+
+        The denoiser stays off the device until the largest encoder has left it.
+        """
+        base, data, pipe = self.base, self.data, self.pipe
+        parts = {"vae": pipe.vae, **base.encoders}
+        keys = {name: weights_key(part) for name, part in parts.items()}
+        of_encoders = " ".join(keys[name] for name in base.encoders)
+        self.latents = data.latent_caches(keys["vae"])
+        length = base.padded_length(0)
+        self.texts = TextCache(
+            data.cache / "texts", f"{type(base).__name__} {of_encoders} {length}", self.dtype
+        )
+        more = self.further_caches(keys)
+        noted = WordsDone(data, self.drawn_of_rows(), {"texts": self.texts, **more})
+        done = noted.recalled()
+        captions = [self.shown_scene(n)[0] for n in range(self.shown_count)]
+        if not done:
+            captions += self.captions()
+        rank, count = self.processes.rank, self.processes.count
+        for part in parts.values():
+            part.to(self.device)
+        for one in self.latents:
+            for _ in one.build(vae_mean(pipe.vae), rank, count):
+                pass
+        for _ in self.texts.build(captions, base.encode_texts(self.device), rank, count):
+            pass
+        if base.long_encoder is not None:
+            base.drop(base.long_encoder)
+        base.denoiser.to(self.device)
+        self.cache_more(adapter, done)
+        base.drop(*base.encoders)
+        pipe.vae.cpu()
+        self.accelerator.wait_for_everyone()
+        for one in (self.texts, *more.values()):
+            one.refresh()
+        self.processes.on_main(noted.note)
+
+    def drawn_of_rows(self) -> str:
+        """What decides, beside the rows, which captions and phrases may be drawn."""
+        return f"{self.data.framing} {self.config.flip > 0}"
+
+    def _summary(self, adapter: nn.Module) -> str:
+        config, data = self.config, self.data
+        count = int(data.records.weights.sum())
+        return (
+            f"interactdiff: {len(data.records)} pictures in {len(set(data.buckets))} sizes; steps of "
+            f"{config.batch_size} x {config.accumulate} x {self.processes.count} = {config.global_batch}; "
+            f"{config.steps} steps are {config.steps * config.global_batch / count:.1f} epochs; adapter "
+            f"{self.started_from()}, {sum(p.numel() for p in adapter.parameters()) / 1e6:.1f} M parameters; "
+            f"base {config.base} in {str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def started_from(self) -> str:
+        """Where the adapter's weights come from, in words."""
+        return "new"
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """The first part of this process's share of a step."""
+        return self.micro_batches(step)[0]
+
+    def micro_batches(self, step: int) -> list[dict[str, Any]]:
+        """This process's parts of a step, read in order; another step than the next one starts anew."""
+        if self._batches is None or step != self._next_step:
+            self._batches = self.data.batches(
+                step,
+                self.processes.rank,
+                self.processes.count,
+                self.latents,
+                self.vary(),
+                self.texts,
+                self.base.objective,
+            )
+        self._next_step = step + 1
+        return [next(self._batches) for _ in range(self.config.accumulate)]
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """Noise comes with the batch."""
+        self.condition(batch)
+        return self.base.loss_of(batch, self.device, self.dtype)
+
+    # --- samples ---
+
+    @property
+    def shown_count(self) -> int:
+        """How many scenes are drawn."""
+        return min(self.config.validation.count, len(self.shown))
+
+    def shown_scene(self, number: int) -> tuple[str, Sequence[Any], Any]:
+        """Caption, items and placement of a picture that is drawn."""
+        record, framing = self.shown[number], self.data.framing
+        placement = framing.place(
+            int(self.shown.widths[number]), int(self.shown.heights[number]), record.items
+        )
+        items = framing.items(placement, record.items)
+        prompt = placement.prompt(record.prompt, record.items, items)
+        return prompt, self.trained_items(items), placement
+
+    def trained_items(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Those items that the adapter takes."""
+        return items
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """The autoencoder on the device meanwhile."""
+        self.pipe.vae.to(self.device)
+        try:
+            with self.accelerator.autocast():
+                yield
+        finally:
+            self.handle.clear()
+            self.pipe.vae.cpu()
+
+    def draw(self, number: int) -> Image.Image:
+        """Draw the caption of a shown picture as the handle's scene says."""
+        prompt, _, placement = self.shown_scene(number)
+        config = self.config.validation
+        worded, empty = (
+            {n: t.to(self.device, self.dtype) for n, t in self.texts.get(p).items()} for p in (prompt, "")
+        )
+        height, width = placement.size
+        return self.pipe(
+            **self.base.drawing_arguments(worded, empty, config.guidance_scale),
+            height=height,
+            width=width,
+            num_inference_steps=config.steps,
+            generator=torch.Generator().manual_seed(self.config.seed + number),
+        ).images[0]
+
+    @abstractmethod
+    def row(self, number: int) -> list[Image.Image]:
+        """Pictures of one shown scene, of one height."""
+
+    @torch.no_grad()
+    def sample(self) -> Image.Image | None:
+        """A row for each scene."""
+        with self._drawing():
+            rows = [self.row(number) for number in range(self.shown_count)]
+        if not rows:
+            return None
+        widths = [sum(picture.width for picture in row) for row in rows]
+        sheet = Image.new("RGB", (max(widths), sum(row[0].height for row in rows)), "white")
+        top = 0
+        for row in rows:
+            left = 0
+            for picture in row:
+                sheet.paste(picture, (left, top))
+                left += picture.width
+            top += row[0].height
+        return sheet
