@@ -79,9 +79,9 @@ def last_step(folder: Path) -> int:
 def moment(
     rng: random.Random, run: subprocess.Popen[bytes], folder: Path, steps: int, seconds: float
 ) -> None:
-    """Wait for a random moment of a run, or for its end: mostly after some step, else while it starts."""
+    """Wait for a random moment of a run, or for its end: mostly after a step to come, else as it starts."""
     until = time.monotonic() + 1e6
-    step = rng.randint(last_step(folder), steps)
+    step = rng.randint(last_step(folder) + 1, steps + 1)
     if rng.random() < 0.25:
         step, until = steps + 1, time.monotonic() + rng.uniform(0.0, seconds)
     while run.poll() is None and time.monotonic() < until and last_step(folder) < step:

@@ -18,10 +18,11 @@ from interactdiff.data.reading import Records
 from interactdiff.errors import RecipeError
 from interactdiff.scene import Entity, Interaction
 from interactdiff.training.config import checked
-from interactdiff.training.interaction_config import DropsConfig, InteractionConfig, LossConfig
+from interactdiff.training.interaction_config import DropsConfig, InteractionConfig
 from interactdiff.training.interaction_data import Variation, inside_boxes, items_of, without_actions
 from interactdiff.training.objectives import Diffusion, Flow, weighted_loss
 from interactdiff.training.optimizers import make_optimizers
+from interactdiff.training.pictures_config import LossConfig
 from interactdiff.training.run import load_config
 
 RIDING = Interaction("person", "riding", "bike", (0.1, 0.1, 0.6, 0.7), (0.2, 0.4, 0.9, 0.9))

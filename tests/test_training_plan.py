@@ -11,8 +11,9 @@ from interactdiff.errors import RecipeError
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.training.config import checked
 from interactdiff.training.frozen_bases import frozen_base
-from interactdiff.training.interaction_config import InteractionConfig, LossConfig
+from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.memory import bare_pipeline, count_activations, counted_on_meta
+from interactdiff.training.pictures_config import LossConfig
 from interactdiff.training.plan import advice, plan_of, smaller
 from interactdiff.training.run import load_config, plan
 

@@ -15,8 +15,9 @@ from interactdiff.errors import RecipeError
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.sites import denoiser_of
 from interactdiff.training.dit import image_ids, packed
-from interactdiff.training.interaction_config import LossConfig
-from interactdiff.training.objectives import Diffusion, Flow, Objective
+from interactdiff.training.interaction_data import inside_boxes
+from interactdiff.training.objectives import Diffusion, Flow, Objective, weighted_loss
+from interactdiff.training.pictures_config import LossConfig
 
 CLIP_TOKENS = 77
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -42,7 +43,7 @@ class FrozenBase:
     long_encoder: str | None = None  # the largest, which phrases are not encoded by
 
     def __init__(self, pipe: Any, loss: LossConfig, text_tokens: int | None):
-        self.pipe, self.loss, self.text_tokens = pipe, loss, text_tokens
+        self.pipe, self.options, self.text_tokens = pipe, loss, text_tokens
         self.denoiser: Any = denoiser_of(pipe)
         if getattr(pipe, "safety_checker", None) is not None:
             pipe.register_modules(safety_checker=None)  # it would stay behind on the CPU
@@ -53,7 +54,7 @@ class FrozenBase:
 
     def make_objective(self) -> Objective:
         """What it has learnt to predict."""
-        return Diffusion(self.pipe.scheduler.config, self.loss)
+        return Diffusion(self.pipe.scheduler.config, self.options)
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
@@ -86,6 +87,33 @@ class FrozenBase:
     def predict(self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]) -> Tensor:
         """What the denoiser makes of noisy latents [B, C, H, W] at times [B], of the same shape."""
         return self.denoiser(noisy, times, states["states"]).sample
+
+    def loss_of(self, batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The loss of a batch of `interaction_data`, whose noise comes with it.
+
+        Args:
+            batch: "latents", "noise", "times", "states", "items".
+            device: where the denoiser is.
+            dtype: that it computes in.
+        """
+        noisy, times, states = self.noisy(batch, device, dtype)
+        return self.loss_between(self.predict(noisy, times, states, batch), batch)
+
+    def noisy(
+        self, batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, States]:
+        """What the denoiser is called with: noisy latents, times and states."""
+        latents, noise, times = (batch[name].to(device) for name in ("latents", "noise", "times"))
+        states = {name: tensor.to(device, dtype) for name, tensor in batch["states"].items()}
+        return self.objective.noisy(latents, noise, times).to(dtype), times, states
+
+    def loss_between(self, predicted: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """The weighted squared error of a prediction."""
+        latents, noise, times = (batch[name].to(predicted.device) for name in ("latents", "noise", "times"))
+        error = (predicted.float() - self.objective.target(latents, noise, times)).square()
+        more = self.options.boxes
+        inside = inside_boxes(batch["items"], *latents.shape[2:]).to(predicted.device) if more else None
+        return weighted_loss(error, self.objective.weights(times), inside, more)
 
     def drawing_arguments(self, prompt: States, empty: States, guidance_scale: float | None) -> dict:
         """Arguments of the pipeline's call for one prompt, with the empty one for guidance."""
@@ -137,7 +165,7 @@ class SD3Base(FrozenBase):
 
     def make_objective(self) -> Objective:
         """Rectified flow."""
-        return Flow(self.pipe.scheduler.config, self.loss, self.denoiser.config.patch_size)
+        return Flow(self.pipe.scheduler.config, self.options, self.denoiser.config.patch_size)
 
     def encode(self, texts: list[str], device: torch.device) -> States:
         """CLIP's states and after them T5's, or zeros without it."""
@@ -175,7 +203,7 @@ class FluxBase(FrozenBase):
 
     def make_objective(self) -> Objective:
         """Rectified flow."""
-        return Flow(self.pipe.scheduler.config, self.loss)
+        return Flow(self.pipe.scheduler.config, self.options)
 
     def encode(self, texts: list[str], device: torch.device) -> States:
         """T5's states and CLIP's pooled one."""
@@ -200,7 +228,7 @@ class FluxBase(FrozenBase):
             "txt_ids": torch.zeros(states["states"].shape[1], 3, device=places),
         }
         if self.denoiser.config.guidance_embeds:
-            inputs["guidance"] = torch.full_like(times, self.loss.guidance)
+            inputs["guidance"] = torch.full_like(times, self.options.guidance)
         made = self.denoiser(**inputs).sample
         return FluxPipeline._unpack_latents(made, *noisy.shape[2:], vae_scale_factor=1)
 

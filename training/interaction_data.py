@@ -22,8 +22,9 @@ from interactdiff.data.reading import Records
 from interactdiff.data.texts import TextCache
 from interactdiff.files import write_aside
 from interactdiff.scene import Box, Entity, Interaction
-from interactdiff.training.interaction_config import DropsConfig, InteractionConfig
+from interactdiff.training.interaction_config import DropsConfig
 from interactdiff.training.objectives import Objective
+from interactdiff.training.pictures_config import PicturesConfig
 
 Item = Interaction | Entity
 
@@ -162,7 +163,7 @@ class PictureData:
         multiple: that sides are multiples of, if the configuration does not say.
     """
 
-    def __init__(self, config: InteractionConfig, multiple: int):
+    def __init__(self, config: PicturesConfig, multiple: int):
         self.config, self.cache = config, Path(config.cache)
         self.framing = Framing(
             config.resolution,
@@ -226,16 +227,14 @@ class WordsDone:
 
     Args:
         data: the pictures.
-        flip: probability of mirroring.
-        slots: of the adapter.
-        texts: states of captions.
-        phrases: features of phrases.
+        how: what decides, beside the rows, which texts may be drawn.
+        caches: by name.
     """
 
-    def __init__(self, data: PictureData, flip: float, slots: int, texts: TextCache, phrases: TextCache):
-        self.caches = {"texts": texts, "phrases": phrases}
-        digests = [part.digest for part in data.parts]
-        made_of = f"{digests} {data.framing} {flip > 0} {slots} {texts.key} {phrases.key}"
+    def __init__(self, data: PictureData, how: str, caches: Mapping[str, TextCache]):
+        self.caches = caches
+        keys = {name: cache.key for name, cache in caches.items()}
+        made_of = f"{[part.digest for part in data.parts]} {how} {keys}"
         self.file = data.cache / f"words-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
 
     def recalled(self) -> bool:

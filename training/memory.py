@@ -16,7 +16,7 @@ from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.models import resolve
 from interactdiff.training.frozen_bases import FluxBase, FrozenBase, frozen_base
-from interactdiff.training.interaction_config import LossConfig
+from interactdiff.training.pictures_config import LossConfig
 from interactdiff.training.published_shapes import PUBLISHED
 
 
@@ -139,7 +139,6 @@ def count_activations(base: FrozenBase, adapter: InteractionAdapter, latents: Te
     if isinstance(base, FluxBase) and device.type == "meta":
         base.places = torch.device("cpu")  # they are looked at
         denoiser.pos_embed.register_forward_pre_hook(lambda _, places: (places[0].to(device),))
-    denoiser.train()  # blocks are checkpointed in training only
     denoiser.enable_gradient_checkpointing(block)
     try:
         with attach(denoiser, adapter, phrase_encoder=lambda _: features) as handle:
@@ -152,7 +151,6 @@ def count_activations(base: FrozenBase, adapter: InteractionAdapter, latents: Te
                 base.predict(latents, times, states, batch)
     finally:
         denoiser.disable_gradient_checkpointing()
-        denoiser.eval()
     return Activations(everything.bytes, outside.bytes + largest)
 
 

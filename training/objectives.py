@@ -18,7 +18,7 @@ from diffusers.training_utils import (
 from torch import Tensor
 
 from interactdiff.errors import RecipeError
-from interactdiff.training.interaction_config import LossConfig
+from interactdiff.training.pictures_config import LossConfig
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
