@@ -84,9 +84,27 @@ class FrozenBase:
 
         return run
 
-    def predict(self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]) -> Tensor:
-        """What the denoiser makes of noisy latents [B, C, H, W] at times [B], of the same shape."""
-        return self.denoiser(noisy, times, states["states"]).sample
+    def predict(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        states: States,
+        batch: Mapping[str, Any],
+        denoiser: Any = None,
+    ) -> Tensor:
+        """What the denoiser, or another like it, makes of noisy latents.
+
+        Args:
+            noisy: [B, C, H, W].
+            times: [B].
+            states: of the captions.
+            batch: with sizes and crops.
+            denoiser: in the place of the base's own.
+
+        Returns:
+            [B, C, H, W].
+        """
+        return (denoiser or self.denoiser)(noisy, times, states["states"]).sample
 
     def loss_of(self, batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
         """The loss of a batch of `interaction_data`, whose noise comes with it.
@@ -148,12 +166,15 @@ class XLBase(FrozenBase):
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {**super().states_shapes(), "pooled": (pooled,)}
 
-    def predict(self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]) -> Tensor:
+    def predict(
+        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any], denoiser: Any = None
+    ) -> Tensor:
         """Sizes and crops of the batch become the time ids."""
         sizes = zip(batch["original_size"], batch["crop"], batch["target_size"], strict=True)
         ids = torch.tensor([[*original, *crop, *target] for original, crop, target in sizes])
         added = {"text_embeds": states["pooled"], "time_ids": ids.to(noisy)}
-        return self.denoiser(noisy, times, states["states"], added_cond_kwargs=added).sample
+        denoiser = denoiser or self.denoiser
+        return denoiser(noisy, times, states["states"], added_cond_kwargs=added).sample
 
 
 class SD3Base(FrozenBase):
@@ -183,9 +204,11 @@ class SD3Base(FrozenBase):
         """See `FrozenBase`."""
         return _transformer_shapes(self.denoiser.config, CLIP_TOKENS + (self.text_tokens or 256))
 
-    def predict(self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]) -> Tensor:
+    def predict(
+        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any], denoiser: Any = None
+    ) -> Tensor:
         """Times are shares of noise; the transformer takes thousandths."""
-        return self.denoiser(
+        return (denoiser or self.denoiser)(
             hidden_states=noisy,
             timestep=times * 1000,
             encoder_hidden_states=states["states"],
@@ -216,7 +239,9 @@ class FluxBase(FrozenBase):
         """See `FrozenBase`."""
         return _transformer_shapes(self.denoiser.config, self.text_tokens or 512)
 
-    def predict(self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]) -> Tensor:
+    def predict(
+        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any], denoiser: Any = None
+    ) -> Tensor:
         """Packed on the way in, unpacked on the way out."""
         places = self.places or noisy.device
         inputs: dict[str, Any] = {
@@ -229,7 +254,7 @@ class FluxBase(FrozenBase):
         }
         if self.denoiser.config.guidance_embeds:
             inputs["guidance"] = torch.full_like(times, self.options.guidance)
-        made = self.denoiser(**inputs).sample
+        made = (denoiser or self.denoiser)(**inputs).sample
         return FluxPipeline._unpack_latents(made, *noisy.shape[2:], vae_scale_factor=1)
 
     def drawing_arguments(self, prompt: States, empty: States, guidance_scale: float | None) -> dict:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,18 @@ def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
+class Varied(Protocol):
+    """Draws what an example is trained without."""
+
+    def __call__(self, prompt: str, items: Sequence[Any], rng: random.Random) -> tuple[str, Sequence[Any]]:
+        """A caption and items as training gets them."""
+        ...
+
+    def more(self, items: Sequence[Any], rng: random.Random) -> dict[str, Tensor]:
+        """Further tensors of an example, by name, of the items that it kept."""
+        ...
+
+
 @dataclass(frozen=True)
 class Variation:
     """Draws what an example is trained without.
@@ -79,6 +91,13 @@ class Variation:
             prompt = without_actions(prompt, kept) if stripped else ""
         left = [item for item in kept if rng.random() >= drops.item] or kept[:1]
         return prompt, [self._varied(item, rng) for item in left]
+
+    def more(self, items: Sequence[Item], rng: random.Random) -> dict[str, Tensor]:
+        """The slots that items take, "slots" [N]."""
+        slots = [*range(self.slots)]
+        if self.drops.slots:
+            rng.shuffle(slots)
+        return {"slots": torch.tensor(slots)}
 
     def _varied(self, item: Item, rng: random.Random) -> Item:
         if isinstance(item, Entity):
@@ -119,19 +138,18 @@ class VariedExamples(Dataset):
         objective: draws noise and times.
     """
 
-    def __init__(self, examples: Examples, variation: Variation, texts: TextCache, objective: Objective):
+    def __init__(self, examples: Examples, variation: Varied, texts: TextCache, objective: Objective):
         self.examples, self.variation = examples, variation
         self.texts, self.objective = texts, objective
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        """The example of a draw: as `Examples` has it, with `states`, `noise`, `times` and `slots`."""
+        """The example of a draw: as `Examples` has it, with `states`, `noise`, `times` and what
+        the variation adds."""
         example = self.examples[draw]
         seed = mixed(self.examples.order.seed, draw.position, 5)
         rng = random.Random(seed)
         prompt, items = self.variation(example["prompt"], example["items"], rng)
-        slots = [*range(self.variation.slots)]
-        if self.variation.drops.slots:
-            rng.shuffle(slots)
+        more = self.variation.more(items, rng)
         latents = example["latents"].float()
         generator = torch.Generator().manual_seed(seed)
         return {
@@ -140,7 +158,7 @@ class VariedExamples(Dataset):
             "latents": latents,
             "prompt": prompt,
             "items": items,
-            "slots": torch.tensor(slots),
+            **more,
             "states": self.texts.get(prompt),
         }
 
@@ -148,8 +166,9 @@ class VariedExamples(Dataset):
 def collate_varied(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of examples: tensors stacked, those of `states` by name."""
     batch = collate(examples)
-    for name in ("noise", "times", "slots"):
-        batch[name] = torch.stack(batch[name])
+    for name, value in batch.items():
+        if isinstance(value, list) and torch.is_tensor(value[0]):
+            batch[name] = torch.stack(value)
     states = batch["states"]
     batch["states"] = {name: torch.stack([one[name] for one in states]) for name in states[0]}
     return batch
@@ -202,7 +221,7 @@ class PictureData:
         rank: int,
         processes: int,
         latents: Sequence[Latents],
-        variation: Variation,
+        variation: Varied,
         texts: TextCache,
         objective: Objective,
     ) -> Iterator[dict[str, Any]]:

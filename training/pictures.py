@@ -21,7 +21,7 @@ from interactdiff.errors import RecipeError
 from interactdiff.models import resolve
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.training.frozen_bases import frozen_base
-from interactdiff.training.interaction_data import PictureData, WordsDone
+from interactdiff.training.interaction_data import PictureData, Varied, WordsDone
 from interactdiff.training.pictures_config import TRANSFORMER_LOSS, UNET_LOSS, PicturesConfig
 from interactdiff.training.recipe import Recipe
 
@@ -62,6 +62,7 @@ class PictureRecipe(Recipe[P]):
             self.data = PictureData(config, self.base.multiple)
             validation = config.validation.data
             self.shown = self.data.records if validation is None else Records.open(validation)
+        self.check_data()
         self._cache(adapter)
         if config.gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
@@ -79,6 +80,13 @@ class PictureRecipe(Recipe[P]):
         others = TRANSFORMER_LOSS if self.in_unet else UNET_LOSS
         return {f"loss.{name}" for name in self.config.loss.model_fields_set & others}
 
+    def check_data(self) -> None:
+        """Refuse pictures that nothing can be learnt of.
+
+        Raises:
+            RecipeError: they lack what the recipe trains on.
+        """
+
     @abstractmethod
     def new_adapter(self) -> nn.Module:
         """What is trained, in float32, attached to nothing yet."""
@@ -88,8 +96,8 @@ class PictureRecipe(Recipe[P]):
         """Its handle in the base."""
 
     @abstractmethod
-    def vary(self) -> Any:
-        """What draws what an example is trained without, see `interaction_data.Variation`."""
+    def vary(self) -> Varied:
+        """What draws what an example is trained without."""
 
     @abstractmethod
     def captions(self) -> Iterator[str]:

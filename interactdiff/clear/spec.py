@@ -29,6 +29,9 @@ SPEC = MethodSpec(
     ),
     needs_weights=False,
     sampler=HIGH_RESOLUTION,
-    recipes={"distill": "interactdiff.training.distill:DistillRecipe"},
+    recipes={
+        "distill": "interactdiff.training.distill:DistillRecipe",
+        "distill_pictures": "interactdiff.training.distill_pictures:DistillPicturesRecipe",
+    },
     benches=("interactdiff.commands.bench_clear",),
 )

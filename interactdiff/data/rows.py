@@ -1,6 +1,7 @@
 """One row of data: a JSON object in the scene's own words becomes an `ImageRecord`, or all its mistakes."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,9 +15,11 @@ from interactdiff.registry import ItemSpec, item_specs
 from interactdiff.scene import EXTRA_ITEMS, Scene, SceneError
 from interactdiff.scene_checks import checked_flag, checked_text, checked_whole, shown
 from interactdiff.scene_items import required_and_optional
+from interactdiff.scene_pictures import picture_files
 
 MAX_WEIGHT = 1000
 REFERENCE = "reference"  # the field of an item that names a picture
+PICTURES = ("image", "mask")  # those that are read with the item
 OWN_KEYS = ("file_name", "prompt", "prompts", "weight", "source", "license", "id", "flip")
 _OTHER_NAMES = {"text": "prompt", "caption": "prompt", "image": "file_name", "boxes": "entities"}
 
@@ -200,9 +203,13 @@ class RowParser:
                 return None
         while made is None:
             try:
-                made = spec.type.from_dict(values)
+                with self._pictures():
+                    made = spec.type.from_dict(values)
             except SceneError as error:
                 field, _, _ = str(error).partition(": expected ")
+                if field in PICTURES:
+                    report("reference", _without_field(error), field, item)
+                    return None
                 if field not in values or field in wrong:
                     report("item", str(error), item=item)
                     return None
@@ -216,6 +223,10 @@ class RowParser:
                 else:
                     values[field] = (0.0, 0.0, 1.0, 1.0) if field in boxes else "x"
         return made if not wrong and set(one) <= set(known) else None
+
+    def _pictures(self) -> AbstractContextManager[None]:
+        """Lets items name pictures of the folder."""
+        return nullcontext() if self.folder is None else picture_files(self.folder, base=self.folder)
 
     def _reference(self, name: str) -> str:
         """The path of an item's reference picture."""

@@ -76,17 +76,26 @@ class SubjectAdapter(Adapter):
             self.image_encoder.eval()
         return self
 
-    def states(self, pictures: Sequence[Any]) -> Tensor:
-        """[B, layers, T, width] of the image tower, of pictures that are white where the subject is not."""
+    @property
+    def side(self) -> int:
+        """Pixels of a side of what the image tower takes."""
+        return cast(int, self.image_encoder.config.image_size)
+
+    def states(self, pictures: Sequence[Any] | Tensor) -> Tensor:
+        """[B, layers, T, width] of the image tower.
+
+        Args:
+            pictures: white where the subject is not; or what `tower_pixels` made of them.
+        """
         config = cast(SubjectConfig, self.config)
-        pixels = tower_pixels(pictures, cast(int, self.image_encoder.config.image_size))
+        pixels = pictures if isinstance(pictures, Tensor) else tower_pixels(pictures, self.side)
         with torch.no_grad():
             states = self.image_encoder(
                 pixels.to(self.image_encoder.device, self.image_encoder.dtype), output_hidden_states=True
             ).hidden_states
         return torch.stack([states[layer] for layer in config.layers], 1)
 
-    def forward(self, pictures: Sequence[Any]) -> Tensor:
+    def forward(self, pictures: Sequence[Any] | Tensor) -> Tensor:
         """SE(r): [B, M, token_dim] tokens of pictures, as in `states`."""
         return self.mapper(self.states(pictures))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from interactdiff.adapter import Binding, Edit, EditedCall, Guidance, Host
 from interactdiff.calls import Call
 from interactdiff.errors import AdapterError, SceneError
-from interactdiff.scene_checks import shown
+from interactdiff.scene_checks import Box, shown
 from interactdiff.schedule import scheduled
 from interactdiff.sites import known_family
 from interactdiff.subject.active_scene import PlacedSubject, SubjectScene
@@ -22,7 +22,7 @@ from interactdiff.subject.features import Features, moved
 from interactdiff.subject.foreground import load_segmenter
 from interactdiff.subject.guidance import combined, guided_by_reference, halves_of, map_rows, prompt_in_both
 from interactdiff.subject.items import MAX_SUBJECTS, Subject
-from interactdiff.subject.place import boxes_of
+from interactdiff.subject.place import boxes_of, place
 from interactdiff.subject.runner import ReferenceRunner, Time
 from interactdiff.subject.spec import SPEC
 from interactdiff.subject.subject_sites import EncoderSite, KeySite
@@ -80,6 +80,7 @@ class SubjectBinding(Binding):
         self._plan: Plan | None = None
         self._pass_weight = 0.0  # of the encoder, in a pass over a reference
         self._returned: dict[int, tuple[float, Tensor]] = {}
+        self._given: tuple[Tensor, tuple[tuple[Box, ...], ...], tuple[float, ...]] | None = None
 
     def configure(
         self,
@@ -175,6 +176,32 @@ class SubjectBinding(Binding):
                 )
         return SubjectScene(references, tuple(prompts), seed)
 
+    def set_tokens(
+        self, tokens: Tensor, boxes: Sequence[Sequence[Box]] = ((),), weights: Sequence[float] = (1.0,)
+    ) -> None:
+        """Give the encoder's tokens themselves, as training does: gradients flow to them and to what acts.
+
+        Self-subject attention takes no part. Call `backward` before giving others: gradient checkpointing
+        runs the blocks again.
+
+        Args:
+            tokens: [B, M, token_dim], of a subject for each row of the denoiser's batch, or of one for all.
+            boxes: where each row's subject is; none of them is everywhere.
+            weights: beta of each row; 0 where it sees none.
+
+        Raises:
+            AdapterError: the adapter has no encoder.
+            SceneError: there are boxes or weights for another number of rows.
+        """
+        if not self._encoders:
+            raise AdapterError("expected a subject adapter with an encoder for tokens, got one without")
+        if not len(tokens) == len(boxes) == len(weights):
+            raise SceneError(
+                f"expected boxes and weights for {len(tokens)} rows, got {len(boxes)} and {len(weights)}"
+            )
+        self.use(None)
+        self._given = tokens, tuple(map(tuple, boxes)), tuple(weights)
+
     def use(self, encoded: SubjectScene | None) -> None:
         """Act by a scene from the next call on."""
         self.clear()
@@ -182,7 +209,7 @@ class SubjectBinding(Binding):
 
     def clear(self) -> None:
         """Forget the scene; what is kept of its references stays for the next one."""
-        self.scene = self._plan = None
+        self.scene = self._plan = self._given = None
         self._returned.clear()
         for one in self._keys:
             one.blocks = ()
@@ -193,6 +220,8 @@ class SubjectBinding(Binding):
         """Lay out the call's keys and the encoder's results at every site."""
         if call.is_pass:
             return self._prepare_pass(call)
+        if self._given is not None:
+            return self._prepare_given(call, *self._given)
         plan, scene = self._plan, self.scene
         if plan is None or scene is None or plan.returns:
             return ()
@@ -360,6 +389,22 @@ class SubjectBinding(Binding):
         for site in self._encoders:
             site.prepare({-1: reference.tokens}, [share])
         return self._recording[1]
+
+    def _prepare_given(
+        self,
+        call: Call,
+        tokens: Tensor,
+        boxes: tuple[tuple[Box, ...], ...],
+        weights: tuple[float, ...],
+    ) -> Collection[Edit]:
+        if len(tokens) not in (1, call.batch):
+            raise SceneError(f"expected tokens for {call.batch} batch rows, got {len(tokens)}")
+        self.follow(call.device)
+        for site in self._encoders:
+            grid = site.site.grid(*call.grid)
+            share = torch.stack([place(one, grid) * by for one, by in zip(boxes, weights, strict=True)])
+            site.give(tokens, self._cast(share[..., None].to(call.device)))
+        return self._encoder_edits
 
     def _acting_keys(self) -> list[KeySite]:
         """Attentions that see references: a share of all, those with the widest tokens first."""

@@ -83,5 +83,6 @@ SPEC = MethodSpec(
         ),
     ),
     needs_weights=False,
+    recipes={"subject": "interactdiff.training.subject:SubjectRecipe"},
     benches=("interactdiff.commands.bench_subject",),
 )  # fmt: skip

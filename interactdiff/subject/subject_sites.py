@@ -78,6 +78,16 @@ class EncoderSite:
                 self._prepared[key] = one, made
         self.subjects, self.shares = [self._prepared[key][1] for key in tokens], shares
 
+    def give(self, tokens: Tensor, share: Tensor) -> None:
+        """Lay out tokens that training made; keys and values are made anew, with gradients.
+
+        Args:
+            tokens: [B or 1, M, token_dim].
+            share: [B or 1, L, 1], as in `shares`.
+        """
+        tokens = tokens.to(self._attention.to_k.weight.dtype)
+        self.subjects, self.shares = [self._attention.keys_values(tokens)], [share]
+
     def forget(self) -> None:
         """Let go of everything that belongs to a scene."""
         self.subjects, self.shares = (), ()

@@ -1,0 +1,232 @@
+"""The subject encoder and CLEAR's layers trained on a folder of pictures, on tiny pipelines."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_dit import draw
+from tiny_subject import LAYERS, VISION, dog, half_mask, picture, trained_subject_adapter
+from tiny_training import config_of
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from interactdiff import SubjectAdapter, attach
+from interactdiff.clear import ClearAdapter
+from interactdiff.data import read_folder
+from interactdiff.errors import DataError, RecipeError, SceneError
+from interactdiff.scene import Interaction
+from interactdiff.sites import denoiser_of
+from interactdiff.subject.foreground import foreground
+from interactdiff.subject.items import Subject
+from interactdiff.training.config import checked
+from interactdiff.training.run import make_recipe
+from interactdiff.training.subject import SubjectVariation, changed, subjects_of
+from interactdiff.training.subject_config import (
+    ReferenceChanges,
+    SubjectDropsConfig,
+    SubjectTrainingConfig,
+)
+
+ENCODER_ALONE = {"reference_weight": 0.0, "encoder_weight": 0.7}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures, of which every second one has a dog, with its reference and a mask."""
+    folder = tmp_path_factory.mktemp("subjects")
+    (folder / "references").mkdir()
+    rows = []
+    for number in range(6):
+        picture(number, (32, 32)).save(folder / f"{number}.png")
+        row: dict[str, Any] = {"file_name": f"{number}.png", "prompt": f"a dog {'abcdef'[number]}"}
+        if number % 2 == 0:
+            picture(number + 50, (16, 16)).save(folder / f"references/{number}.png")
+            half_mask().save(folder / f"references/{number}-mask.png")
+            row["subjects"] = [
+                {
+                    "phrase": "dog",
+                    "image": f"references/{number}.png",
+                    "mask": f"references/{number}-mask.png",
+                }
+            ]
+            row["subjects"][0] |= {"box": [0.1, 0.1, 0.9, 0.8]} if number else {}
+        rows.append(json.dumps(row) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    return folder
+
+
+@pytest.fixture
+def tower(tmp_path: Path) -> Path:
+    torch.manual_seed(8)
+    cast(Any, CLIPVisionModel)(cast(Any, CLIPVisionConfig)(**VISION)).save_pretrained(tmp_path / "tower")
+    return tmp_path / "tower"
+
+
+def subject_config(pipe: Any, pictures: Path, tmp_path: Path, tower: Path, **changes: Any) -> dict[str, Any]:
+    pipe.save_pretrained(tmp_path / "base")
+    config = config_of(tmp_path / "base", pictures, tmp_path, **changes)
+    del config["adapter"]
+    config |= {"recipe": "subject", "image_encoder": str(tower), "token_dim": 8, "layers": list(LAYERS)}
+    return config | {"drops": {"subject": 0, "caption": 0, "all": 0}} | changes
+
+
+@pytest.mark.parametrize("fixture", ["pipe", "sd3_pipe"])
+def test_the_encoder_is_trained_saved_loaded_and_drawn(
+    fixture: str, request: pytest.FixtureRequest, pictures: Path, tmp_path: Path, tower: Path
+) -> None:
+    pipe: Any = request.getfixturevalue(fixture)
+    config = subject_config(pipe, pictures, tmp_path, tower, gradient_checkpointing=True)
+    recipe: Any = make_recipe(config)
+    frozen = {name: t.clone() for name, t in recipe.base.denoiser.state_dict().items()}
+    before = {name: t.clone() for name, t in recipe.model.state_dict().items()}
+    assert len(recipe.train()) == 4
+    assert all(torch.equal(t, frozen[name]) for name, t in recipe.base.denoiser.state_dict().items())
+    moved = {name for name, t in recipe.model.state_dict().items() if not torch.equal(t, before[name])}
+    assert not any(name.startswith("image_encoder") for name in moved)
+    trained = {name for name in before if not name.startswith("image_encoder")}
+    assert len(moved) > 0.9 * len(trained)
+    assert (tmp_path / "run/samples/000004.png").is_file()
+
+    adapter = SubjectAdapter.from_pretrained(tmp_path / "adapter").float()
+    own, given = adapter.image_encoder.state_dict(), load_file(tower / "model.safetensors")
+    for name, tensor in own.items():
+        kept = given.get(name, given.get(f"vision_model.{name}"))
+        assert kept is not None
+        assert torch.allclose(tensor, kept, atol=1e-3)
+    plain = draw(pipe)
+    with attach(pipe, adapter) as handle:
+        handle["subject"].configure(**ENCODER_ALONE)
+        handle.set_scene([dog()])
+        assert not torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("fixture", ["pipe", "flux_pipe"])
+@pytest.mark.parametrize("box", [None, (0.0, 0.0, 0.5, 1.0)])
+def test_given_tokens_act_as_the_scene_does(fixture: str, box: Any, request: pytest.FixtureRequest) -> None:
+    """What training does is what drawing does."""
+    pipe: Any = request.getfixturevalue(fixture)
+    adapter = trained_subject_adapter(denoiser_of(pipe))
+    plain = draw(pipe)
+    with attach(pipe, adapter) as handle:
+        binding = handle["subject"]
+        binding.configure(**ENCODER_ALONE)
+        handle.set_scene([dog(box=box)])
+        wanted = draw(pipe)
+        tokens = adapter([foreground(dog()).image])
+        binding.set_tokens(tokens, [() if box is None else (box,)], [0.7])
+        assert torch.allclose(draw(pipe), wanted, atol=1e-5)
+        binding.set_tokens(tokens, [()], [0.0])
+        assert torch.allclose(draw(pipe), plain, atol=1e-5)
+        handle.clear()
+        assert torch.equal(draw(pipe), plain)
+        with pytest.raises(SceneError, match="expected boxes and weights for 1 rows, got 2 and 1"):
+            binding.set_tokens(tokens, [(), ()])
+
+
+def test_gradients_reach_every_weight(pipe: Any, pictures: Path, tmp_path: Path, tower: Path) -> None:
+    recipe: Any = make_recipe(subject_config(pipe, pictures, tmp_path, tower, batch_size=6))
+    for attention, _ in recipe.model.attentions.values():  # zero at the start, which stops all others
+        torch.nn.init.normal_(attention.to_out[0].weight, std=0.1)
+    batch = recipe.batch(0)
+    assert batch["present"].sum() == 3
+    recipe.loss(batch, recipe.generator(0)).backward()
+    without = [n for n, p in recipe.model.named_parameters() if p.requires_grad and not p.grad.abs().sum()]
+    assert without == []
+
+
+def test_what_is_drawn_of_an_example() -> None:
+    riding = Interaction("dog", "riding", "bike", (0.1, 0.1, 0.5, 0.5), (0.2, 0.4, 0.9, 0.9))
+    (found,) = subjects_of([riding, dog()])
+    assert found.box == riding.subject_box
+    drops = SubjectDropsConfig(subject=0.2, caption=0.1, all=0.1)
+    vary, rng = SubjectVariation(drops, ReferenceChanges(), 16), random.Random(0)
+    drawn = [vary("a dog", [dog()], rng) for _ in range(2000)]
+    shares = np.mean([[not items, not prompt] for prompt, items in drawn], 0)
+    assert shares == pytest.approx([1 - 0.9 * 0.8, 1 - 0.9 * 0.9], abs=0.03)
+    assert vary.more([], rng)["present"] == 0
+    more = vary.more([dog()], rng)
+    assert more["present"] == 1
+    assert more["reference"].shape == (3, 16, 16)
+
+
+def test_references_are_changed_and_stay_what_they_are() -> None:
+    """Not where and how they lie, but their colours; white around them."""
+    image = Image.new("RGB", (40, 40), "white")
+    image.paste((200, 30, 30), (10, 5, 30, 35))
+    how, rng = ReferenceChanges(), random.Random(1)
+    made = [changed(image, how, rng) for _ in range(20)]
+    assert len({one.tobytes() for one in made}) == 20
+    for one in made:
+        pixels = np.asarray(one).astype(int)
+        assert (pixels[[0, -1]] > 235).all()
+        red = (pixels[..., 0] - pixels[..., 1]) > 60
+        assert 300 < red.sum() < 1100, "of 600"
+        assert pixels[red].mean(0) == pytest.approx([200, 30, 30], abs=40)
+    still = ReferenceChanges(flip=0, rotation=0, scale=0, blur=0, elastic=0)
+    assert changed(image, still, rng).tobytes() == image.tobytes()
+
+
+def test_bad_references_are_one_sentence(pictures: Path, tmp_path: Path, pipe: Any, tower: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    picture(0, (32, 32)).save(tmp_path / "rows/0.png")
+
+    def problem(**subject: Any) -> str:
+        row = {"file_name": "0.png", "prompt": "a dog", "subjects": [{"phrase": "dog"} | subject]}
+        (tmp_path / "rows/metadata.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError) as refused:
+            list(read_folder(tmp_path / "rows"))
+        return str(refused.value)
+
+    assert "line 1, subject 1, image: expected a picture" in problem(image="missing.png")
+    assert "line 1, subject 1, image: expected " in problem(image="/etc/passwd")
+    assert "line 1, subject 1, image: expected " in problem(image="../0.png")
+    (tmp_path / "rows/metadata.jsonl").write_text('{"file_name": "0.png", "prompt": "a dog"}\n')
+    config = subject_config(pipe, tmp_path / "rows", tmp_path, tower)
+    with pytest.raises(RecipeError, match=r"expected subjects with pictures in the rows of .*, got none in"):
+        make_recipe(config)
+    with pytest.raises(RecipeError, match="image_encoder: expected it or init_from, got both or neither"):
+        checked(SubjectTrainingConfig, config | {"image_encoder": None})
+    with pytest.raises(RecipeError, match="layers: expected whole numbers of the image tower's layers"):
+        checked(SubjectTrainingConfig, config | {"layers": "all"})
+    with pytest.raises(RecipeError, match="image_encoder: expected CLIP's image tower at"):
+        make_recipe(config | {"data": str(pictures), "image_encoder": str(tmp_path)})
+
+
+def test_clears_layers_are_distilled_on_pictures(
+    flux_pipe: Any, pictures: Path, tmp_path: Path, pipe: Any
+) -> None:
+    flux_pipe.save_pretrained(tmp_path / "base")
+    config = config_of(tmp_path / "base", pictures, tmp_path, gradient_checkpointing=True, batch_size=3)
+    del config["adapter"]
+    config |= {"recipe": "distill_pictures", "clear": {"window": 1, "down_factor": 2}}
+    recipe: Any = make_recipe(config | {"steps": 6})
+    frozen = {name: t.clone() for name, t in recipe.base.denoiser.state_dict().items()}
+    first = recipe.loss(recipe.batch(0), recipe.generator(0)).item()
+    recipe.train()
+    assert recipe.loss(recipe.batch(0), recipe.generator(0)).item() < first
+    assert all(torch.equal(t, frozen[name]) for name, t in recipe.base.denoiser.state_dict().items())
+    assert (tmp_path / "run/samples/000004.png").is_file()
+    layers = ClearAdapter.from_pretrained(tmp_path / "adapter")
+    assert layers.config.down_factor == 2
+    plain = draw(flux_pipe)
+    with attach(flux_pipe, layers) as handle:
+        handle["clear"].configure(min_tokens=0)
+        assert not torch.equal(draw(flux_pipe), plain)
+    pipe.save_pretrained(tmp_path / "unet")
+    with pytest.raises(RecipeError, match="expected a Flux base to distill, got a UNet2DConditionModel"):
+        make_recipe(config | {"base": str(tmp_path / "unet"), "output_dir": str(tmp_path / "other")})
+
+
+def test_subjects_of_a_row_are_read_with_their_pictures(pictures: Path) -> None:
+    records = list(read_folder(pictures))
+    assert [len(one.items) for one in records] == [1, 0, 1, 0, 1, 0]
+    (first,) = records[0].items
+    assert isinstance(first, Subject)
+    assert first.image.size == (16, 16)
+    assert first.mask is not None
+    assert first.box is None

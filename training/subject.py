@@ -1,0 +1,215 @@
+"""DreamTuner's subject encoder on pictures with references (arXiv 2312.13691, section 3.1; stage 1).
+
+The base and the image tower stay as they are; the mapper and the attentions at the sites are trained to
+predict a picture from its caption and its subject's cut-out. References are changed, so that their pose and
+place are not learnt.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from transformers import CLIPVisionModel
+
+from interactdiff import attach
+from interactdiff.data.texts import texts_of
+from interactdiff.errors import RecipeError
+from interactdiff.subject.adapter import SubjectAdapter
+from interactdiff.subject.config import CLIP_LARGE
+from interactdiff.subject.encoder import tower_pixels
+from interactdiff.subject.foreground import foreground
+from interactdiff.subject.items import Subject
+from interactdiff.subject.place import boxes_of
+from interactdiff.training.pictures import PictureRecipe
+from interactdiff.training.subject_config import (
+    ReferenceChanges,
+    SubjectDropsConfig,
+    SubjectTrainingConfig,
+)
+
+LOOKED_AT = 100  # records among which one has to have a subject
+CELLS = 4  # of the elastic grid, a side
+
+
+def changed(image: Image.Image, how: ReferenceChanges, rng: random.Random) -> Image.Image:
+    """A cut-out as another picture might show it, white around it."""
+    if rng.random() < how.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if how.elastic:
+        image = _elastic(image, how.elastic, rng)
+    angle = rng.uniform(-how.rotation, how.rotation)
+    image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor="white")
+    factor = 1 + rng.uniform(-how.scale, how.scale)
+    size = tuple(max(1, round(side / factor)) for side in image.size)
+    canvas = Image.new("RGB", cast(Any, size), "white")
+    canvas.paste(image, tuple((new - old) // 2 for new, old in zip(size, image.size, strict=True)))  # type: ignore[arg-type]
+    return canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, how.blur) * max(size)))
+
+
+def _elastic(image: Image.Image, most: float, rng: random.Random) -> Image.Image:
+    """The picture with the inner nodes of a grid moved."""
+    cell = image.width / CELLS, image.height / CELLS
+    nodes: dict[tuple[int, int], tuple[float, float]] = {}
+    for row in range(CELLS + 1):
+        for column in range(CELLS + 1):
+            inner = 0 < row < CELLS and 0 < column < CELLS
+            x, y = (rng.uniform(-most, most) / 2 * inner for _ in range(2))
+            nodes[row, column] = (column + x) * cell[0], (row + y) * cell[1]
+    mesh = []
+    for row in range(CELLS):
+        for column in range(CELLS):
+            box = column * cell[0], row * cell[1], (column + 1) * cell[0], (row + 1) * cell[1]
+            corners = [(row, column), (row + 1, column), (row + 1, column + 1), (row, column + 1)]
+            quad = tuple(edge for corner in corners for edge in nodes[corner])
+            mesh.append((tuple(map(round, box)), quad))
+    return image.transform(image.size, Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class SubjectVariation:
+    """Draws which subject of a picture is seen, and how.
+
+    Attributes:
+        drops: the probabilities.
+        reference: how its picture is changed.
+        side: pixels of what the image tower takes.
+    """
+
+    drops: SubjectDropsConfig
+    reference: ReferenceChanges
+    side: int
+
+    def __call__(self, prompt: str, items: Sequence[Any], rng: random.Random) -> tuple[str, list[Subject]]:
+        """A caption, and at most one subject, with its place."""
+        both = rng.random() < self.drops.all
+        if both or rng.random() < self.drops.caption:
+            prompt = ""
+        subjects = subjects_of(items)
+        if both or rng.random() < self.drops.subject or not subjects:
+            return prompt, []
+        return prompt, [rng.choice(subjects)]
+
+    def more(self, items: Sequence[Subject], rng: random.Random) -> dict[str, Tensor]:
+        """What the image tower takes: "reference" [3, side, side], and "present" [], 0 without a subject."""
+        if not items:
+            return {"reference": torch.zeros(3, self.side, self.side), "present": torch.zeros(())}
+        image = changed(foreground(items[0]).image, self.reference, rng)
+        return {"reference": tower_pixels([image], self.side)[0], "present": torch.ones(())}
+
+
+def subjects_of(items: Sequence[Any]) -> list[Subject]:
+    """The subjects of a picture, in their own boxes or in those of interactions of the same phrases."""
+    found = []
+    for item in items:
+        if isinstance(item, Subject):
+            boxes = boxes_of(item, items)
+            found.append(replace(item, box=boxes[0] if boxes else None))
+    return found
+
+
+class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
+    """Trains a `SubjectAdapter`: its mapper and its attentions."""
+
+    config_type = SubjectTrainingConfig
+
+    def check_data(self) -> None:
+        """Some of the first pictures have subjects.
+
+        Raises:
+            RecipeError: none has.
+        """
+        count = min(LOOKED_AT, len(self.data.records))
+        if not any(isinstance(item, Subject) for n in range(count) for item in self.data.records[n].items):
+            raise RecipeError(
+                f"expected subjects with pictures in the rows of {self.config.data[0].path}, got none in the "
+                f"first {count}"
+            )
+
+    def new_adapter(self) -> SubjectAdapter:
+        """With the image tower of the configuration, or to go on from."""
+        config, denoiser = self.config, self.base.denoiser
+        if config.init_from is not None:
+            adapter = SubjectAdapter.from_pretrained(config.init_from, dtype=torch.float32)
+            if adapter.config is None:
+                raise RecipeError(f"expected a subject encoder at {config.init_from}, got an adapter without")
+            adapter.check(denoiser)
+            return adapter
+        tower = _tower(cast(str, config.image_encoder))
+        vision = {name: getattr(tower.config, name) for name in CLIP_LARGE}
+        adapter = SubjectAdapter.for_denoiser(
+            denoiser, vision=vision, token_dim=config.token_dim, layers=config.layers
+        )
+        adapter.image_encoder.load_state_dict(tower.state_dict())
+        return adapter
+
+    def started_from(self) -> str:
+        """Where the adapter's weights come from, in words."""
+        return f"from {self.config.init_from or f'new, with the tower of {self.config.image_encoder}'}"
+
+    def attached(self, adapter: SubjectAdapter) -> Any:
+        """Its handle in the base."""
+        self.side = adapter.side
+        return attach(self.pipe, adapter)
+
+    def vary(self) -> SubjectVariation:
+        """Draws which subject of a picture is seen."""
+        return SubjectVariation(self.config.drops, self.config.reference, self.side)
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, and none."""
+        yield ""
+        yield from texts_of(cast(Any, self.data.records), self.data.framing, self.config.flip > 0)
+
+    def condition(self, batch: dict[str, Any]) -> None:
+        """Tokens of the batch's references, by the adapter as accelerate wraps it."""
+        tokens = self.model(batch["reference"].to(self.device))
+        boxes = [[one.box for one in items if one.box is not None] for items in batch["items"]]
+        weights = (batch["present"] * self.config.weight).tolist()
+        self.handle["subject"].set_tokens(tokens, boxes, weights)
+
+    def trained_items(self, items: Sequence[Any]) -> list[Subject]:
+        """Subjects."""
+        return subjects_of(items)
+
+    def row(self, number: int) -> list[Image.Image]:
+        """The picture itself, its first subject, drawn without the encoder, and with it."""
+        _, subjects, placement = self.shown_scene(number)
+        picture = placement.apply(self.shown[number].open())
+        self.handle.clear()
+        pictures = [picture, Image.new("RGB", picture.size, "white"), self.draw(number)]
+        if subjects:
+            cut = foreground(subjects[0]).image
+            adapter = self.accelerator.unwrap_model(self.model)
+            boxes = [[subjects[0].box]] if subjects[0].box is not None else [[]]
+            self.handle["subject"].set_tokens(adapter([cut]), boxes, [self.config.weight])
+            pictures[1].paste(_within(cut, picture.size), (0, 0))
+        return [*pictures, self.draw(number)]
+
+    def export(self) -> None:
+        adapter: SubjectAdapter = self.accelerator.unwrap_model(self.model)
+        made = SubjectAdapter(adapter.config)
+        made.load_state_dict(adapter.state_dict())
+        made.half().save_pretrained(self.config.export_to)
+
+
+def _within(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    copy = image.copy()
+    copy.thumbnail(size)
+    return copy
+
+
+def _tower(name: str) -> Any:
+    """A CLIP image tower from safetensors.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    try:
+        return CLIPVisionModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise RecipeError(f"image_encoder: expected CLIP's image tower at {name}, got {reason}") from None
