@@ -1,5 +1,6 @@
 """Loads diffusers pipelines from text, onto a device of this machine."""
 
+import json
 from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
@@ -71,13 +72,26 @@ def _loaded(
     path_or_id: str, source: str, variant: str | None, device: torch.device, dtype: torch.dtype
 ) -> Any:
     try:
-        loaded = DiffusionPipeline.from_pretrained(source, use_safetensors=True, variant=variant)
+        loaded = DiffusionPipeline.from_pretrained(
+            source, use_safetensors=True, variant=variant, **_missing_encoders(source)
+        )
         return loaded.to(device, dtype)  # a tensor that was missing is found here
     except Exception as error:  # loaders of a dozen kinds of files raise as many kinds of errors
         reason = shorten(str(error), 160, placeholder=" ...")
         raise ModelError(
             f"expected a diffusers model at {path_or_id}, got {type(error).__name__}: {reason}"
         ) from error
+
+
+def _missing_encoders(source: str) -> dict[str, None]:
+    """Text encoders that a folder was saved without, such as SD3's T5, as the loader wants them named."""
+    index = Path(source) / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    return {
+        name: None
+        for name, kind in parts.items()
+        if name.startswith(("text_encoder", "tokenizer")) and kind == [None, None]
+    }
 
 
 def usable_device(name: str) -> torch.device:

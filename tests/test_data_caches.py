@@ -67,6 +67,35 @@ def test_cached_latents_are_those_of_the_pictures(tmp_path: Path, pipe: Any) -> 
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_rows_stay_unread_where_no_picture_has_changed(
+    tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "rows", 10)
+    encode = vae_mean(pipe.vae)
+    first = cache_of(tmp_path, pipe.vae)
+    list(first.build(encode))
+    read: list[int] = []
+    own = Records.__getitem__
+    monkeypatch.setattr(Records, "__getitem__", lambda self, n: (read.append(n), own(self, n))[1])
+    again = cache_of(tmp_path, pipe.vae)
+    assert list(again.build(encode)) == [4, 8, 10]
+    assert read == []
+    assert torch.equal(again.get(7, True), first.get(7, True))
+
+    fifth = tmp_path / "rows" / first.records[5].name
+    read.clear()
+    noise(*first.records[5].open().size, seed=99).save(fifth)
+    read.clear()
+    changed = cache_of(tmp_path, pipe.vae)
+    assert list(changed.build(encode)) == [4, 8, 10]
+    assert set(read) >= {4, 5, 6, 7}
+    assert len(list((tmp_path / "latents").glob("latents-000001-*"))) == 2
+    read.clear()
+    assert list(cache_of(tmp_path, pipe.vae).build(encode)) == [4, 8, 10]
+    assert read == []
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_processes_share_the_work_and_take_it_up_again(tmp_path: Path, pipe: Any) -> None:
     rows = make_folder(tmp_path / "rows", 10)
     cache, encode = cache_of(tmp_path, pipe.vae), vae_mean(pipe.vae)
@@ -114,7 +143,7 @@ def test_a_damaged_file_of_latents_is_named(tmp_path: Path, pipe: Any) -> None:
     make_folder(tmp_path / "rows", 2)
     cache = cache_of(tmp_path, pipe.vae)
     list(cache.build(vae_mean(pipe.vae)))
-    (path,) = cache.folder.iterdir()
+    (path,) = cache.folder.glob("latents-*")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError, match="expected a whole file of latents at"):
         cache_of(tmp_path, pipe.vae).get(0, False)

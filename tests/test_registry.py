@@ -36,7 +36,7 @@ BADGE = "new|0.0,0.0,0.5,0.5|strength=0.5"
 def test_what_the_package_has() -> None:
     assert list(methods()) == ["clear", "concept", "interaction", "subject"]
     assert list(samplers()) == ["high_resolution"]
-    assert recipes().keys() == {"adapter", "distill"}
+    assert recipes().keys() == {"adapter", "interaction", "distill"}
 
 
 # --- a new folder ---

@@ -24,7 +24,7 @@ from interactdiff.stickworld.render import render
 from interactdiff.training.adapter import in_random_slots, varied_items
 from interactdiff.training.base import BaseConfig, PooledDropout, velocity_loss
 from interactdiff.training.config import RecipeConfig, checked
-from interactdiff.training.recipe import make_optimizers
+from interactdiff.training.optimizers import make_optimizers
 from interactdiff.training.run import load_config, make_recipe, run
 from interactdiff.training.run_folder import checkpoints
 from interactdiff.training.text import (

@@ -100,8 +100,8 @@ def test_values_are_read_as_people_type_them(typed: str, key: str, value: Any) -
         (VAE, "lr_scheduler=cosine_with_restart", "did you mean cosine_with_restarts?"),
         (VAE, "lr_scheduler=piecewise_constant", "lr_scheduler: expected linear, cosine, cosine_with_re"),
         (VAE, "lr_scheduler=cosine_by_time", "stop_after: expected minutes for lr_scheduler=cosine_by_time"),
-        (VAE, "optimizer=adam", "optimizer: expected adamw or muon, got 'adam': did you mean adamw?"),
-        (VAE, "optimizer=sgd", "optimizer: expected adamw or muon, got 'sgd'"),
+        (VAE, "optimizer=adam", "adamw8bit or prodigy, got 'adam': did you mean adamw?"),
+        (VAE, "optimizer=sgd", "optimizer: expected adamw, muon, adamw8bit or prodigy, got 'sgd'"),
         (
             VAE,
             "mixed_precision=fp61",

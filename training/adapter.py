@@ -8,7 +8,7 @@ times for boxes without an action.
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from interactdiff import attach
 from interactdiff.errors import RecipeError
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.interaction.fuser import Init
 from interactdiff.interaction.phrases import pipeline_phrases
 from interactdiff.interaction.tokens import scene_phrases
 from interactdiff.picture import overlay
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
-from interactdiff.scene import ACTION_REGIONS, Box, Entity, Interaction
+from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.stickworld.captions import describe_object, describe_person, named_attributes, phrase
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
@@ -33,8 +32,6 @@ from interactdiff.stickworld.world import HELD_OUT, WorldEntity, WorldScene
 from interactdiff.training.base import sampler, text_states, velocity_loss
 from interactdiff.training.config import (
     Count,
-    Flag,
-    Keys,
     Location,
     MeanAndDeviation,
     OptionalLocation,
@@ -42,10 +39,10 @@ from interactdiff.training.config import (
     Rate,
     RecipeConfig,
     Share,
-    choice,
     refusal,
 )
 from interactdiff.training.dit import FlowBatch, encoded
+from interactdiff.training.interaction_config import OF_A_TRANSFORMER, OF_A_UNET, AdapterSizes
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.world_data import cached_latents, cached_renders, grid, scenes
 
@@ -110,24 +107,6 @@ def in_random_slots(tensors: dict[str, Tensor], generator: torch.Generator) -> d
     order = torch.rand(rows, slots, generator=generator, device=generator.device).argsort(dim=1)
     first = torch.arange(rows, device=order.device)[:, None]
     return {name: t[first, order] for name, t in tensors.items()}
-
-
-class AdapterSizes(Keys):
-    """Arguments of `InteractionAdapter.for_unet` and `.for_transformer`; what is left out is theirs."""
-
-    max_interactions: Count = 30
-    hidden: Count = 512
-    init: Annotated[str, choice(*get_args(Init))] = "published"
-    feature_dim: Count | None = None
-    grid_positions: Flag = False  # of a U-Net
-    token_dim: Count = 1024  # of a transformer, like those that follow
-    parts: Count = 4
-    structured: Flag = True
-    action_region: Annotated[str, choice(*ACTION_REGIONS)] = "union"
-
-
-_OF_A_UNET = {"grid_positions"}
-_OF_A_TRANSFORMER = {"token_dim", "parts", "structured", "action_region"}
 
 
 class AdapterConfig(RecipeConfig):
@@ -209,7 +188,7 @@ class AdapterRecipe(Recipe[AdapterConfig]):
 
     def _check_keys(self) -> None:
         """Refuse keys that are for the other kind of base."""
-        others = _OF_A_TRANSFORMER if self.in_unet else _OF_A_UNET
+        others = OF_A_TRANSFORMER if self.in_unet else OF_A_UNET
         found = [f"adapter.{name}" for name in self.config.adapter.model_fields_set & others]
         found += ["logits" if self.in_unet else "timestep_power"] * (
             ("logits" if self.in_unet else "timestep_power") in self.config.model_fields_set

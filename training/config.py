@@ -108,13 +108,13 @@ def _flag(value: Any) -> bool:
     raise refusal("true or false", value)
 
 
-def _nothing(value: Any) -> Any:
-    """What people write for null."""
+def nothing(value: Any) -> Any:
+    """None for what people write for null, else the value."""
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "~") else value
 
 
 def _pair(value: Any) -> Any:
-    value = _nothing(value)
+    value = nothing(value)
     if value is None or (isinstance(value, list | tuple) and len(value) == 2):
         return value
     raise refusal("two numbers, a mean and a deviation, or null", value)
@@ -130,7 +130,8 @@ Limit = Annotated[float, number("a number from 0 up, or inf", 0, infinite=True)]
 Share = Annotated[float, number("a number from 0 to 1", 0, 1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Location = Annotated[str, BeforeValidator(_location)]
-OptionalLocation = Annotated[Location | None, BeforeValidator(_nothing)]
+OptionalLocation = Annotated[Location | None, BeforeValidator(nothing)]
+OptionalText = Annotated[str | None, BeforeValidator(nothing)]
 MeanAndDeviation = Annotated[tuple[Number, Rate] | None, BeforeValidator(_pair)]
 
 
@@ -179,7 +180,7 @@ class RecipeConfig(Keys):
         export_to: where the trained model is written.
         seed: of weights, batches and noise.
         steps: for which the learning rate is planned.
-        optimizer: "adamw" or "muon".
+        optimizer: "adamw", "muon", or "adamw8bit" or "prodigy", whose packages are optional.
         learning_rate: at its height.
         warmup_steps: over which it rises.
         lr_scheduler: of `diffusers.optimization`; "cosine_by_time" plans for `stop_after` instead of `steps`,
@@ -187,18 +188,19 @@ class RecipeConfig(Keys):
         weight_decay: decoupled.
         max_grad_norm: to which gradients are clipped.
         mixed_precision: "no", "fp16" (on a GPU) or "bf16".
-        ema_decay: of the average of the weights that is sampled and exported.
+        ema_decay: of the average of the weights that is sampled and exported; 0: no average is kept.
         log_every: steps.
         checkpoint_every: steps.
         checkpoints_total_limit: how many checkpoints are kept.
         sample_every: steps.
         stop_after: minutes after which a run ends early at a checkpoint.
         stop_at: step at which it does.
+        tracker: one that accelerate knows, such as "tensorboard" or "wandb", beside `log.jsonl`; or null.
     """
 
     may_change: ClassVar[frozenset[str]] = frozenset(
         {"output_dir", "export_to", "cache_dir", "steps", "stop_after", "stop_at", "compile", "held_out"}
-        | {"log_every", "checkpoint_every", "checkpoints_total_limit", "sample_every"}
+        | {"log_every", "checkpoint_every", "checkpoints_total_limit", "sample_every", "tracker"}
     )
     """Keys that may be others when a run is resumed: none of them changes what a step computes."""
 
@@ -207,7 +209,7 @@ class RecipeConfig(Keys):
     export_to: Location
     seed: Seed
     steps: Count
-    optimizer: Annotated[str, choice("adamw", "muon")]
+    optimizer: Annotated[str, choice("adamw", "muon", "adamw8bit", "prodigy")]
     learning_rate: Rate
     warmup_steps: Whole
     lr_scheduler: Annotated[str, choice(*SCHEDULERS, "cosine_by_time")]
@@ -228,6 +230,7 @@ class RecipeConfig(Keys):
     sample_every: Count
     stop_after: Limit = math.inf
     stop_at: Limit = math.inf
+    tracker: OptionalText = None
 
     @model_validator(mode="after")
     def _time_to_plan_for(self) -> "RecipeConfig":

@@ -45,10 +45,10 @@ def packed(latents: Tensor) -> Tensor:
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
-def image_ids(latents: Tensor) -> Tensor:
+def image_ids(latents: Tensor, device: torch.device | None = None) -> Tensor:
     """[H/2 * W/2, 3] places of the tokens of [B, C, H, W] latents, as `FluxPipeline` has them."""
     rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
-    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, latents.device, torch.float32)
+    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device or latents.device, torch.float32)
 
 
 @torch.no_grad()

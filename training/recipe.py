@@ -1,7 +1,8 @@
 """One run: the loop that every recipe shares, on accelerate.
 
 A recipe builds a model, makes batches, and has one loss method. Batches and noise are pure functions of
-(seed, step), so a run that was cut off and resumed sees what the unbroken run saw.
+(seed, step), so a run that was cut off and resumed sees what the unbroken run saw. Several processes share
+each step's examples; the main one alone writes.
 """
 
 import json
@@ -12,9 +13,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from uuid import uuid4
 
 import torch
@@ -32,7 +33,16 @@ from interactdiff.errors import RecipeError
 from interactdiff.files import write_aside
 from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
+from interactdiff.training.optimizers import make_optimizers
+from interactdiff.training.processes import (
+    Processes,
+    check_strategy,
+    check_world_size,
+    is_lost_process,
+    world_size,
+)
 from interactdiff.training.run_folder import SAMPLES, RunFolder
+from interactdiff.training.tracking import Tracker, check_tracker
 
 C = TypeVar("C", bound=RecipeConfig)
 
@@ -40,65 +50,6 @@ C = TypeVar("C", bound=RecipeConfig)
 def attention_backend(device: torch.device) -> AbstractContextManager[object]:
     """On a CPU, torch's fused attention is slow backwards: a quarter of a step at 144 tokens."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def make_optimizers(parameters: list[nn.Parameter], config: RecipeConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or ("muon") Muon for matrices and kernels of convolutions and AdamW for the rest.
-
-    Muon (Jordan et al. 2024) steps along the nearest orthogonal matrix to the momentum; its steps are scaled
-    to the size of AdamW's (arXiv 2502.16982, section 2.2), so that both go by one learning rate.
-    """
-    shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return [torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=True, **shared)]
-    if not hasattr(torch.optim, "Muon"):
-        raise RecipeError("optimizer: expected adamw, since muon needs torch 2.9, got 'muon'")
-    matrices = [p for p in parameters if p.ndim == 2]
-    kernels = [p for p in parameters if p.ndim == 4]
-    others = [p for p in parameters if p.ndim not in (2, 4)]
-    optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared))
-    if kernels:
-        optimizers.append(KernelMuon(kernels, **shared))
-    if others:
-        optimizers.append(torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True, **shared))
-    return optimizers
-
-
-_MUON: Any = getattr(torch.optim, "Muon", torch.optim.Optimizer)  # torch 2.9 has it
-
-
-class KernelMuon(_MUON):
-    """Muon for kernels of convolutions, [O, I, H, W], each taken as a matrix of O rows."""
-
-    def __init__(self, kernels: list[nn.Parameter], **options: float):
-        self._kernels = kernels
-        self._matrices = [nn.Parameter(_as_matrix(kernel.detach())) for kernel in kernels]
-        super().__init__(self._matrices, adjust_lr_fn="match_rms_adamw", **options)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Step on the kernels themselves, which may have moved to another device meanwhile."""
-        for kernel, matrix in zip(self._kernels, self._matrices, strict=True):
-            matrix.data = _as_matrix(kernel.detach())
-            matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad, kernel)
-        return super().step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the kernels' gradients."""
-        super().zero_grad(set_to_none)
-        for kernel in self._kernels:
-            kernel.grad = None
-
-
-def _as_matrix(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """[O, I, H, W] as [O, I * H * W], in the order in which a kernel (`like`, or itself) lies in memory.
-
-    Of a kernel itself it is a view.
-    """
-    by_rows = (tensor if like is None else like).is_contiguous()
-    return tensor.flatten(1) if by_rows else tensor.permute(0, 2, 3, 1).flatten(1)  # else channels last
 
 
 class StopSignals:
@@ -135,11 +86,13 @@ class Recipe(ABC, Generic[C]):
 
     Attributes:
         config_type: that kind.
+        shares_batches: whether several processes may run it.
         run: the identity of the run, which its checkpoints bear.
         step: how many steps were taken.
     """
 
     config_type: type[Any]
+    shares_batches: ClassVar[bool] = False
 
     def __init__(self, config: C):
         self.config: C = config
@@ -148,7 +101,26 @@ class Recipe(ABC, Generic[C]):
         self.output.mkdir(parents=True, exist_ok=True)
         if config.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise RecipeError("mixed_precision: expected no or bf16 on a machine without a GPU, got 'fp16'")
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        check_strategy()
+        check_world_size(getattr(config, "processes", None))
+        on_cpus = world_size() > 1 and not torch.cuda.is_available()  # accelerate would not join them
+        check_tracker(config.tracker)
+        self.accelerator = Accelerator(
+            cpu=on_cpus,
+            mixed_precision=config.mixed_precision,
+            log_with=config.tracker,
+            project_dir=self.output,
+        )
+        self.tracker = Tracker(self.accelerator, config.tracker)
+        self.processes = Processes(self.accelerator)
+        if self.processes.count != world_size():
+            raise RecipeError(
+                f"expected {world_size()} processes that train together, got {self.processes.count}"
+            )
+        if self.processes.count > 1 and not self.shares_batches:
+            raise RecipeError(
+                f"expected one process for the recipe {config.recipe}, got {self.processes.count}"
+            )
         self.device = self.accelerator.device
         set_seed(config.seed)
         self.model: Any = self.build()  # accelerate may wrap it
@@ -158,7 +130,8 @@ class Recipe(ABC, Generic[C]):
         schedulers = [self._scheduler(optimizer) for optimizer in optimizers]
         self.model, *prepared = self.accelerator.prepare(self.model, *optimizers, *schedulers)
         self.optimizers, self.schedulers = prepared[: len(optimizers)], prepared[len(optimizers) :]
-        self.ema = EMAModel(trainable, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+        averaged = trainable if config.ema_decay else []  # without a decay the weights are their average
+        self.ema = EMAModel(averaged, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         self.ema.to(self.device)
         self.state = TrainingState(
             self.accelerator.unwrap_model(self.model),
@@ -167,14 +140,16 @@ class Recipe(ABC, Generic[C]):
             self.ema,
             self.accelerator.scaler,
         )
-        self.step, self.run = 0, uuid4().hex
+        self.step, self.run = 0, self.processes.same(uuid4().hex)
         self._replaces: tuple[Path, ...] = ()
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         config = self.config
         if config.lr_scheduler != "cosine_by_time":
+            # diffusers' "constant" ignores the warm-up
+            name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
             return get_scheduler(
-                config.lr_scheduler,
+                name,
                 optimizer,
                 num_warmup_steps=config.warmup_steps,
                 num_training_steps=config.steps,
@@ -195,6 +170,10 @@ class Recipe(ABC, Generic[C]):
     def batch(self, step: int) -> dict[str, Any]:
         """The examples of a step: a pure function of (seed, step)."""
 
+    def micro_batches(self, step: int) -> list[dict[str, Any]]:
+        """This process's examples of a step, in parts of one size whose gradients are summed up."""
+        return [self.batch(step)]
+
     @abstractmethod
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """The scalar that is minimised; noise comes from `generator`."""
@@ -202,6 +181,10 @@ class Recipe(ABC, Generic[C]):
     @abstractmethod
     def sample(self) -> Image.Image | None:
         """A grid that shows what the (averaged) model does now."""
+
+    def scores(self) -> dict[str, float]:
+        """What the last sample scored, by names for the log; nothing where none was looked at."""
+        return {}
 
     @abstractmethod
     def export(self) -> None:
@@ -228,70 +211,129 @@ class Recipe(ABC, Generic[C]):
             SystemExit: after a SIGTERM.
             KeyboardInterrupt: after a Ctrl-C.
         """
-        with self.folder.held(self.run, self.config, self.step, self._replaces, overwrite):
-            bar = tqdm(total=self.config.steps, initial=self.step, desc=self.output.name, mininterval=5.0)
+        with ExitStack() as stack:
+            held = self.folder.held(self.run, self.config, self.step, self._replaces, overwrite)
+            self.processes.on_main(lambda: stack.enter_context(held))
+            self.tracker.start(self.output.name, self.config.to_json())
+            stack.callback(self.tracker.end)
+            bar = tqdm(
+                total=self.config.steps,
+                initial=self.step,
+                desc=self.output.name,
+                mininterval=5.0,
+                disable=not self.processes.is_main,
+            )
             with bar, StopSignals() as stop, ThreadPoolExecutor(1) as pool:  # makes the next batch meanwhile
-                losses = self._train(bar, pool, stop)
-            if stop.received is not None:
-                print(
-                    f"interactdiff: stopped at step {self.step} of {self.config.steps}: "
-                    "--resume_from_checkpoint latest goes on",
-                    file=sys.stderr,
-                )
-                raise KeyboardInterrupt if stop.received == signal.SIGINT else SystemExit(128 + stop.received)
-            with self._averaged():
                 try:
-                    self.export()
-                except (OSError, SafetensorError) as error:
-                    where = self.config.export_to
-                    raise RecipeError(f"expected room for what was trained in {where}, got {error}") from None
+                    losses, received = self._train(bar, pool, stop)
+                except RuntimeError as error:
+                    raise self._refusal(error) or error from None
+            if received is not None:
+                if self.processes.is_main:
+                    print(
+                        f"interactdiff: stopped at step {self.step} of {self.config.steps}: "
+                        "--resume_from_checkpoint latest goes on",
+                        file=sys.stderr,
+                    )
+                raise KeyboardInterrupt if received == signal.SIGINT else SystemExit(128 + received)
+            self.processes.on_main(self._export)
         return losses
 
-    def _train(self, bar: "tqdm[Any]", pool: ThreadPoolExecutor, stop: StopSignals) -> list[float]:
+    def _refusal(self, error: RuntimeError) -> RecipeError | None:
+        """A sentence for what stops a training from outside; None for any other error."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return RecipeError(
+                f"expected a step to fit in memory, got one that does not (step {self.step}): --plan says "
+                "what would"
+            )
+        if self.processes.count > 1 and is_lost_process(error):
+            return RecipeError(
+                f"expected all {self.processes.count} processes to go on, got one that ended in step "
+                f"{self.step}: --resume_from_checkpoint latest goes on from the last checkpoint"
+            )
+        return None
+
+    def _export(self) -> None:
+        with self._averaged():
+            try:
+                self.export()
+            except (OSError, SafetensorError) as error:
+                where = self.config.export_to
+                raise RecipeError(f"expected room for what was trained in {where}, got {error}") from None
+
+    def _train(
+        self, bar: "tqdm[Any]", pool: ThreadPoolExecutor, stop: StopSignals
+    ) -> tuple[list[float], int | None]:
+        """The losses, and the signal that ended the run, if one did."""
         config, losses = self.config, []
         self.started = time.monotonic()
         end = min(config.steps, config.stop_at)
-        upcoming = pool.submit(self.batch, self.step)
-        while self.step < end and stop.received is None:
+        upcoming = pool.submit(self.micro_batches, self.step)
+        while not self.processes.greatest(stop.received or 0) and self.step < end:
             self.model.train()
-            batch = upcoming.result()
-            upcoming = pool.submit(self.batch, self.step + 1)
-            with self.accelerator.autocast(), attention_backend(self.device):
-                loss = self.loss(batch, self.generator(self.step))
-            self.accelerator.backward(loss)
+            batches = upcoming.result()
+            upcoming = pool.submit(self.micro_batches, self.step + 1)
+            losses.append(self._accumulated(batches))  # read when it is logged: reading waits for the device
             self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-            self.ema.step(p for p in self.model.parameters() if p.requires_grad)
+            self.ema.step(self._averaged_parameters)
             self.step += 1
-            losses.append(loss.detach())  # read when it is logged: reading waits for the device
             bar.update()
             if self.step % config.log_every == 0:
                 self._log(losses[-config.log_every :])
-            last = self.step >= end or (time.monotonic() - self.started) / 60 > config.stop_after
+            late = (time.monotonic() - self.started) / 60 > config.stop_after
+            if math.isfinite(config.stop_after):
+                late = bool(self.processes.greatest(late))
+            last = self.step >= end or late
             if self.step % config.checkpoint_every == 0 or last:
                 self.save_checkpoint()
-            if (self.step % config.sample_every == 0 or last) and stop.received is None:
-                self.save_sample()
+            if self.step % config.sample_every == 0 or last:
+                self.processes.on_main(lambda: None if stop.received else self.save_sample())
             if last:
                 break
-        if losses and stop.received is not None and not self.folder.has(self.step):
+        received = self.processes.greatest(stop.received or 0)
+        if losses and received and not self.folder.has(self.step):
             self.save_checkpoint()
-        return torch.stack(losses).tolist() if losses else []
+        means = self.processes.mean(torch.stack(losses)).tolist() if losses else []
+        return means, received or None
+
+    def _accumulated(self, batches: list[dict[str, Any]]) -> Tensor:
+        """Backward of every part; the last one shares gradients out. The mean loss of this process."""
+        total: list[Tensor] = []
+        for n, batch in enumerate(batches):
+            apart = n + 1 < len(batches)
+            alone = self.accelerator.no_sync(self.model) if apart else nullcontext()
+            with alone, attention_backend(self.device):  # also where blocks are computed again
+                with self.accelerator.autocast():
+                    loss = self.loss(batch, self.generator(self.step))
+                self.accelerator.backward(loss if len(batches) == 1 else loss / len(batches))
+            total.append(loss.detach())
+        return total[0] if len(total) == 1 else torch.stack(total).mean()
 
     def _log(self, recent: list[Tensor]) -> None:
-        loss = torch.stack(recent).mean().item()
+        loss = self.processes.mean(torch.stack(recent).mean()).item()
         if not math.isfinite(loss):
             raise RecipeError(f"expected a finite loss, got {loss} before step {self.step}")
-        row = {"step": self.step, "loss": loss, "lr": self.schedulers[0].get_last_lr()[0]}
+        if not self.processes.is_main:
+            return
+        self._report({"loss": loss, "lr": self.schedulers[0].get_last_lr()[0]})
+        tqdm.write(f"step {self.step}: loss {loss:.4f}")
+
+    def _report(self, values: dict[str, float]) -> None:
+        """A line of `log.jsonl`, and to the tracker if there is one."""
         with (self.output / "log.jsonl").open("a") as log:
-            log.write(json.dumps(row) + "\n")
-        tqdm.write(f"step {self.step}: loss {row['loss']:.4f}")
+            log.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.tracker.log(values, self.step)
+
+    @property
+    def _averaged_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad] if self.config.ema_decay else []
 
     def _averaged(self) -> "_Averaged":
-        return _Averaged(self.ema, [p for p in self.model.parameters() if p.requires_grad])
+        return _Averaged(self.ema, self._averaged_parameters)
 
     def save_sample(self) -> None:
         """Write the sample grid of the averaged model to `samples/`."""
@@ -303,6 +345,9 @@ class Recipe(ABC, Generic[C]):
             path = self.output / SAMPLES / f"{self.step:06d}.png"
             path.parent.mkdir(exist_ok=True)
             write_aside(path, picture.save)
+            self.tracker.picture(SAMPLES, picture, self.step)
+        if scores := self.scores():
+            self._report(scores)
 
     def save_checkpoint(self) -> None:
         """Write everything needed to go on.
@@ -310,7 +355,8 @@ class Recipe(ABC, Generic[C]):
         Raises:
             RecipeError: it could not be written; the checkpoints before it are as they were.
         """
-        self.folder.save(self.state, self.run, self.step, self.config)
+        save = self.folder.save
+        self.processes.on_main(lambda: save(self.state, self.run, self.step, self.config))
 
     def resume(self, which: str) -> None:
         """Go on from a checkpoint, see `RunFolder.find`.

@@ -84,6 +84,25 @@ def make_recipe(config: Mapping[str, Any]) -> Recipe[Any]:
     return kind(checked(kind.config_type, config))
 
 
+def plan(config_path: str | Path, overrides: list[str], card: float | None = None) -> str:
+    """What memory a recipe takes, in words. Neither a model nor data are loaded.
+
+    Args:
+        config_path: the YAML file.
+        overrides: `key=value` pairs laid over it.
+        card: GB; None: this machine's, or else common ones.
+
+    Raises:
+        RecipeError: the recipe has no plan, or its base's configuration is not there.
+    """
+    values = load_config(config_path, overrides)
+    if values["recipe"] != "interaction":
+        raise RecipeError(f"--plan: expected the recipe interaction, got {values['recipe']}")
+    from interactdiff.training.plan import described
+
+    return described(checked(recipe_class(values).config_type, values), card)
+
+
 def run(
     config_path: str | Path, overrides: list[str], resume: str | None = None, overwrite: bool = False
 ) -> None:

@@ -18,6 +18,25 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="remove an older run's checkpoints from the output folder"
     )
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        type=_gigabytes,
+        const=0.0,
+        metavar="GB",
+        help="say what memory it takes, and what would fit a card of GB (this machine's, or common ones), "
+        "and train nothing",
+    )
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected GB of memory, got {text!r}")
+    return value
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -27,7 +46,10 @@ def _run(args: argparse.Namespace) -> None:
         if "=" not in pair:
             raise UsageError(f"--set: expected key=value, got {pair!r}")
     try:
-        from interactdiff.training.run import run
+        from interactdiff.training.run import plan, run
     except ModuleNotFoundError as error:
         raise UsageError(f"expected the packages of interactdiff[train], got no {error.name}") from None
+    if args.plan is not None:
+        print(plan(args.config, args.set, args.plan or None))
+        return
     run(args.config, args.set, args.resume_from_checkpoint, args.overwrite)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from interactdiff.data.examples import pixels_of
 from interactdiff.data.framing import Framing, Placement
 from interactdiff.data.reading import Records
-from interactdiff.data.records import FileRange, ImageRecord
+from interactdiff.data.records import FileRange, ImageRecord, Inline
 from interactdiff.errors import DataError
 from interactdiff.files import write_aside
 
@@ -82,6 +82,30 @@ class LatentCache:
         self._keys: dict[int, str] = {}
         self._open = lru_cache(maxsize=64)(self._opened)
 
+    @property
+    def _noted(self) -> Path:
+        made_of = hashlib.sha256(f"{self.key} {self.records.digest} {BLOCK}".encode())
+        return self.folder / f"keys-{made_of.hexdigest()[:16]}.json"
+
+    def _recall(self) -> None:
+        """Take the noted keys of blocks of which no picture has changed since: rows stay unread."""
+        try:
+            noted = json.loads(self._noted.read_text(encoding="utf-8"))
+            for block, (key, pictures) in enumerate(noted):
+                if all(_stamp(self.records, _named(*where)) == stamp for *where, stamp in pictures):
+                    self._keys[block] = key
+        except (OSError, ValueError, TypeError, KeyError):
+            return
+
+    def _note_keys(self) -> None:
+        """Keep the keys of all blocks, with what they were made of."""
+        noted = []
+        for block in range(self._blocks):
+            records = [self.records[index] for index in self._indices(block)]
+            pictures = [[*_where(one), _stamp(self.records, one)] for one in records]
+            noted.append([self._block_key(block), pictures])
+        write_aside(self._noted, lambda aside: aside.write_text(json.dumps(noted), encoding="utf-8"))
+
     def build(self, encode: Encode, rank: int = 0, world_size: int = 1, batch_size: int = 8) -> Iterator[int]:
         """Compute what is missing; blocks are dealt to the processes in turn.
 
@@ -101,6 +125,9 @@ class LatentCache:
             OSError: the disk fills up.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._recall()
+        if rank == 0 and len(self._keys) < self._blocks:
+            self._note_keys()
         for block in range(rank, self._blocks, world_size):
             if not (path := self._path(block)).is_file():
                 tensors, bad = self._encoded(block, encode, batch_size)
@@ -207,6 +234,19 @@ class LatentCache:
 
 def _name(index: int, flipped: bool) -> str:
     return f"{index}.flipped" if flipped else str(index)
+
+
+def _where(record: ImageRecord) -> tuple[str, str | None, int]:
+    """A picture's name, its file and where it begins there; no file for one that is in a table."""
+    stored = record.stored
+    if isinstance(stored, FileRange):
+        return record.name, str(stored.path), stored.offset
+    return record.name, None, 0
+
+
+def _named(name: str, path: str | None, offset: int) -> ImageRecord:
+    """A record of which nothing is known but what `_where` gave."""
+    return ImageRecord(name, Inline(b"") if path is None else FileRange(Path(path), offset), ())
 
 
 def _stamp(records: Records, record: ImageRecord) -> str:

@@ -60,6 +60,9 @@ SPEC = MethodSpec(
         ),
     ),
     always_attached=True,
-    recipes={"adapter": "interactdiff.training.adapter:AdapterRecipe"},
+    recipes={
+        "adapter": "interactdiff.training.adapter:AdapterRecipe",
+        "interaction": "interactdiff.training.interaction:InteractionRecipe",
+    },
     benches=("interactdiff.commands.bench_interaction", "interactdiff.commands.bench_joint"),
 )

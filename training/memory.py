@@ -1,0 +1,224 @@
+"""What a training step keeps for its backward pass, counted on modules without storage (the meta device)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from interactdiff.errors import RecipeError
+from interactdiff.handle import attach
+from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.models import resolve
+from interactdiff.training.frozen_bases import FluxBase, FrozenBase, frozen_base
+from interactdiff.training.interaction_config import LossConfig
+from interactdiff.training.published_shapes import PUBLISHED
+
+
+class BarePipeline(DiffusionPipeline):
+    """A denoiser and its scheduler alone."""
+
+    def __init__(self, scheduler: Any, unet: Any = None, transformer: Any = None):
+        super().__init__()
+        parts = {"scheduler": scheduler, "unet": unet, "transformer": transformer}
+        self.register_modules(**{name: part for name, part in parts.items() if part is not None})
+
+
+@dataclass
+class Saved:
+    """Counts what autograd keeps for a backward pass: each storage once, parameters not.
+
+    Attributes:
+        bytes: so far.
+    """
+
+    parameters: set[int]
+    bytes: int = 0
+    _seen: dict[int, Any] = field(default_factory=dict)
+
+    def add(self, tensor: Any) -> None:
+        """Count a tensor that is kept."""
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.parameters or storage._cdata in self._seen:
+            return
+        self._seen[storage._cdata] = tensor  # holds it, so that no other storage takes its place
+        self.bytes += storage.nbytes()
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the denoiser keeps for the backward pass of a batch, in bytes: all, or with checkpointing."""
+
+    kept: int
+    checkpointed: int
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused attention keeps: queries, keys, values, result, and a number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        made = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, made, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("only what is kept is counted")
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as cards compute it; on meta, torch would lay out every score."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return (
+                _FusedAttention.apply(*args[:3])
+                if len(args) >= 3
+                else _FusedAttention.apply(
+                    *args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])
+                )
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def count_activations(base: FrozenBase, adapter: InteractionAdapter, latents: Tensor) -> Activations:
+    """Run a step forward, and count.
+
+    Args:
+        base: frozen.
+        adapter: attached to nothing yet.
+        latents: [B, C, H, W], in the dtype that is computed in.
+
+    Returns:
+        Of the whole denoiser. With checkpointing: the inputs of the checkpointed blocks, what lies outside
+        of them, and the largest block, which is computed again by itself.
+    """
+    denoiser, device, count = base.denoiser, latents.device, len(latents)
+    parameters = {
+        tensor.untyped_storage()._cdata for part in (denoiser, adapter) for tensor in part.parameters()
+    }
+    everything, outside, largest = Saved(parameters), Saved(parameters), 0
+
+    def block(module: Any, *args: Any) -> Any:
+        nonlocal largest
+        for one in args:
+            outside.add(one)
+        inside = Saved(parameters)
+
+        def pack(tensor: Tensor) -> Tensor:
+            inside.add(tensor)
+            everything.add(tensor)
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            made = module(*args)
+        largest = max(largest, inside.bytes)
+        return made
+
+    def pack(tensor: Tensor) -> Tensor:
+        everything.add(tensor)
+        outside.add(tensor)
+        return tensor
+
+    states = {
+        name: torch.zeros(count, *shape, device=device, dtype=latents.dtype)
+        for name, shape in base.states_shapes().items()
+    }
+    sides = [(int(latents.shape[2]) * 8, int(latents.shape[3]) * 8)] * count
+    batch = {"original_size": sides, "crop": [(0, 0)] * count, "target_size": sides}
+    features = {"": torch.zeros(adapter.config.feature_dim, device=device)}
+    times = torch.zeros(count, device=device, dtype=latents.dtype if base.flows else torch.long)
+    if isinstance(base, FluxBase) and device.type == "meta":
+        base.places = torch.device("cpu")  # they are looked at
+        denoiser.pos_embed.register_forward_pre_hook(lambda _, places: (places[0].to(device),))
+    denoiser.train()  # blocks are checkpointed in training only
+    denoiser.enable_gradient_checkpointing(block)
+    try:
+        with attach(denoiser, adapter, phrase_encoder=lambda _: features) as handle:
+            scene = {
+                name: tensor.to(device)
+                for name, tensor in adapter.scene_tensors([()] * count, features).items()
+            }
+            with _Fused(), saved_tensors_hooks(pack, lambda tensor: tensor):
+                handle["interaction"].set_tokens(adapter(**{n: _as(t, latents) for n, t in scene.items()}))
+                base.predict(latents, times, states, batch)
+    finally:
+        denoiser.disable_gradient_checkpointing()
+        denoiser.eval()
+    return Activations(everything.bytes, outside.bytes + largest)
+
+
+def _as(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
+
+
+def bare_pipeline(base: str) -> tuple[BarePipeline, int, int]:
+    """A base's denoiser without storage, and its scheduler, from their configurations alone.
+
+    Args:
+        base: packaged name, pipeline folder or Hub id, of which only small JSON files are read.
+
+    Returns:
+        The pipeline, the channels of its latents, and how many pixels a latent's side stands for.
+
+    Raises:
+        RecipeError: there are no such files.
+    """
+    if (known := PUBLISHED.get(base)) is not None:
+        with torch.device("meta"):
+            denoiser = known.denoiser(**known.options)
+        name = "unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer"
+        return BarePipeline(known.scheduler(), **{name: denoiser}), known.channels, 8
+    where = resolve("model", base)
+    try:
+        index: Any = DiffusionPipeline.load_config(where)
+        name = "unet" if "unet" in index else "transformer"
+        kinds = {part: getattr(diffusers, index[part][1]) for part in (name, "scheduler", "vae")}
+        configs = {part: kind.load_config(where, subfolder=part) for part, kind in kinds.items()}
+        with torch.device("meta"):
+            denoiser = kinds[name].from_config(configs[name])
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise RecipeError(f"expected the configuration files of a pipeline at {base}, got {reason}") from None
+    scheduler = kinds["scheduler"].from_config(configs["scheduler"])
+    vae: dict[str, Any] = dict(configs["vae"])
+    blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    return (
+        BarePipeline(scheduler, **{name: denoiser}),
+        vae["latent_channels"],
+        2 ** (len(blocks) - 1),
+    )
+
+
+def counted_on_meta(
+    base: str, sides: tuple[int, int], batch_size: int, dtype: torch.dtype, text_tokens: int | None,
+    sizes: dict[str, Any],
+) -> tuple[int, int, Activations]:  # fmt: skip
+    """Parameters of a base's denoiser and of an adapter for it, and what a batch keeps.
+
+    Args:
+        base: see `bare_pipeline`.
+        sides: height and width in pixels.
+        batch_size: pictures.
+        dtype: that is computed in.
+        text_tokens: of T5's captions.
+        sizes: of the adapter.
+    """
+    pipe, channels, pixels = bare_pipeline(base)
+    frozen = frozen_base(pipe, LossConfig(), text_tokens)
+    frozen.denoiser.requires_grad_(False)
+    with torch.device("meta"):
+        adapter = InteractionAdapter.for_denoiser(frozen.denoiser, **sizes).train()
+        latents = torch.zeros(batch_size, channels, *(side // pixels for side in sides), dtype=dtype)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (frozen.denoiser, adapter)]
+    for part in (frozen.denoiser, adapter):
+        part.to(dtype)
+    return counts[0], counts[1], count_activations(frozen, adapter, latents)

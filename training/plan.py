@@ -1,0 +1,151 @@
+"""How much memory a training takes, by configuration and card, before anything is loaded; what would fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from interactdiff.training.interaction_config import InteractionConfig
+from interactdiff.training.memory import Activations, counted_on_meta
+from interactdiff.training.processes import world_size
+
+GB = 1e9
+CARDS = (8.0, 12.0, 16.0, 24.0, 40.0, 48.0, 80.0)
+"""GB of memory that common cards have."""
+OVERHEAD = 1.0  # GB: the CUDA context, workspaces of cuBLAS and cuDNN
+FRAGMENTATION = 1.15  # by how much the allocator's blocks exceed the activations in them
+OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "adamw8bit": 2, "prodigy": 16}
+"""Of an optimizer's states for each parameter; Muon's vectors have AdamW's 8, which are few."""
+LEAST_RESOLUTION = 256
+BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training takes on each card.
+
+    Attributes:
+        parts: what it is, and how many bytes.
+        about: what was counted.
+    """
+
+    parts: dict[str, float]
+    about: str
+
+    @property
+    def total(self) -> float:
+        """GB of all."""
+        return sum(self.parts.values()) / GB + OVERHEAD
+
+    def __str__(self) -> str:
+        """A table."""
+        rows = {name: value / GB for name, value in self.parts.items()} | {"CUDA itself": OVERHEAD}
+        lines = [f"  {name:48}{value:7.2f} GB" for name, value in rows.items()]
+        return "\n".join([self.about, *lines, f"  {'in all':48}{self.total:7.2f} GB"])
+
+
+def plan_of(config: InteractionConfig) -> Plan:
+    """Count a configuration.
+
+    The base's denoiser is on the card, its autoencoder and text encoders are not: what they give is cached.
+    Not in it: what drawing samples takes, which happens between steps.
+
+    Raises:
+        RecipeError: the base's configuration files are not there.
+    """
+    mixed = config.mixed_precision != "no"
+    dtype = torch.float32
+    if mixed:
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float16
+    of_base = dtype if config.base_dtype == "auto" else getattr(torch, config.base_dtype)
+    sizes = {} if config.init_from else config.adapter.model_dump(exclude_unset=True)
+    options = tuple(sorted(sizes.items())), config.resolution, config.batch_size, dtype, config.text_tokens
+    base, adapter, activations = _counted(config.base, *options)
+    kept = activations.checkpointed if config.gradient_checkpointing else activations.kept
+    parts: dict[str, float] = {
+        f"base, frozen, {_word(of_base)}": base * BYTES[of_base],
+        "adapter, float32": adapter * 4,
+        "its gradients": adapter * 4,
+        f"states of {config.optimizer}": adapter * OPTIMIZER_BYTES[config.optimizer],
+    }
+    if mixed:
+        parts[f"its copy in {_word(dtype)} (autocast)"] = adapter * 2
+    if config.ema_decay:
+        parts["its average"] = adapter * 4
+    if (config.processes or world_size()) > 1:
+        parts["gradients on their way to other processes"] = adapter * 4
+    how = "checkpointed" if config.gradient_checkpointing else "all kept"
+    parts[f"activations of {config.batch_size} x {config.resolution} px, {how}"] = FRAGMENTATION * kept
+    about = f"{config.base}: {base / 1e6:,.0f} M parameters; adapter: {adapter / 1e6:,.1f} M"
+    return Plan(parts, about)
+
+
+@lru_cache(maxsize=32)
+def _counted(
+    base: str,
+    sizes: tuple[tuple[str, Any], ...],
+    side: int,
+    batch: int,
+    dtype: torch.dtype,
+    tokens: int | None,
+) -> tuple[int, int, Activations]:
+    return counted_on_meta(base, (side, side), batch, dtype, tokens, dict(sizes))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def smaller(config: InteractionConfig) -> Iterator[tuple[str, InteractionConfig]]:
+    """What takes less and less memory: the changes so far as `--set` takes them, and the configuration.
+
+    First what leaves the result as it is, then what does not: no average of the weights, 8-bit states, fewer
+    pixels.
+    """
+    changes: dict[str, Any] = {}
+
+    def changed(**more: Any) -> tuple[str, InteractionConfig]:
+        changes.update(more)
+        words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+        return words, config.model_copy(update=changes)
+
+    if not config.gradient_checkpointing:
+        yield changed(gradient_checkpointing=True)
+    batch, parts = config.batch_size, config.accumulate
+    while batch > 1:
+        factor = next(n for n in range(2, batch + 1) if batch % n == 0)
+        batch, parts = batch // factor, parts * factor
+        yield changed(batch_size=batch, accumulate=parts)
+    if config.ema_decay:
+        yield changed(ema_decay=0)
+    if OPTIMIZER_BYTES[config.optimizer] > OPTIMIZER_BYTES["adamw8bit"]:
+        yield changed(optimizer="adamw8bit")
+    for resolution in (768, 512, LEAST_RESOLUTION):
+        if resolution < config.resolution:
+            yield changed(resolution=resolution)
+
+
+def advice(config: InteractionConfig, card: float) -> str:
+    """Whether a configuration fits a card of so many GB, or the first change that would."""
+    plan = plan_of(config)
+    if plan.total <= card:
+        return f"{card:g} GB: fits, {card - plan.total:.1f} GB to spare"
+    for words, other in smaller(config):
+        if (total := plan_of(other).total) <= card:
+            return f"{card:g} GB: does not fit; {total:.1f} GB with --set {words}"
+    return f"{card:g} GB: does not fit, whatever is set"
+
+
+def described(config: InteractionConfig, card: float | None = None) -> str:
+    """The plan of a configuration as text.
+
+    Args:
+        config: of the recipe.
+        card: GB; None: this machine's card, or else those of `CARDS`.
+    """
+    if card is None and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0).total_memory / GB
+    cards = CARDS if card is None else (card,)
+    return "\n".join([str(plan_of(config)), *(advice(config, one) for one in cards)])
