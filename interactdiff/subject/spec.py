@@ -83,5 +83,6 @@ SPEC = MethodSpec(
         ),
     ),
     needs_weights=False,
+    scores="interactdiff.evaluation.subjects:evaluate_subjects",
     benches=("interactdiff.commands.bench_subject",),
 )  # fmt: skip
