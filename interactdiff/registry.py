@@ -158,6 +158,8 @@ class EvaluationOptions:
         batch_size: pictures at a time.
         guidance_scale: None for what suits the model.
         size: height and width in pixels; None for the model's own.
+        rows: of the table; all of them where there are none.
+        detector: a `stickworld.detector.Detector` that looks at the pictures; None for the packaged one.
     """
 
     scenes: int
@@ -166,6 +168,8 @@ class EvaluationOptions:
     batch_size: int
     guidance_scale: float | None = None
     size: int | None = None
+    rows: tuple[str, ...] = ()
+    detector: Any = None
 
 
 class Sampler(Protocol):
@@ -236,7 +240,9 @@ class MethodSpec(Configurable):
             has to be idle, bit for bit, until a scene has an item for it.
         sampler: a way of sampling that comes with the method.
         scores: "module:attribute" of a function of a `ScenePipeline` and `EvaluationOptions` that returns
-            {score: number}; `interactdiff evaluate --NAME` prints them.
+            {score: number}, or {"rows": {row: {score: number}}, ...}; `interactdiff evaluate --NAME` prints
+            them.
+        scores_need_adapter: whether that function is given a pipeline with the method's adapter.
         recipes: names that a recipe's YAML file may have, and their "module:attribute": a class with a
             `config_type` (`training/recipe.py`, `training/config.py`).
         benches: modules with an `add_to(parsers)`, which `interactdiff bench` adds.
@@ -250,6 +256,7 @@ class MethodSpec(Configurable):
     always_attached: bool = False
     sampler: SamplerSpec | None = None
     scores: str | None = None
+    scores_need_adapter: bool = True
     recipes: Mapping[str, str] = field(default_factory=dict)
     benches: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()

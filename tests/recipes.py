@@ -18,6 +18,7 @@ SHORT = {
     "log_every": 3,
     "checkpoint_every": 3,
     "sample_every": 6,
+    "sample_steps": 2,
     "mixed_precision": "no",
     "compile": False,
 }

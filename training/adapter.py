@@ -125,6 +125,7 @@ class AdapterConfig(RecipeConfig):
         null_action: probability of an interaction without its action.
         slack: of boxes, see `varied_items`.
         guidance_scale: of samples.
+        sample_steps: denoising steps of samples.
         timestep_power: of a U-Net, see `velocity_loss`.
         logits: of a transformer, see `FlowBatch`.
     """
@@ -141,6 +142,7 @@ class AdapterConfig(RecipeConfig):
     null_action: Share
     slack: Rate
     guidance_scale: Rate
+    sample_steps: Count = 30
     timestep_power: Positive = 1.0
     logits: MeanAndDeviation = None
 
@@ -250,7 +252,7 @@ class AdapterRecipe(Recipe[AdapterConfig]):
             **call_arguments(self.pipe, captions, guidance_scale=self.config.guidance_scale),
             height=SIZE,
             width=SIZE,
-            num_inference_steps=30,
+            num_inference_steps=self.config.sample_steps,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).images

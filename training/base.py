@@ -30,6 +30,7 @@ from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
 from interactdiff.training.config import (
+    Count,
     Flag,
     Location,
     OptionalLocation,
@@ -137,6 +138,7 @@ class BaseConfig(RecipeConfig):
         empty_caption: probability.
         timestep_power: see `velocity_loss`.
         guidance_scale: of samples.
+        sample_steps: denoising steps of samples.
     """
 
     may_change: ClassVar[frozenset[str]] = RecipeConfig.may_change | {"guidance_scale"}
@@ -152,6 +154,7 @@ class BaseConfig(RecipeConfig):
     empty_caption: Share
     timestep_power: Positive
     guidance_scale: Rate
+    sample_steps: Count = 30
 
 
 class BaseRecipe(Recipe[BaseConfig]):
@@ -213,7 +216,7 @@ class BaseRecipe(Recipe[BaseConfig]):
             captions,
             height=SIZE,
             width=SIZE,
-            num_inference_steps=30,
+            num_inference_steps=self.config.sample_steps,
             guidance_scale=self.config.guidance_scale,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",

@@ -200,7 +200,14 @@ class RecipeConfig(Keys):
 
     may_change: ClassVar[frozenset[str]] = frozenset(
         {"output_dir", "export_to", "cache_dir", "steps", "stop_after", "stop_at", "compile", "held_out"}
-        | {"log_every", "checkpoint_every", "checkpoints_total_limit", "sample_every", "tracker"}
+        | {
+            "log_every",
+            "checkpoint_every",
+            "checkpoints_total_limit",
+            "sample_every",
+            "sample_steps",
+            "tracker",
+        }
     )
     """Keys that may be others when a run is resumed: none of them changes what a step computes."""
 

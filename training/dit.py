@@ -23,6 +23,7 @@ from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
 from interactdiff.training.base import token_ids
 from interactdiff.training.config import (
+    Count,
     Flag,
     Location,
     Number,
@@ -150,6 +151,7 @@ class DitConfig(RecipeConfig):
         logit_std: its standard deviation.
         shift: of the sampler.
         guidance_scale: of samples.
+        sample_steps: denoising steps of samples.
     """
 
     may_change: ClassVar[frozenset[str]] = RecipeConfig.may_change | {"guidance_scale", "shift"}
@@ -168,6 +170,7 @@ class DitConfig(RecipeConfig):
     logit_std: Rate
     shift: Positive
     guidance_scale: Rate
+    sample_steps: Count = 30
 
 
 class DitRecipe(Recipe[DitConfig]):
@@ -227,7 +230,7 @@ class DitRecipe(Recipe[DitConfig]):
             **call_arguments(pipe, captions, guidance_scale=self.config.guidance_scale),
             height=SIZE,
             width=SIZE,
-            num_inference_steps=30,
+            num_inference_steps=self.config.sample_steps,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).images

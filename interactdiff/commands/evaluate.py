@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from interactdiff.commands.arguments import (
     quiet_libraries,
     whole,
 )
-from interactdiff.commands.evaluate_layouts import LAYOUT_STEPS, add_layouts, compare, evaluate_data
+from interactdiff.commands.evaluate_layouts import LAYOUT_STEPS, ROWS, add_layouts, compare, evaluate_data
 from interactdiff.files import why_unwritable, write_aside
 from interactdiff.models import MODEL, default_adapter, model_info
 from interactdiff.registry import EvaluationOptions, load_attribute, methods
@@ -45,7 +45,21 @@ def add_to(commands: Commands) -> None:
             what.add_argument(
                 f"--{name}", dest="method", action="store_const", const=name, help=f"scores of {spec.title}"
             )
-    parser.add_argument("--scenes", type=positive, default=50, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--scenes",
+        "--subjects",
+        "--photos",
+        type=positive,
+        default=50,
+        metavar="N",
+        help="how many, or how many subjects, or photos (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        help=f"of the table of a method, or of --data: {', '.join(ROWS)} (default: all that can be)",
+    )
     parser.add_argument("--seed", type=whole, default=0, help="which ones, and their noise (default: 0)")
     parser.add_argument("--steps", type=positive, help="denoising steps (default: 20, with --data 50)")
     parser.add_argument(
@@ -139,16 +153,28 @@ def _world(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> di
 def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> dict[str, Any]:
     """The scores that a method brings with it."""
     from interactdiff.evaluation.table import format_scores
+    from interactdiff.evaluation.world import load_detector
     from interactdiff.generation import ScenePipeline
 
     spec = methods()[args.method]
     assert spec.scores is not None
-    pipeline = ScenePipeline.from_pretrained(model, adapters, args.device or "auto", methods={spec.name: {}})
+    detector = None if args.detector is None else load_detector(Path(args.detector))
+    used = {spec.name: {}} if spec.scores_need_adapter else {}
+    pipeline = ScenePipeline.from_pretrained(model, adapters, args.device or "auto", methods=used)
     pipeline.check_side("--size", args.size)
     options = EvaluationOptions(
-        args.scenes, args.seed, args.steps, args.batch_size, args.guidance_scale, args.size
+        args.scenes,
+        args.seed,
+        args.steps,
+        args.batch_size,
+        args.guidance_scale,
+        args.size,
+        tuple(args.rows or ()),
+        detector,
     )
     scores = load_attribute(spec.scores)(pipeline, options)
     print(format_scores(scores))
-    run = {**asdict(options), "model": pipeline.model, "adapters": dict(pipeline.adapters)}
-    return {"method": spec.name, "scores": scores, **run}
+    run = {field.name: getattr(options, field.name) for field in fields(options)}
+    del run["detector"], run["rows"]
+    run |= {"method": spec.name, "model": pipeline.model, "adapters": dict(pipeline.adapters)}
+    return {**run, **(scores if "rows" in scores else {"scores": scores})}

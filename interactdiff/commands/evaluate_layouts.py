@@ -57,7 +57,6 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
     layouts.add_argument(
         "--pictures", nargs="+", type=Path, metavar="DIR", help="score pictures that something else drew"
     )
-    layouts.add_argument("--rows", nargs="+", choices=ROWS, help="ways of drawing (default: all that can be)")
     layouts.add_argument(
         "--protocol",
         nargs="+",
@@ -170,6 +169,7 @@ def _drawn(args: argparse.Namespace, ranks: "Ranks") -> "Drawn":
     from interactdiff.evaluation.layout_drawing import PAPER_GUIDANCE, PAPER_STEPS, Drawing
     from interactdiff.evaluation.layout_run import Drawn
     from interactdiff.evaluation.sampling import Sampling
+    from interactdiff.evaluation.table import chosen_rows
     from interactdiff.generation import ScenePipeline
 
     model = args.model or MODEL
@@ -192,9 +192,10 @@ def _drawn(args: argparse.Namespace, ranks: "Ranks") -> "Drawn":
         )
         how = Sampling(PAPER_STEPS, PAPER_GUIDANCE, args.size)
     can = ROWS if pipeline.adapter is not None else ROWS[:1]
-    if missing := [row for row in args.rows or [] if row not in can]:
+    wanted = chosen_rows(ROWS, args.rows or ())
+    if missing := [row for row in wanted if row not in can and args.rows]:
         raise UsageError(f"--rows: expected an adapter for {missing[0]}, got none for {model}")
-    rows = tuple(row for row in can if args.rows is None or row in args.rows)
+    rows = tuple(row for row in can if row in wanted)
     return Drawn(pipeline, rows, Drawing(args.out, how, args.batch_size, args.paper))
 
 

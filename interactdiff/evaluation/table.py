@@ -1,7 +1,10 @@
 """Tables of scores, as text and in markdown: a row for each way of drawing, a column for each score."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from interactdiff.errors import SceneError
+from interactdiff.scene_checks import shown
 
 Values = Mapping[str, Mapping[str, float]]  # by row and score
 
@@ -13,6 +16,7 @@ ROWS = {
     "adapter_fast": "adapter, fast",
     "adapter_clear": "adapter+clear",
 }
+SECONDS = "seconds"
 SCORES = {"hoi_map": "HOI mAP", "box_acc": "boxes", "action_acc": "actions", "colour_acc": "colours"}
 TEXT_SCORES = {
     "object_acc": "objects",
@@ -20,6 +24,18 @@ TEXT_SCORES = {
     "colour_acc": "colours",
     "appearance_acc": "appearance",
 }
+
+
+def chosen_rows(known: Iterable[str], given: Sequence[str]) -> list[str]:
+    """The rows of a table that are wanted, in its order; all of them where none is given.
+
+    Raises:
+        SceneError: there is no such row.
+    """
+    rows = list(known)
+    if wrong := [row for row in given if row not in rows]:
+        raise SceneError(f"expected rows of {', '.join(rows)}, got {shown(wrong[0])}")
+    return [row for row in rows if row in given] if given else rows
 
 
 def _cell(value: float, interval: Sequence[float]) -> str:
@@ -39,16 +55,21 @@ def text_block(
         values: by row and score.
         intervals: likewise, both ends.
         rows: titles; a row without one is called by its name.
-        columns: titles of the scores that are shown, those that the first row has.
+        columns: titles of the scores that are shown, those that any row has; one that a row lacks is a dash.
         corner: what stands above the rows.
     """
-    there = next(iter(values.values()), {})
-    columns = {score: title for score, title in columns.items() if score in there}
+    columns = {
+        score: title for score, title in columns.items() if any(score in row for row in values.values())
+    }
     lines = [f"{corner:20}" + "".join(f"{title:>19}" for title in columns.values())]
     for row, scores in values.items():
         ends = intervals.get(row, {})
         cells = [
-            _cell(scores[name], ends[name]) if name in ends else f"{100 * scores[name]:.1f}"
+            "-"
+            if name not in scores
+            else _cell(scores[name], ends[name])
+            if name in ends
+            else f"{100 * scores[name]:.1f}"
             for name in columns
         ]
         lines.append(f"{rows.get(row, row):20}" + "".join(f"{cell:>19}" for cell in cells))
@@ -101,11 +122,21 @@ def format_scores(scores: Mapping[str, Any]) -> str:
     """What a method's `scores` return, as text.
 
     Args:
-        scores: a number for each name; or {"rows": {row: {score: share}}, "intervals": likewise, both ends}.
+        scores: a number for each name; or {"rows": {row: {score: share}}, "intervals": likewise, both ends},
+            beside which there may be further shares by their names, as "pairs" of subjects, and a number of
+            seconds in each row.
     """
     if "rows" in scores:
-        columns = {name: name for row in scores["rows"].values() for name in row}
-        return "\n".join(text_block(scores["rows"], scores.get("intervals", {}), ROWS, columns))
+        columns = {name: name for row in scores["rows"].values() for name in row if name != SECONDS}
+        lines = text_block(scores["rows"], scores.get("intervals", {}), ROWS, columns)
+        others = {name: of for name, of in scores.items() if name not in ("rows", "intervals")}
+        others = {name: of for name, of in others.items() if isinstance(of, Mapping)}
+        for name, of in others.items():
+            lines.append(f"{name}: " + ", ".join(f"{part} {100 * value:.1f}" for part, value in of.items()))
+        took = {row: of[SECONDS] for row, of in scores["rows"].items() if SECONDS in of}
+        if took:
+            lines.append("seconds: " + ", ".join(f"{ROWS.get(row, row)} {n:.0f}" for row, n in took.items()))
+        return "\n".join(lines)
     width = max(map(len, scores), default=0)
     return "\n".join(f"{name:{width}}  {value:.3f}" for name, value in scores.items())
 

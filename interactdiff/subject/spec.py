@@ -84,5 +84,6 @@ SPEC = MethodSpec(
     ),
     needs_weights=False,
     recipes={"subject": "interactdiff.training.subject:SubjectRecipe"},
+    scores="interactdiff.evaluation.subjects:evaluate_subjects",
     benches=("interactdiff.commands.bench_subject",),
 )  # fmt: skip

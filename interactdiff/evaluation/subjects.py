@@ -1,0 +1,285 @@
+"""Scores subjects on stickworld: one reference picture each, in other actions, places and backgrounds."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from interactdiff.concept.losses import structural_similarity
+from interactdiff.errors import AdapterError
+from interactdiff.evaluation.attributes import right_attributes
+from interactdiff.evaluation.likeness import (
+    PERSON,
+    Counts,
+    Known,
+    KnownScene,
+    acting_scene,
+    background_of,
+    lone_scene,
+    noise,
+    prompt_of,
+    sample_known,
+    sampling,
+    surest,
+    whole_world_detector,
+)
+from interactdiff.evaluation.sampling import draw_batch, reduced, render_scenes
+from interactdiff.evaluation.table import chosen_rows
+from interactdiff.generation import ScenePipeline
+from interactdiff.registry import EvaluationOptions, methods
+from interactdiff.scene import Entity
+from interactdiff.stickworld.captions import describe_object, describe_person
+from interactdiff.stickworld.detector import Detections, Detector, Found
+from interactdiff.stickworld.render import render
+from interactdiff.subject.items import Subject
+
+ROWS: dict[str, dict[str, float] | None] = {
+    "real": None,
+    "text": None,
+    "text_full": None,
+    "encoder": {"reference_weight": 0.0},
+    "attention": {"encoder_weight": 0.0},
+    "both": {},
+    "guided": {"guidance": 2.0},
+}
+"""The rows of the table, and the method's settings in those in which a subject acts."""
+NEEDS_ENCODER = ("encoder", "both")
+SCENES_EACH = 2
+"""Pictures of each subject in a row."""
+PAIR_WORDS = ("person", "someone")
+"""What a prompt calls the two persons of a pair."""
+_CROP = 64  # pixels a side, at which a picture's person is compared with the reference's
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A subject, its reference, and the scenes in which it is wanted.
+
+    Attributes:
+        known: what it looks like.
+        image: its reference picture.
+        mask: which pixels of it are the subject.
+        crop: [h, w] in 0..1, the subject in the reference, in grey.
+        wanted: the scenes.
+    """
+
+    known: Known
+    image: Image.Image
+    mask: Image.Image
+    crop: Tensor
+    wanted: tuple[KnownScene, ...]
+
+    def subject(self, phrase: str, box: Any = None) -> Subject:
+        return Subject(phrase, self.image, self.mask, box)
+
+
+def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> dict[str, Any]:
+    """Draw persons and objects that are known by one reference picture, and let the detector look at them.
+
+    Rows: real renders of what is wanted; text, whose prompt names no attribute of the subject; text_full,
+    whose prompt names all; encoder; attention (self-subject attention); both; guided (both with reference
+    guidance). Without an encoder's weights there are the rows without one, and guided is without it too.
+
+    Columns: identity, the share of the subject's attributes that are right; action_acc and object_acc,
+    whether the person does the action and the object is there; background_acc; copy, the structural
+    similarity of the subject to that of the reference, at the same size, from 0 to 1: high is the reference's
+    pose again.
+
+    pairs: two persons with a reference and a place each. identity; scr, the subject collapse rate: the share
+    of pictures in which not each of the two is more like its own reference than like the other's.
+
+    Args:
+        pipeline: with a subject adapter attached.
+        options: `scenes` is the number of subjects and of pairs.
+
+    Returns:
+        {"rows": {row: {column: share}}, "intervals": likewise, both ends, "pairs": {"identity", "scr"},
+        "subjects"}.
+
+    Raises:
+        ModelError: the detector is of the plain world.
+        SceneError: there is no such row.
+    """
+    detector = whole_world_detector(options.detector, pipeline)
+    size = options.size or pipeline.size
+    tasks = [_task(n, options.seed, size) for n in range(options.scenes)]
+    assert pipeline.handle is not None
+    has_encoder = pipeline.handle["subject"].adapter.config is not None
+    rows = chosen_rows(ROWS, options.rows)
+    if not has_encoder:
+        if missing := [row for row in options.rows if row in NEEDS_ENCODER]:
+            raise AdapterError(f"expected a subject encoder for the row {missing[0]}, got an adapter without")
+        rows = [row for row in rows if row not in NEEDS_ENCODER]
+    table: dict[str, Any] = {"rows": {}, "intervals": {}}
+    for row in rows:
+        counts = _row(row, tasks, pipeline, detector, options)
+        table["rows"][row], table["intervals"][row] = counts.scores(options.seed)
+    table["pairs"] = _pairs(pipeline, detector, options, size)
+    return {**table, "subjects": options.scenes}
+
+
+def _task(number: int, seed: int, size: int) -> _Task:
+    rng = random.Random(f"subject {seed} {number}")
+    known = sample_known(PERSON if number % 2 == 0 else None, rng)
+    first = (seed * 100_000 + number) * (SCENES_EACH + 1)
+    reference = lone_scene([known], first).scene
+    image, mask, crop = _reference(reference, size)
+    wanted = [acting_scene([known], first + 1 + n, reference.background) for n in range(SCENES_EACH)]
+    return _Task(known, image, mask, crop, tuple(wanted))
+
+
+def _reference(scene: Any, size: int) -> tuple[Image.Image, Image.Image, Tensor]:
+    drawn = render(scene, size)
+    (thing,) = drawn.things
+    pixels = torch.from_numpy(drawn.image.copy()).permute(2, 0, 1) / 255
+    mask = Image.fromarray(thing.mask.astype(np.uint8) * 255)
+    return Image.fromarray(drawn.image), mask, _crop(pixels, thing.box)
+
+
+def _crop(image: Tensor, box: Sequence[float]) -> Tensor:
+    """[_CROP, _CROP] in 0..1: a part of a picture [3, H, W], in grey."""
+    height, width = image.shape[1:]
+    x0, x1 = (min(max(round(x * width), 0), width - 1) for x in (box[0], box[2]))
+    y0, y1 = (min(max(round(y * height), 0), height - 1) for y in (box[1], box[3]))
+    part = image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].mean(0, keepdim=True)
+    return F.interpolate(part[None].float().cpu(), (_CROP, _CROP), mode="bilinear", antialias=True)[0, 0]
+
+
+def _full_words(known: Known, rng: random.Random) -> str:
+    if known.name == PERSON:
+        return describe_person(known.attributes, rng)
+    return describe_object(known.name, known.attributes, rng)
+
+
+def _row(
+    row: str, tasks: Sequence[_Task], pipeline: ScenePipeline, detector: Detector, options: EvaluationOptions
+) -> Counts:
+    counts = Counts(len(tasks))
+    jobs = [(n, one) for n, task in enumerate(tasks) for one in task.wanted]
+    _configure(pipeline, ROWS[row] or {})
+    for first in range(0, len(jobs), options.batch_size):
+        batch = jobs[first : first + options.batch_size]
+        if row == "real":
+            images = render_scenes([one.scene for _, one in batch], detector.size)
+        else:
+            prompts, items = [], []
+            for n, one in batch:
+                known = tasks[n].known
+                rng = random.Random(one.scene.seed)
+                words = _full_words(known, rng) if row == "text_full" else f"a {known.name}"
+                prompts.append(prompt_of(one.scene, {one.numbers[0]: words}))
+                items.append([] if ROWS[row] is None else [tasks[n].subject(known.name)])
+            images = _drawn(pipeline, prompts, items, [one.scene.seed for _, one in batch], options)
+        for (n, one), image, found in zip(batch, images, _detected(images, detector), strict=True):
+            _count(counts, n, tasks[n], one, image, found)
+    return counts
+
+
+def _count(
+    counts: Counts, group: int, task: _Task, wanted: KnownScene, image: Tensor, found: Detections
+) -> None:
+    known, (triplet,) = task.known, wanted.scene.triplets
+    match, actor = surest(found, known.name), surest(found, PERSON)
+    counts.add("identity", group, right_attributes(match, known.attributes), len(known.attributes))
+    counts.add("action_acc", group, actor is not None and actor.action == triplet.action)
+    counts.add("object_acc", group, surest(found, triplet.object) is not None)
+    counts.add("background_acc", group, background_of(image) == wanted.scene.background)
+    alike = 0.0 if match is None else float(structural_similarity(_crop(image, match.box), task.crop))
+    counts.add("copy", group, max(alike, 0.0))
+
+
+def _pairs(
+    pipeline: ScenePipeline, detector: Detector, options: EvaluationOptions, size: int
+) -> dict[str, float]:
+    counts = Counts(options.scenes)
+    places = pipeline.adapter is not None
+    _configure(pipeline, {})
+    jobs = []
+    for n in range(options.scenes):
+        rng = random.Random(f"pair {options.seed} {n}")
+        known = [sample_known(PERSON, rng) for _ in PAIR_WORDS]
+        jobs.append((known, lone_scene(known, -1 - options.seed * 100_000 - n)))
+    for first in range(0, len(jobs), options.batch_size):
+        batch = jobs[first : first + options.batch_size]
+        prompts, items = [], []
+        for number, (known, one) in enumerate(batch, first):
+            boxes = [one.scene.things[n].box for n in one.numbers]
+            words = dict(zip(one.numbers, ("a person", "someone"), strict=True))
+            prompts.append(prompt_of(one.scene, words))
+            of_scene: list[Any] = []
+            for k, (word, box) in enumerate(zip(PAIR_WORDS, boxes, strict=True)):
+                alone = lone_scene([known[k]], (options.seed * 100_000 + number) * 2 + k).scene
+                image, mask, _ = _reference(alone, size)
+                of_scene.append(Subject(word, image, mask, box))
+                if places:
+                    of_scene.append(Entity(word, box))
+            items.append(of_scene)
+        images = _drawn(pipeline, prompts, items, [one.scene.seed for _, one in batch], options)
+        for number, (job, found) in enumerate(zip(batch, _detected(images, detector), strict=True), first):
+            _count_pair(counts, number, *job, found)
+    return counts.scores(options.seed)[0]
+
+
+def _count_pair(
+    counts: Counts, group: int, known: Sequence[Known], wanted: KnownScene, found: Detections
+) -> None:
+    one, other = (one.attributes for one in known)
+    places = [wanted.scene.things[n].box for n in wanted.numbers]
+    at_one, at_other = nearest_two(found.persons, places)
+    own = right_attributes(at_one, one), right_attributes(at_other, other)
+    counts.add("identity", group, sum(own), len(one) + len(other))
+    differ = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+
+    def likeness(match: Found | None, attributes: dict[str, str]) -> int:
+        return right_attributes(match, {k: v for k, v in attributes.items() if k in differ})
+
+    apart = all(
+        match is not None and likeness(match, mine) > likeness(match, theirs)
+        for match, mine, theirs in ((at_one, one, other), (at_other, other, one))
+    )
+    counts.add("scr", group, not apart)
+
+
+def nearest_two(
+    persons: Sequence[Found], places: Sequence[Sequence[float]]
+) -> tuple[Found | None, Found | None]:
+    """Which of the two surest persons is at which of two places, by the distance of their middles."""
+
+    def distance(person: Found, place: Sequence[float]) -> float:
+        dx, dy = (sum(person.box[n::2]) - sum(place[n::2]) for n in (0, 1))
+        return (dx * dx + dy * dy) ** 0.5 / 2
+
+    two = sorted(persons, key=lambda person: -person.score)[:2]
+    if len(two) < 2:
+        pair: list[Found | None] = [None, None]
+        if two:
+            pair[int(distance(two[0], places[1]) < distance(two[0], places[0]))] = two[0]
+        return pair[0], pair[1]
+    straight = distance(two[0], places[0]) + distance(two[1], places[1])
+    crossed = distance(two[1], places[0]) + distance(two[0], places[1])
+    return (two[0], two[1]) if straight <= crossed else (two[1], two[0])
+
+
+def _configure(pipeline: ScenePipeline, settings: dict[str, float]) -> None:
+    assert pipeline.handle is not None
+    pipeline.handle["subject"].configure(**methods()["subject"].checked(pipeline.model, settings))
+
+
+def _drawn(
+    pipeline: ScenePipeline,
+    prompts: Sequence[str],
+    items: Sequence[Sequence[Any]],
+    seeds: Sequence[int],
+    options: EvaluationOptions,
+) -> Tensor:
+    return draw_batch(pipeline, prompts, items, sampling(pipeline, options), generator=noise(seeds))
+
+
+def _detected(images: Tensor, detector: Detector) -> list[Detections]:
+    return detector.detect(reduced(images, detector.size))
