@@ -1,9 +1,10 @@
 """The adapter trained on a folder of pictures, on tiny pipelines of each base."""
 
-import contextlib
 import json
+import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -26,7 +26,7 @@ from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import InteractionConfig
-from interactdiff.training.processes import _of_launcher, check_world_size
+from interactdiff.training.launch import check_world_size, launched_processes
 from interactdiff.training.run import make_recipe
 from interactdiff.training.run_folder import checkpoints
 
@@ -162,22 +162,20 @@ def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Pat
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(pipe: Any, pictures: Path, tmp_path: Path) -> None:
     """Once here; benchmarks/training_kills.py does it many times, on two processes."""
     pipe.save_pretrained(tmp_path / "base")
-    options = {"log_every": 1, "checkpoint_every": 2, "sample_every": 3, "ema_decay": 0.9, "workers": 1}
+    options = {"log_every": 1, "checkpoint_every": 2, "sample_every": 3, "ema_decay": 0.9}
     config = config_of(tmp_path / "base", pictures, tmp_path, **options, steps=10_000)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(config))
-    run = subprocess.Popen([sys.executable, "-m", "interactdiff", "train", str(file)], start_new_session=True)
-    try:
-        while run.poll() is None and not (tmp_path / "run/checkpoint-4").exists():
-            time.sleep(0.01)
-        time.sleep(random.Random().uniform(0.0, 0.3))
-        everyone = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-    finally:
-        run.kill()
-    for one in everyone:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    run.wait()
+    recipe = make_recipe(config)
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+        try:
+            recipe.train()
+        finally:
+            os._exit(1)
+    while not (tmp_path / "run/checkpoint-4").exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.01)
+    time.sleep(random.Random().uniform(0.0, 0.3))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     before = logged(tmp_path / "run")
     saved = checkpoints(tmp_path / "run")[-1]
     assert len(before) - int(saved.name.removeprefix("checkpoint-")) <= 2 + 1  # done twice, at most
@@ -238,7 +236,7 @@ def test_what_accelerate_launch_was_asked_for_is_compared(tmp_path: Path) -> Non
     """accelerate 1.15 starts one process for `--cpu --num_processes 2` without a word."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from interactdiff.training.processes import check_world_size\n"
+        "from interactdiff.training.launch import check_world_size\n"
         "from interactdiff.errors import RecipeError\n"
         "try:\n    check_world_size(None)\nexcept RecipeError as error:\n    print(error)\n"
     )
@@ -261,7 +259,10 @@ def test_what_accelerate_launch_was_asked_for_is_compared(tmp_path: Path) -> Non
 )
 def test_launch_commands_say_how_many_processes(words: list[str], count: int | None) -> None:
     files = Path(__file__).parent.parent / "training/accelerate"
-    assert _of_launcher([str(files / word) if word.endswith("gpu.yaml") else word for word in words]) == count
+    assert (
+        launched_processes([str(files / word) if word.endswith("gpu.yaml") else word for word in words])
+        == count
+    )
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

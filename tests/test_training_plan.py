@@ -57,8 +57,9 @@ def test_published_bases_have_their_sizes(name: str, base: float, adapter: float
     assert made.total == pytest.approx(weights + activations / 1e9 + 1.0, rel=1e-3)
 
 
-def test_what_would_fit_is_named() -> None:
-    config = config_of("smoke", "ema_decay=0.9")
+def test_what_would_fit_is_named(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    config = config_of("smoke", "ema_decay=0.9", f"base={tmp_path}")
     assert advice(config, 80) == f"80 GB: fits, {80 - plan_of(config).total:.1f} GB to spare"
     least = list(smaller(config))
     totals = [plan_of(other).total for _, other in least]

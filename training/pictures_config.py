@@ -21,7 +21,7 @@ from interactdiff.training.config import (
     choice,
     nothing,
 )
-from interactdiff.training.processes import world_size
+from interactdiff.training.launch import world_size
 
 DTYPES = ("float32", "float16", "bfloat16")
 DENSITIES = ("uniform", "logit_normal", "mode")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from interactdiff.training.interaction_config import InteractionConfig
+from interactdiff.training.launch import world_size
 from interactdiff.training.memory import Activations, counted_on_meta
-from interactdiff.training.processes import world_size
 
 GB = 1e9
 CARDS = (8.0, 12.0, 16.0, 24.0, 40.0, 48.0, 80.0)

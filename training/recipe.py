@@ -33,14 +33,9 @@ from interactdiff.errors import RecipeError
 from interactdiff.files import write_aside
 from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
+from interactdiff.training.launch import check_strategy, check_world_size, world_size
 from interactdiff.training.optimizers import make_optimizers
-from interactdiff.training.processes import (
-    Processes,
-    check_strategy,
-    check_world_size,
-    is_lost_process,
-    world_size,
-)
+from interactdiff.training.processes import Processes, is_lost_process
 from interactdiff.training.run_folder import SAMPLES, RunFolder
 from interactdiff.training.tracking import Tracker, check_tracker
 
