@@ -224,14 +224,14 @@ class TrainBench:
     def encode_seconds(self) -> float:
         """Seconds in which the autoencoder and CLIP make a batch's latents and states."""
         blocks = self.encoders.vae
-        make_vae, make_config = cast(Any, (AutoencoderKL, CLIPTextConfig))
+        make_vae, make_config, make_text = cast(Any, (AutoencoderKL, CLIPTextConfig, CLIPTextModel))
         with torch.random.fork_rng():
             vae = make_vae(
                 block_out_channels=blocks, latent_channels=self.channels, layers_per_block=2,
                 down_block_types=("DownEncoderBlock2D",) * len(blocks),
                 up_block_types=("UpDecoderBlock2D",) * len(blocks),
             ).to(self.device)  # fmt: skip
-            texts = [CLIPTextModel(make_config(**one)).to(self.device) for one in self.encoders.encoders]
+            texts = [make_text(make_config(**one)).to(self.device) for one in self.encoders.encoders]
         pixels = torch.zeros(self.batch_size, 3, self.resolution, self.resolution, device=self.device)
         ids = torch.zeros(self.batch_size, 77, dtype=torch.long, device=self.device)
         begun = time.perf_counter()

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -105,6 +105,8 @@ class Recipe(ABC, Generic[C]):
             mixed_precision=config.mixed_precision,
             log_with=config.tracker,
             project_dir=self.output,
+            # else a schedule takes a step for every process
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
         self.tracker = Tracker(self.accelerator, config.tracker)
         self.processes = Processes(self.accelerator)
