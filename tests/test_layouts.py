@@ -69,7 +69,7 @@ def test_every_form_of_data_gives_the_same_layouts(tmp_path: Path) -> None:
         for one, layout in zip(first.layouts, other.layouts, strict=True):
             picture = Picture(layout.file_name, layout.picture)
             assert picture.read() == Picture(one.file_name, one.picture).read()
-            assert picture.shown_size == picture.image.size == layout.size
+            assert picture.shown_size == picture.open().size == layout.size
     assert data["shards"].layouts[3].file_name == data["shards"].layouts[3].stem
     assert layouts_digest(data["loose"].layouts) == layouts_digest(first.layouts)
     assert layouts_digest(data["shards"].layouts[:4]) != layouts_digest(first.layouts[:4])
@@ -217,6 +217,12 @@ def test_damaged_annotations_are_named(tmp_path: Path, content: Any, message: st
     text = content if isinstance(content, str) else json.dumps(content)
     (tmp_path / "test_hico.json").write_text(text)
     with pytest.raises(DataError, match=rf"test_hico.json.*{message}|{message}.*test_hico.json"):
+        open_data(str(tmp_path))
+
+
+def test_a_picture_that_annotations_have_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test_hico.json").write_text(json.dumps([*triplets(), *triplets()]))
+    with pytest.raises(DataError, match=f"expected each picture once, got {name_of(1)} again"):
         open_data(str(tmp_path))
 
 

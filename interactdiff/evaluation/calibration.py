@@ -44,7 +44,7 @@ def calibrate(
         chosen = [one for one in layout.interactions if one.action and one.object in verbs_of]
         if not chosen or layout.picture is None or len(right) >= pairs:
             continue
-        image = Picture(layout.file_name, layout.picture, None if size is None else (size, size)).image
+        image = Picture(layout.file_name, layout.picture, None if size is None else (size, size)).open()
         candidates = [_candidate(one, image.size) for one in chosen]
         for one, verbs in zip(chosen, scorer.verbs(image, candidates, verbs_of), strict=True):
             true = _true_verbs(one, layout)

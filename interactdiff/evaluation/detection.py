@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,7 +76,7 @@ class Picture:
 
     @property
     def shown_size(self) -> tuple[int, int] | None:
-        """Width and height of `image`, without reading more than the file's header; None without a file."""
+        """Width and height of what `open` gives, of the file's header alone; None without a file."""
         if self.size is not None or not self.there:
             return self.size
         with self._named_in_errors():
@@ -94,9 +93,10 @@ class Picture:
             raise DataError(f"expected a picture at {self._place}, got no such file")
         return self.source.read_bytes() if isinstance(self.source, Path) else self.source.read()
 
-    @cached_property
-    def image(self) -> Image.Image:
+    def open(self) -> Image.Image:
         """In RGB, as shown, see `interactdiff.data.pictures.open_picture`; of the size wanted.
+
+        Decoded again with every call, so that many pictures take no more memory than one.
 
         Raises:
             DataError: there is no such picture, or it is not whole.

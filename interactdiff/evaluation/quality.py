@@ -83,7 +83,7 @@ def features_of(pictures: Sequence[Picture], extract: FeatureExtractor) -> np.nd
     """[N, D] features of pictures of one size, in float64."""
     parts = []
     for first in range(0, len(pictures), BATCH):
-        pixels = np.stack([np.asarray(one.image) for one in pictures[first : first + BATCH]])
+        pixels = np.stack([np.asarray(one.open()) for one in pictures[first : first + BATCH]])
         parts.append(extract(torch.from_numpy(pixels).permute(0, 3, 1, 2)).double().cpu().numpy())
     return np.concatenate(parts)
 
@@ -149,7 +149,7 @@ def clip_scores(
     hits = {name: np.zeros(len(layouts)) for name in ("clip", "clip_local")}
     totals = {"clip": np.ones(len(layouts)), "clip_local": np.zeros(len(layouts))}
     for number, (picture, layout) in enumerate(zip(pictures, layouts, strict=True)):
-        image = picture.image
+        image = picture.open()
         boxes = [
             (phrase, box)
             for one in layout.interactions

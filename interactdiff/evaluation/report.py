@@ -193,7 +193,7 @@ def save_report(file: Path, report: Mapping[str, Any], rows: Mapping[str, RowSco
     tensors: dict[str, np.ndarray] = {}
     for name, row in rows.items():
         for number, one in enumerate(row.outcomes):
-            for array in (*Outcomes.ARRAYS, "truth_known"):
+            for array in Outcomes.ARRAYS:
                 tensors[f"{name}/outcomes/{number}/{array}"] = np.ascontiguousarray(getattr(one, array))
         for score, share in row.shares.items():
             for part in ("hits", "total"):
@@ -231,7 +231,7 @@ def load_report(file: Path) -> tuple[dict[str, Any], dict[str, RowScores]]:
                         report["class_count"],
                         **{
                             array: opened.get_tensor(f"{name}/outcomes/{number}/{array}")
-                            for array in (*Outcomes.ARRAYS, "truth_known")
+                            for array in Outcomes.ARRAYS
                         },
                     )
                     for number in range(count)

@@ -48,11 +48,20 @@ def picture_scores(outcomes: Outcomes) -> np.ndarray:
 
 
 def chosen(scores: np.ndarray, count: int = ACROSS) -> dict[str, list[int]]:
-    """Numbers of the best, the median and the worst pictures, each best first."""
+    """Numbers of the best, the median and the worst pictures, each best first and no picture twice.
+
+    Where there are fewer than three times `count`, each kind has about a third of them.
+    """
     order = [int(n) for n in np.argsort(-scores, kind="stable") if not np.isnan(scores[n])]
-    best, worst = order[:count], order[max(len(order) - count, 0) :]
-    start = max(0, (len(order) - count) // 2)
-    return {"best": best, "median": order[start : start + count], "worst": worst}
+    ends = min(count, max(1, (len(order) + 1) // 3))
+    between = order[ends : len(order) - ends]
+    start = max(0, (len(between) - count) // 2)
+    rows = {
+        "best": order[:ends],
+        "median": between[start : start + count],
+        "worst": order[max(ends, len(order) - ends) :],
+    }
+    return {kind: numbers for kind, numbers in rows.items() if numbers}
 
 
 def evaluation_sheet(run: "LayoutRun", evaluation: "Evaluation") -> Image.Image:
@@ -80,7 +89,7 @@ def _looked_up(
         if number in wanted:
             picture = pictures.picture(layout)
             size = found.size or layout.size or (CELL, CELL)
-            image = picture.image if picture.source is not None else Image.new("RGB", size, "white")
+            image = picture.open() if picture.source is not None else Image.new("RGB", size, "white")
             yield number, SheetPicture(float(scores[number]), layout, found, image)
 
 

@@ -252,7 +252,7 @@ class TwoStageDetector:
 
     def detect(self, pictures: Sequence[Picture]) -> list[PictureDetections]:
         """What is in each picture; one at a time, so that nothing depends on what is looked at together."""
-        return [self._one(picture.image) for picture in pictures]
+        return [self._one(picture.open()) for picture in pictures]
 
     def _one(self, image: Image.Image) -> PictureDetections:
         found = self.box_detector.boxes([image], self.names)[0]

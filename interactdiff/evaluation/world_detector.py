@@ -26,9 +26,10 @@ class StickworldDetector:
         """What is in each picture."""
         found = []
         for picture in pictures:  # one by one: what a batch holds changes the last bits of what is found
-            pixels = torch.from_numpy(np.asarray(picture.image).copy()).permute(2, 0, 1).float() / 255
+            image = picture.open()
+            pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
             detections = self.detector.detect(reduced(pixels[None], self.detector.size))[0]
-            size = picture.image.size
+            size = image.size
             persons, objects = detections.persons, detections.objects
             pairs = tuple(
                 DetectedPair(_place(persons, one.person), _place(objects, one.object), one.action, one.score)
