@@ -179,7 +179,7 @@ def test_detections_of_a_file_by_every_protocol(
     assert main(["evaluate", "--compare", "right.json", "right.json"]) == 0
     assert "yes" not in capsys.readouterr().out
     assert main(["evaluate", "--compare", "right.json", "worse.json"]) == 0
-    assert "| detections | exact.default.full | -40.00 [" in capsys.readouterr().out
+    assert "| detections | mAP, exact, Default Full | -40.00 [" in capsys.readouterr().out
 
 
 def test_pictures_that_something_else_drew(
@@ -213,7 +213,7 @@ def test_pictures_that_something_else_drew(
     assert kept.read_text() != before
     Path("drawn/000004.webp").unlink()
     assert evaluate(world, *looks) == 2
-    assert "expected a picture at 000004.png, got no such file" in capsys.readouterr().err
+    assert "expected a picture at drawn/000004.png, got no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,8 @@ def test_pictures_that_something_else_drew(
         ),
         (["--pictures", "none"], "expected a folder of pictures at none, got none"),
         (["--pictures", "none", "--model", "stickworld"], "--pictures: expected no --model and no --adapter"),
+        (["--pictures", "a/x", "b/x"], "--pictures: expected folders of different names, got a/x and b/x"),
+        (["--pictures", "a/real"], "--pictures: expected folders of different names, got the row of real"),
         (["--column", "prompt"], "--column: expected key=column, got 'prompt'"),
         (["--word-iou", "4"], "--word-iou: expected --world beside it, got --data"),
         (["--sheet", "a.jpg"], "--sheet: expected a file name that ends in .png, got 'a.jpg'"),

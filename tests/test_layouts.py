@@ -251,7 +251,7 @@ def test_drawn_pictures_are_found_by_name_with_any_ending(tmp_path: Path) -> Non
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert find(Layout("a.jpg", "")) == tmp_path / "a.webp"
     assert find(Layout("b.v2", "")) == tmp_path / "b.v2.png"
-    assert find(Layout("b.v1", "")) is None
+    assert not find(Layout("b.v1", "")).exists()
 
 
 def test_a_limit_balances_classes_and_a_smaller_one_is_part_of_a_larger() -> None:

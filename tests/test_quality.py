@@ -242,6 +242,8 @@ def test_measures_are_of_all_seeds_and_leave_the_ceiling_out(tmp_path: Path) -> 
     both = measure(data.layouts, [pictures("adapter", 1), pictures("adapter", 2, "others")]).plain["fid"]
     assert same == pytest.approx(0, abs=1e-6)
     assert both == pytest.approx((same + other) / 2)
+    with pytest.raises(DataError, match="expected at least 1000 pictures for KID, got 6"):
+        measures.distances({"fid", "kid"}, data, None, Features())  # before anything is drawn
     answers = iter(["1: yes\n2: yes\n3: yes"] * 6 + ["no"] * 6)
     relations = measures.relations(lambda image, question: next(answers, "no"))
     shares = relations(data.layouts, [pictures("adapter", 1), pictures("adapter", 2)]).shares["relations"]

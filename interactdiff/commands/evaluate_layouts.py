@@ -1,7 +1,7 @@
 """interactdiff evaluate --data and --compare: layouts of data sets, as papers score them."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ def evaluate_data(args: argparse.Namespace) -> None:
     drawn = _drawn(args, ranks) if args.model or args.adapter else None
     size = args.size or (drawn.pipeline.size if drawn is not None else None)
     folders: dict[str, Callable[[Layout], Path | None]] = {
-        _row_name(folder): drawn_pictures(folder) for folder in args.pictures or []
+        name: drawn_pictures(folder) for name, folder in _named(args.pictures or []).items()
     }
     if drawn is None and not folders and _is_file(args.detector):
         folders["detections"] = lambda layout: None
@@ -161,8 +161,18 @@ def _check_files(args: argparse.Namespace) -> None:
         raise UsageError("--pictures: expected no --model and no --adapter beside it, got one")
 
 
-def _row_name(folder: Path) -> str:
-    return folder.resolve().name
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders of pictures by the names of their rows."""
+    from interactdiff.evaluation.report import CEILING
+
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name == CEILING or name in named:
+            got = f"{named.get(name, 'the row of real pictures')} and {folder}"
+            raise UsageError(f"--pictures: expected folders of different names, got {got}")
+        named[name] = folder
+    return named
 
 
 def _drawn(args: argparse.Namespace, ranks: "Ranks") -> "Drawn":

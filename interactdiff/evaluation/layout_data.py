@@ -216,8 +216,10 @@ def limited(layouts: Sequence[Layout], count: int) -> tuple[Layout, ...]:
     return tuple(layouts[number] for number in sorted(chosen))
 
 
-def drawn_pictures(folder: Path) -> Callable[[Layout], Path | None]:
+def drawn_pictures(folder: Path) -> Callable[[Layout], Path]:
     """Where something else has drawn layouts: their names, with any ending of pictures.
+
+    A picture that is not there is at its layout's own name.
 
     Raises:
         DataError: there is no such folder.
@@ -225,8 +227,8 @@ def drawn_pictures(folder: Path) -> Callable[[Layout], Path | None]:
     if not folder.is_dir():
         raise DataError(f"expected a folder of pictures at {folder}, got none")
 
-    def picture(layout: Layout) -> Path | None:
+    def picture(layout: Layout) -> Path:
         places = [folder / layout.file_name, *(folder / f"{layout.stem}{ending}" for ending in SUFFIXES)]
-        return next((place for place in places if place.is_file()), None)
+        return next((place for place in places if place.is_file()), places[0])
 
     return picture

@@ -102,6 +102,16 @@ def fid(features: np.ndarray, others: np.ndarray) -> float:
     return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * root)
 
 
+def check_count(pictures: int, least: int = KID_LEAST) -> None:
+    """Refuse fewer pictures than KID needs.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    if pictures < least:
+        raise DataError(f"expected at least {least} pictures for KID, got {pictures}")
+
+
 def kid(
     features: np.ndarray, others: np.ndarray, subset: int = KID_LEAST, subsets: int = KID_SUBSETS
 ) -> float:
@@ -116,9 +126,7 @@ def kid(
     Raises:
         DataError: there are fewer pictures than a subset has.
     """
-    least = min(len(features), len(others))
-    if least < subset:
-        raise DataError(f"expected at least {subset} pictures for KID, got {least}")
+    check_count(min(len(features), len(others)), subset)
     rng = np.random.RandomState(KID_SEED)
     values = []
     for _ in range(subsets):

@@ -148,27 +148,29 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _described(report: Mapping[str, Any]) -> list[str]:
-    seeds = ", ".join(map(str, report["seeds"])) or "none"
+    seeds = f"seeds {', '.join(map(str, report['seeds']))}; " if report["seeds"] else ""
     lines = [
         f"{report['pictures']} layouts of {report['data']} ({report['split']}), {report['classes']}; "
-        f"detector {report['detector']}; seeds {seeds}; 95% intervals by {report['resamples']} resamplings "
+        f"detector {report['detector']}; {seeds}95% intervals by {report['resamples']} resamplings "
         f"of pictures"
     ]
     if report["limit"] is not None:
         lines.append(f"limited to {report['limit']} layouts of {report['of']}, chosen to balance classes")
     if report.get("model") is not None:
         adapters = ", ".join(str(at) for at in report["adapters"].values()) or "no adapter"
+        scale = report["guidance_scale"]
+        guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
         lines.append(
             f"{report['model']} with {adapters}, {report['size']} px, {report['steps']} steps, "
-            f"guidance {report['guidance_scale']}, {report['dtype']} on {report['device']}"
+            f"{guidance}, {report['dtype']} on {report['device']}"
             + (", drawn as the paper's script does" if report["paper"] else "")
         )
     if report.get("items_left_out"):
         lines.append(f"{report['items_left_out']} interactions and entities are more than the adapter takes")
-    if CEILING in report["rows"]:
-        lines.append("in round brackets: the share of what real pictures of the same size score, the ceiling")
-    else:
+    if CEILING not in report["rows"]:
         lines.append("no ceiling: there are no real pictures, or no detections in them")
+    elif len(report["rows"]) > 1:
+        lines.append("in round brackets: the share of what real pictures of the same size score, the ceiling")
     if (calibration := report.get("calibration")) is not None:
         lines.append(
             f"verbs at the true boxes of {calibration['pairs']} pairs in real pictures: right among the "
@@ -213,7 +215,8 @@ def load_report(file: Path) -> tuple[dict[str, Any], dict[str, RowScores]]:
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"expected the JSON of evaluate --data at {file}, got {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"expected the JSON of evaluate --data at {file}, got {reason}") from None
     keys = ("rows", "pictures", "layouts_digest", "protocols", "detector", "rare")
     if not isinstance(report, dict) or any(key not in report for key in keys):
         raise DataError(f"expected the JSON of evaluate --data at {file}, got something else")
@@ -259,9 +262,12 @@ def compare_reports(first: Path, second: Path) -> dict[str, dict[str, Difference
         DataError: they are not of the same pictures and detector, or have no row in common.
     """
     (a, rows_a), (b, rows_b) = load_report(first), load_report(second)
-    for name, what in (("layouts_digest", "layouts"), ("detector", "detector"), ("classes", "classes")):
-        if a[name] != b[name]:
-            raise DataError(f"expected the same {what} in {first} and {second}, got {a[name]} and {b[name]}")
+    if a["layouts_digest"] != b["layouts_digest"]:
+        of = [f"{one['pictures']} of {one['data']} ({one['layouts_digest']})" for one in (a, b)]
+        raise DataError(f"expected the same layouts in {first} and {second}, got {of[0]} and {of[1]}")
+    for what in ("detector", "classes"):
+        if a[what] != b[what]:
+            raise DataError(f"expected the same {what} in {first} and {second}, got {a[what]} and {b[what]}")
     protocols = [name for name in a["protocols"] if name in b["protocols"]]
     common = [name for name in rows_a if name in rows_b]
     if not protocols or not common:
@@ -279,13 +285,26 @@ def compare_reports(first: Path, second: Path) -> dict[str, dict[str, Difference
 
 
 def format_comparison(found: Mapping[str, Mapping[str, Difference]]) -> str:
-    """Differences in markdown, those that are larger than chance marked."""
+    """Differences in markdown, those that are larger than chance marked.
+
+    The row of real pictures is there if it differs, as where their size does, or if it is the only one.
+    """
     lines = ["| row | score | difference, % | larger than chance |", "|---|---|---|---|"]
     for row, scores in found.items():
+        if row == CEILING and len(found) > 1 and not any(one.value for one in scores.values()):
+            continue
         for score, one in scores.items():
             low, high = (100 * end for end in one.interval)
-            lines.append(
-                f"| {ROWS.get(row, row)} | {score} | {100 * one.value:+.2f} [{low:+.2f}, {high:+.2f}] "
-                f"| {'yes' if one.larger_than_chance else 'no'} |"
-            )
+            shown = f"{100 * one.value:+.2f} [{low:+.2f}, {high:+.2f}]"
+            larger = "yes" if one.larger_than_chance else "no"
+            lines.append(f"| {ROWS.get(row, row)} | {_title(score)} | {shown} | {larger} |")
     return "\n".join(lines)
+
+
+def _title(score: str) -> str:
+    """What tables call a score."""
+    protocol, _, rest = score.partition(".")
+    setting, _, subset = rest.partition(".")
+    if subset not in SUBSETS:
+        return SHARES.get(score, score)
+    return f"mAP, {protocol}, {SETTING_TITLES[setting]} {SUBSETS[subset]}"

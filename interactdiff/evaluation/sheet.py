@@ -74,7 +74,8 @@ def evaluation_sheet(run: "LayoutRun", evaluation: "Evaluation") -> Image.Image:
     wanted = {number for of_kind in numbers.values() for number in of_kind}
     by_number = dict(_looked_up(run, evaluation, pictures, wanted, scores))
     rows = {kind: [by_number[number] for number in of_kind] for kind, of_kind in numbers.items()}
-    return sheet(rows, f"{ROWS.get(name, name)}, {run.data.name}, detector {run.detector_name}")
+    seed = f", seed {pictures.seed}" if len(evaluation.sets[name]) > 1 else ""
+    return sheet(rows, f"{ROWS.get(name, name)}{seed}, {run.data.name}, detector {run.detector_name}")
 
 
 def _looked_up(
@@ -89,7 +90,7 @@ def _looked_up(
         if number in wanted:
             picture = pictures.picture(layout)
             size = found.size or layout.size or (CELL, CELL)
-            image = picture.open() if picture.source is not None else Image.new("RGB", size, "white")
+            image = picture.open() if picture.there else Image.new("RGB", size, "white")
             yield number, SheetPicture(float(scores[number]), layout, found, image)
 
 
