@@ -74,6 +74,7 @@ def pixels(pictures: list[Picture]) -> Tensor:
 def test_fid_and_kid_are_torchmetrics(two_sides: list[list[Picture]]) -> None:
     real, drawn = (features_of(side, Features()) for side in two_sides)
     assert real.shape == (COUNT, 8)
+    assert vars(two_sides[0][0]).keys() == {"file_name", "source", "size"}  # no pixels are kept
     for metric, ours in (
         (FrechetInceptionDistance(Features()), fid(drawn, real)),
         (KernelInceptionDistance(Features(), subsets=1, subset_size=COUNT), kid(drawn, real, COUNT, 1)),

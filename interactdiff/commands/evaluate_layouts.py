@@ -75,6 +75,12 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
         metavar="DIR",
         help="pictures and detections (%(default)s)",
     )
+    layouts.add_argument(
+        "--vcoco",
+        type=Path,
+        metavar="DIR",
+        help="role AP by these annotations, of data converted from V-COCO",
+    )
     layouts.add_argument("--scores", nargs="+", choices=MEASURES, default=[], help="further scores")
     layouts.add_argument("--box-model", metavar="PATH_OR_ID", help="of transformers, for miou and ap50")
     layouts.add_argument("--clip-model", metavar="PATH_OR_ID", help="likewise, for clip")
@@ -98,6 +104,7 @@ def evaluate_data(args: argparse.Namespace) -> None:
     from interactdiff.evaluation.layout_drawing import PAPER_SEED, Ranks
     from interactdiff.evaluation.layout_run import LayoutRun, evaluate_layouts
     from interactdiff.evaluation.report import format_report, save_report
+    from interactdiff.evaluation.vcoco import RoleTruth
 
     _check_files(args)
     protocols = tuple(one.name for one in chosen_protocols(args.protocol or DEFAULT_PROTOCOLS))
@@ -105,6 +112,10 @@ def evaluate_data(args: argparse.Namespace) -> None:
     data = open_data(args.data, args.split, args.classes, args.boxes, columns_of(args))
     if args.limit is not None:
         data = data.limited(args.limit)
+    roles = None
+    if args.vcoco is not None:
+        roles = RoleTruth.read(args.vcoco, data.split)
+        roles.check(data.layouts)
     ranks = Ranks.from_environment()
     drawn = _drawn(args, ranks) if args.model or args.adapter else None
     size = args.size or (drawn.pipeline.size if drawn is not None else None)
@@ -127,6 +138,7 @@ def evaluate_data(args: argparse.Namespace) -> None:
         limit=args.limit,
         calibration=calibration,
         measures=_measures(args, data, size, ranks),
+        roles=roles,
         progress=ranks.main,
     )
     evaluation = evaluate_layouts(run, ranks, drawn, folders)

@@ -28,10 +28,13 @@ class Instance:
 
 @dataclass(frozen=True)
 class DetectedPair:
-    """Who does what to what: numbers of a person and an object of the same picture; `score` ranks pairs."""
+    """Who does what to what: numbers of a person and an object of the same picture; `score` ranks pairs.
+
+    `object` is None where a person does something without one, which V-COCO's role AP scores.
+    """
 
     person: int
-    object: int
+    object: int | None
     verb: str
     score: float
 
@@ -53,6 +56,10 @@ class PictureDetections:
     objects: tuple[Instance, ...] = ()
     pairs: tuple[DetectedPair, ...] = ()
     inclusive: bool = False
+
+    def object_of(self, pair: DetectedPair) -> Instance | None:
+        """To what a pair's person does something."""
+        return None if pair.object is None else self.objects[pair.object]
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ def from_row(line: str, where: str) -> tuple[str, PictureDetections, dict[str, A
 
     Args:
         line: JSON with `file_name`, `persons` (box, score), `objects` (name, box, score) and `pairs` (person,
-            object, verb, score); `size` and `inclusive` may be left out.
+            object, verb, score), where `object` may be null; `size` and `inclusive` may be left out.
         where: what errors call it.
 
     Returns:
@@ -170,6 +177,8 @@ def from_row(line: str, where: str) -> tuple[str, PictureDetections, dict[str, A
             given = json_object(values, ("person", "object", "verb", "score"), ())
             for key, listed in (("person", persons), ("object", objects)):
                 number = given[key]
+                if number is None and key == "object":
+                    continue
                 if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(listed):
                     raise SceneError(f"{key}: expected a number below {len(listed)}, got {shown(number)}")
             if not isinstance(given["verb"], str):

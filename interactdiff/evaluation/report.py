@@ -26,6 +26,7 @@ from interactdiff.evaluation.hoi_matching import Outcomes
 from interactdiff.evaluation.hoi_precision import SETTINGS, HoiPrecisions
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.table import markdown_block
+from interactdiff.evaluation.vcoco import SCENARIOS, RolePrecisions
 from interactdiff.files import write_aside
 
 CEILING = "real"
@@ -37,6 +38,7 @@ ROWS = {
 }
 SUBSETS = {"full": "Full", "rare": "Rare", "non_rare": "Non-rare"}
 SETTING_TITLES = {"default": "Default", "known_object": "Known Object"}
+ROLE_SCORES = {f"vcoco.scenario_{number}": f"V-COCO, scenario {number}" for number in (1, 2)}
 SHARES = {
     "clip": "CLIP",
     "clip_local": "CLIP, local",
@@ -58,16 +60,25 @@ class RowScores:
         outcomes: of each seed.
         shares: scores that are counts by picture.
         plain: scores of all pictures together, which have no interval.
+        roles: as `outcomes`, of V-COCO's roles; none elsewhere.
     """
 
     outcomes: tuple[Outcomes, ...]
     shares: dict[str, Share] = field(default_factory=dict)
     plain: dict[str, float] = field(default_factory=dict)
+    roles: tuple[Outcomes, ...] = ()
 
     def groups(self, protocols: Sequence[str], rare: tuple[int, ...] | None) -> list[Scores]:
         """Everything that can be resampled."""
-        groups: list[Scores] = [HoiPrecisions(self.outcomes, tuple(protocols), rare)]
+        groups: list[Scores] = [*self.precisions(protocols, rare)]
         return [*groups, NamedScores(self.shares)] if self.shares else groups
+
+    def precisions(
+        self, protocols: Sequence[str], rare: tuple[int, ...] | None
+    ) -> list[HoiPrecisions | RolePrecisions]:
+        """Those that each seed has its own values of."""
+        found: list[HoiPrecisions | RolePrecisions] = [HoiPrecisions(self.outcomes, tuple(protocols), rare)]
+        return [*found, RolePrecisions(self.roles)] if self.roles else found
 
 
 def layouts_digest(layouts: Sequence[Layout]) -> str:
@@ -112,8 +123,11 @@ def build_report(
         groups = row.groups(protocols, rare)
         report["rows"][name] = once(groups, pictures) | row.plain
         report["intervals"][name] = intervals(groups, counts)
-        by_seed = HoiPrecisions(row.outcomes, tuple(protocols), rare).by_seed(np.ones((1, pictures)))
-        report["by_seed"][name] = {score: values[:, 0].tolist() for score, values in by_seed.items()}
+        report["by_seed"][name] = {
+            score: values[:, 0].tolist()
+            for group in row.precisions(protocols, rare)
+            for score, values in group.by_seed(np.ones((1, pictures))).items()
+        }
     ceiling = report["rows"].get(CEILING)
     if ceiling is not None:
         for name, values in report["rows"].items():
@@ -140,10 +154,15 @@ def format_report(report: Mapping[str, Any]) -> str:
         }
         corner = f"mAP, {protocol}, %"
         lines += [*markdown_block(rows, spread, ROWS, columns, corner, shares=report["share_of_ceiling"]), ""]
-    for titles, corner, percent in ((SHARES, "%", True), (PLAIN, "", False)):
+    for titles, corner, percent in (
+        (ROLE_SCORES, "role AP, %", True),
+        (SHARES, "%", True),
+        (PLAIN, "", False),
+    ):
         columns = {n: title for n, title in titles.items() if any(n in row for row in rows.values())}
         if columns:
-            lines += [*markdown_block(rows, spread, ROWS, columns, corner, percent), ""]
+            of_ceiling = report["share_of_ceiling"] if titles is ROLE_SCORES else None
+            lines += [*markdown_block(rows, spread, ROWS, columns, corner, percent, of_ceiling), ""]
     return "\n".join([*lines, *_described(report)])
 
 
@@ -194,9 +213,10 @@ def save_report(file: Path, report: Mapping[str, Any], rows: Mapping[str, RowSco
     """
     tensors: dict[str, np.ndarray] = {}
     for name, row in rows.items():
-        for number, one in enumerate(row.outcomes):
-            for array in Outcomes.ARRAYS:
-                tensors[f"{name}/outcomes/{number}/{array}"] = np.ascontiguousarray(getattr(one, array))
+        for kind, of_seeds in (("outcomes", row.outcomes), ("roles", row.roles)):
+            for number, one in enumerate(of_seeds):
+                for array in Outcomes.ARRAYS:
+                    tensors[f"{name}/{kind}/{number}/{array}"] = np.ascontiguousarray(getattr(one, array))
         for score, share in row.shares.items():
             for part in ("hits", "total"):
                 tensors[f"{name}/shares/{score}/{part}"] = np.asarray(getattr(share, part), dtype=float)
@@ -217,28 +237,20 @@ def load_report(file: Path) -> tuple[dict[str, Any], dict[str, RowScores]]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"expected the JSON of evaluate --data at {file}, got {reason}") from None
-    keys = ("rows", "pictures", "layouts_digest", "protocols", "detector", "rare")
+    keys = ("rows", "pictures", "layouts_digest", "protocols", "detector", "rare", "roles")
     if not isinstance(report, dict) or any(key not in report for key in keys):
         raise DataError(f"expected the JSON of evaluate --data at {file}, got something else")
-    beside = outcomes_file(file)
+    beside, pictures = outcomes_file(file), report["pictures"]
     rows: dict[str, RowScores] = {}
     try:
         with safe_open(beside, "np") as opened:
             names = list(opened.keys())
             for name in report["rows"]:
-                count = len({key.split("/")[2] for key in names if key.startswith(f"{name}/outcomes/")})
-                outcomes = tuple(
-                    Outcomes(
-                        tuple(report["matched_by"]),
-                        report["pictures"],
-                        report["class_count"],
-                        **{
-                            array: opened.get_tensor(f"{name}/outcomes/{number}/{array}")
-                            for array in Outcomes.ARRAYS
-                        },
-                    )
-                    for number in range(count)
+                outcomes = _outcomes(
+                    opened, f"{name}/outcomes/", pictures, report["matched_by"], report["class_count"]
                 )
+                scenarios = [one.name for one in SCENARIOS.values()]
+                roles = _outcomes(opened, f"{name}/roles/", pictures, scenarios, len(report["roles"]))
                 scores = {key.split("/")[2] for key in names if key.startswith(f"{name}/shares/")}
                 shares = {
                     score: Share(
@@ -247,12 +259,29 @@ def load_report(file: Path) -> tuple[dict[str, Any], dict[str, RowScores]]:
                     )
                     for score in sorted(scores)
                 }
-                rows[name] = RowScores(outcomes, shares)
+                rows[name] = RowScores(outcomes, shares, roles=roles)
     except FileNotFoundError:
         raise DataError(f"expected {beside.name} beside {file}, got none") from None
     except (SafetensorError, OSError, KeyError) as error:
         raise DataError(f"expected a whole {beside.name} beside {file}, got {error}") from None
     return report, rows
+
+
+def _outcomes(
+    opened: Any, prefix: str, pictures: int, protocols: Sequence[str], classes: int
+) -> tuple[Outcomes, ...]:
+    """Those of each seed that a file has under a prefix."""
+    keys = list(opened.keys())
+    count = len({key.split("/")[2] for key in keys if key.startswith(prefix)})
+    return tuple(
+        Outcomes(
+            tuple(protocols),
+            pictures,
+            classes,
+            **{array: opened.get_tensor(f"{prefix}{number}/{array}") for array in Outcomes.ARRAYS},
+        )
+        for number in range(count)
+    )
 
 
 def compare_reports(first: Path, second: Path) -> dict[str, dict[str, Difference]]:
@@ -306,5 +335,5 @@ def _title(score: str) -> str:
     protocol, _, rest = score.partition(".")
     setting, _, subset = rest.partition(".")
     if subset not in SUBSETS:
-        return SHARES.get(score, score)
+        return (ROLE_SCORES | SHARES).get(score, score)
     return f"mAP, {protocol}, {SETTING_TITLES[setting]} {SUBSETS[subset]}"

@@ -154,8 +154,9 @@ def _with_boxes(one: SheetPicture) -> Image.Image:
     across, down = inner[0] / size[0], inner[1] / size[1]
     most = max(1, len(one.layout.interactions))
     labels = []
-    for pair in sorted(one.found.pairs, key=lambda pair: -pair.score)[:most]:
-        person, thing = one.found.persons[pair.person], one.found.objects[pair.object]
+    pairs = [(pair, thing) for pair in one.found.pairs if (thing := one.found.object_of(pair)) is not None]
+    for pair, thing in sorted(pairs, key=lambda both: -both[0].score)[:most]:
+        person = one.found.persons[pair.person]
         colour = _colour(one, pair.verb, thing.name, person.box, thing.box, size)
         for x0, y0, x1, y1 in (person.box, thing.box):
             draw.rectangle(_ordered(x0 * across, y0 * down, x1 * across, y1 * down), outline=colour, width=2)
