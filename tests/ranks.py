@@ -10,8 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.state import AcceleratorState
@@ -19,14 +18,13 @@ from accelerate.state import AcceleratorState
 from interactdiff.cli import main
 
 
-def run_ranks(count: int, command: Sequence[str], kill_at: int | None = None, watched: Path = Path()) -> bool:
+def run_ranks(count: int, command: Sequence[str], kill_when: Callable[[], bool] = lambda: False) -> bool:
     """Run a command in several processes.
 
     Args:
         count: of processes.
         command: arguments of interactdiff.
-        kill_at: all processes are killed as soon as there are this many pictures.
-        watched: where.
+        kill_when: all processes are killed as soon as this is true.
 
     Returns:
         Whether all of them ended well; False if they were killed, or one failed and the others were killed.
@@ -38,8 +36,7 @@ def run_ranks(count: int, command: Sequence[str], kill_at: int | None = None, wa
     while left:
         process, status = os.waitpid(-1, os.WNOHANG)
         left.discard(process)
-        killed = kill_at is not None and sum(1 for _ in watched.rglob("*.png")) >= kill_at
-        if status or killed:
+        if status or kill_when():
             for other in left:
                 os.kill(other, signal.SIGKILL)
                 os.waitpid(other, 0)

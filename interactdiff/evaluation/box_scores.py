@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from interactdiff.errors import ModelError
-from interactdiff.evaluation.detection import Instance, Picture, PixelBox
+from interactdiff.evaluation.detection import Instance, Picture, PixelBox, in_pixels
 from interactdiff.evaluation.hoi import LEAST_IOU, Share, iou
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.two_stage import BoxDetector
@@ -24,15 +24,9 @@ Answer = Callable[[Image.Image, str], str]
 
 def wanted_boxes(layout: Layout, size: tuple[int, int]) -> list[tuple[str, PixelBox]]:
     """Names and boxes of what a layout holds, each thing once, in pixels."""
-    width, height = size
-    boxes = [
-        (phrase, box)
-        for one in layout.interactions
-        for phrase, box in ((one.subject, one.subject_box), (one.object, one.object_box))
-    ] + [(one.phrase, one.box) for one in layout.entities]
     kept: list[tuple[str, PixelBox]] = []
-    for name, box in boxes:
-        pixels = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    for name, box in layout.named_boxes:
+        pixels = in_pixels(box, size)
         if not any(name == other and iou(pixels, there) > SAME_BOX for other, there in kept):
             kept.append((name, pixels))
     return kept

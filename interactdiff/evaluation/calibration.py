@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from interactdiff.errors import ModelError
-from interactdiff.evaluation.detection import Picture
+from interactdiff.evaluation.detection import Picture, in_pixels
 from interactdiff.evaluation.hoi import LEAST_IOU, iou
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_data import LayoutData
@@ -66,12 +66,7 @@ def calibrate(
 
 
 def _candidate(one: Interaction, size: tuple[int, int]) -> Candidate:
-    width, height = size
-
-    def pixels(box: Sequence[float]) -> tuple[float, float, float, float]:
-        return box[0] * width, box[1] * height, box[2] * width, box[3] * height
-
-    return Candidate(pixels(one.subject_box), pixels(one.object_box), one.object)
+    return Candidate(in_pixels(one.subject_box, size), in_pixels(one.object_box, size), one.object)
 
 
 def _true_verbs(one: Interaction, layout: Layout) -> set[str]:

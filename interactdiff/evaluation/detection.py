@@ -17,6 +17,11 @@ from interactdiff.scene_checks import as_float, json_object, malformed, shown, u
 PixelBox = tuple[float, float, float, float]
 
 
+def in_pixels(box: Sequence[float], size: tuple[int, int]) -> PixelBox:
+    """A box of shares in pixels of a picture of this width and height; it ends behind its last pixel."""
+    return box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1]
+
+
 @dataclass(frozen=True)
 class Instance:
     """A person or an object: `box` xyxy in pixels, `score` in 0..1."""

@@ -1,7 +1,7 @@
 """Draws layouts, lets a detector look, and scores: the whole of `interactdiff evaluate --data`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class LayoutRun:
         measures: of further scores.
         roles: V-COCO's persons, by which role AP is computed too.
         calibration: of the detector on real pictures.
+        progress: show progress bars.
     """
 
     data: LayoutData
@@ -65,7 +66,6 @@ class LayoutRun:
     roles: RoleTruth | None = None
     calibration: Mapping[str, Any] | None = None
     progress: bool = False
-    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,6 @@ def _about(run: LayoutRun, drawn: Drawn | None, matched_by: Sequence[Protocol]) 
         "size": run.size,
         "paper": run.paper,
         "versions": installed_versions(),
-        **run.about,
     }
     if drawn is not None:
         how, most = drawn.drawing.how, most_items(drawn.pipeline, run.paper)

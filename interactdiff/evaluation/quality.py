@@ -13,11 +13,11 @@ from torch import Tensor
 
 from interactdiff.data.pictures import picture_info
 from interactdiff.errors import DataError, ModelError
-from interactdiff.evaluation.detection import Picture
+from interactdiff.evaluation.detection import Picture, in_pixels
 from interactdiff.evaluation.hoi import Share
 from interactdiff.evaluation.layout import Layout
-from interactdiff.evaluation.two_stage import _on
-from interactdiff.evaluation.verb_scorers import ContrastiveVerbs, _normalised
+from interactdiff.evaluation.two_stage import on_device
+from interactdiff.evaluation.verb_scorers import ContrastiveVerbs, normalised
 
 FeatureExtractor = Callable[[Tensor], Tensor]
 """[B, D] features of [B, 3, H, W] pictures in uint8."""
@@ -158,11 +158,7 @@ def clip_scores(
     totals = {"clip": np.ones(len(layouts)), "clip_local": np.zeros(len(layouts))}
     for number, (picture, layout) in enumerate(zip(pictures, layouts, strict=True)):
         image = picture.open()
-        boxes = [
-            (phrase, box)
-            for one in layout.interactions
-            for phrase, box in ((one.subject, one.subject_box), (one.object, one.object_box))
-        ] + [(one.phrase, one.box) for one in layout.entities]
+        boxes = layout.named_boxes
         crops = [image, *(image.crop(_pixels(box, image.size)) for _, box in boxes)]
         texts = [layout.prompt, *(phrase for phrase, _ in boxes)]
         cosines = _cosines(clip, crops, texts)
@@ -173,16 +169,16 @@ def clip_scores(
 
 
 def _pixels(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    x0, y0 = int(box[0] * size[0]), int(box[1] * size[1])
-    return x0, y0, max(x0 + 1, round(box[2] * size[0])), max(y0 + 1, round(box[3] * size[1]))
+    left, top, right, bottom = in_pixels(box, size)
+    return int(left), int(top), max(int(left) + 1, round(right)), max(int(top) + 1, round(bottom))
 
 
 def _cosines(clip: ContrastiveVerbs, crops: list[Any], texts: list[str]) -> list[float]:
     model, processor = clip.model, clip.processor
     padding = "max_length" if model.config.model_type.startswith("siglip") else True
-    pictures = _normalised(
-        model.get_image_features(**_on(processor(images=crops, return_tensors="pt"), model))
+    pictures = normalised(
+        model.get_image_features(**on_device(processor(images=crops, return_tensors="pt"), model))
     )
     inputs = processor(text=texts, padding=padding, truncation=True, return_tensors="pt")
-    words = _normalised(model.get_text_features(**_on(inputs, model)))
+    words = normalised(model.get_text_features(**on_device(inputs, model)))
     return (pictures * words).sum(1).clamp(min=0).tolist()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from interactdiff.evaluation.detection import PictureDetections, PixelBox
+from interactdiff.evaluation.detection import PictureDetections, PixelBox, in_pixels
 from interactdiff.evaluation.hoi import LEAST_IOU, iou
 from interactdiff.evaluation.hoi_matching import Outcomes
 from interactdiff.evaluation.layout_detection import PictureSet, found_in
@@ -164,8 +164,8 @@ def _with_boxes(one: SheetPicture) -> Image.Image:
         labels.append((words, person.box[0] * across, person.box[1] * down, colour))
     for interaction in one.layout.interactions:
         for share in (interaction.subject_box, interaction.object_box):
-            box = share[0] * inner[0], share[1] * inner[1], share[2] * inner[0] - 1, share[3] * inner[1] - 1
-            _dashed(draw, box, WANTED)
+            x0, y0, x1, y1 = in_pixels(share, inner)
+            _dashed(draw, (x0, y0, x1 - 1, y1 - 1), WANTED)
     for label in labels:
         _label(draw, *label)
     return cell
@@ -178,8 +178,7 @@ def _colour(
     same = [i for i in one.layout.interactions if (i.action, i.object) == (verb, thing)]
 
     def near(share: PixelBox, found: PixelBox) -> bool:
-        pixels = share[0] * size[0], share[1] * size[1], share[2] * size[0], share[3] * size[1]
-        return iou(pixels, found) >= LEAST_IOU
+        return iou(in_pixels(share, size), found) >= LEAST_IOU
 
     if any(near(i.subject_box, person) and near(i.object_box, object_) for i in same):
         return RIGHT

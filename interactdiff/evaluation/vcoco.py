@@ -11,7 +11,7 @@ from interactdiff.data.converters.base import PixelBoxes
 from interactdiff.data.converters.coco import Instances
 from interactdiff.data.converters.vcoco import annotation_files, role_phrase, said_of_persons
 from interactdiff.errors import DataError
-from interactdiff.evaluation.detection import PictureDetections, PixelBox
+from interactdiff.evaluation.detection import PictureDetections, PixelBox, in_pixels
 from interactdiff.evaluation.hoi_matching import Outcomes, iou
 from interactdiff.evaluation.hoi_precision import average_precisions, mean_of_classes
 from interactdiff.evaluation.hoi_protocols import LEAST_IOU, Protocol
@@ -199,7 +199,8 @@ class RoleTruth:
         """The persons of a layout's picture, in pixels of a picture of this size."""
 
         def pixels(box: PixelBox) -> PixelBox:
-            return box[0] * size[0], box[1] * size[1], box[2] * size[0] - 1, box[3] * size[1] - 1
+            x0, y0, x1, y1 = in_pixels(box, size)
+            return x0, y0, x1 - 1, y1 - 1
 
         return [
             RolePerson(
