@@ -5,7 +5,7 @@ from inspect import signature
 from typing import Any, cast
 
 from interactdiff.adapter import Adapter, Binding, Host, PhraseEncoder
-from interactdiff.calls import check_guidance
+from interactdiff.callers import check_guidance
 from interactdiff.controller import Controller
 from interactdiff.errors import AdapterError, SceneError
 from interactdiff.pipeline_watch import check_denoiser
