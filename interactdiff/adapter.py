@@ -80,9 +80,11 @@ class Adapter(nn.Module, ABC):
         return self
 
     def cast(self, device: torch.device, dtype: torch.dtype, tensors: Iterable[Tensor] | None = None) -> None:
-        """Move weights, all or some; unlike `to`, a cast to another dtype and back loses nothing."""
+        """Move weights, all or some; unlike `to` alone, a cast to another dtype and back loses nothing."""
         for tensor in [*self.parameters(), *self.buffers()] if tensors is None else tensors:
             self._exact.cast(tensor, device, dtype)
+        if tensors is None:
+            self.to(device, dtype)  # whatever else a part of it moves
 
     def restore(self) -> None:
         """Give every weight the dtype and the bits that it had before it was cast."""

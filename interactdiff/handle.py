@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any, cast
 
+import torch
+
 from interactdiff.adapter import Adapter, Binding, Host, PhraseEncoder
 from interactdiff.autograd_modes import plain_tensors
 from interactdiff.callers import check_guidance
@@ -221,12 +223,21 @@ def attach(
     host = Host(denoiser, controller.sites, controller.calls, pipeline, phrase_encoder)
     bindings = [adapter.bind(host) for adapter in adapters]
     controller.check(bindings)
-    device = denoiser.device if pipeline is None else cast(Any, pipeline)._execution_device
-    with plain_tensors():
+    device = torch.device(denoiser.device if pipeline is None else cast(Any, pipeline)._execution_device)
+    if device.type == "meta":  # offloaded layer by layer: where it runs is known in each call
+        device = torch.device("cpu")
+    try:
+        with plain_tensors():
+            for binding in bindings:
+                if not binding.adapter.training:
+                    binding.adapter.cast(
+                        device, denoiser.dtype
+                    )  # every weight: a file may hold several dtypes
+                binding.follow(device)
+    except BaseException:
         for binding in bindings:
-            if not binding.adapter.training:
-                binding.adapter.cast(device, denoiser.dtype)  # every weight: a file may hold several dtypes
-            binding.follow(device)
+            binding.adapter.restore()
+        raise
     controller.join(bindings, pipeline_or_denoiser, pipeline)
     return Handle(controller, bindings, pipeline_or_denoiser)
 

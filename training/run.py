@@ -87,6 +87,13 @@ def _check_keys(what: str, root: yaml.Node | None) -> None:
         nodes += [value for _, value in pairs]
 
 
+def _check_folder(key: str, path: str | None) -> None:
+    """Refuse a path at which no folder can be made, to which diffusers would write nothing."""
+    there = next((one for one in (Path(path), *Path(path).parents) if one.exists()), None) if path else None
+    if there is not None and not there.is_dir():
+        raise RecipeError(f"expected a folder as {key}, got the file {there}")
+
+
 def recipe_class(config: Mapping[str, Any]) -> type[Any]:
     """The class of the recipe that a configuration names."""
     return registry.load_attribute(recipes()[config["recipe"]])
@@ -119,6 +126,8 @@ def run(
     """
     values = load_config(config_path, overrides)
     config: RecipeConfig = checked(recipe_class(values).config_type, values)
+    for key in ("output_dir", "export_to", "cache_dir"):
+        _check_folder(key, getattr(config, key, None))
     folder = RunFolder(config.output_dir)
     checkpoint = None if resume is None else folder.find(resume, config)
     if checkpoint is None and not overwrite:
