@@ -20,6 +20,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -80,7 +81,13 @@ class Adapter(nn.Module, ABC):
         return self
 
     def cast(self, device: torch.device, dtype: torch.dtype, tensors: Iterable[Tensor] | None = None) -> None:
-        """Move weights, all or some; unlike `to` alone, a cast to another dtype and back loses nothing."""
+        """Move weights, all or some; unlike `to` alone, a cast to another dtype and back loses nothing.
+
+        Weights of several dtypes, as a file may hold them, become those of the widest one first.
+        """
+        dtypes = {one.dtype for one in self.parameters()}
+        if len(dtypes) > 1 and not self._exact.kept:
+            self.to(reduce(torch.promote_types, dtypes))
         for tensor in [*self.parameters(), *self.buffers()] if tensors is None else tensors:
             self._exact.cast(tensor, device, dtype)
         if tensors is None:

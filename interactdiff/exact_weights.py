@@ -10,6 +10,11 @@ class ExactWeights:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def kept(self) -> bool:
+        """Whether anything is cast."""
+        return bool(self._kept)
+
     @torch.no_grad()
     def cast(self, own: Tensor, device: torch.device, dtype: torch.dtype) -> None:
         """Move a parameter or buffer in place, cast from what it was before any other cast.

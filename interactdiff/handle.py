@@ -230,9 +230,7 @@ def attach(
         with plain_tensors():
             for binding in bindings:
                 if not binding.adapter.training:
-                    binding.adapter.cast(
-                        device, denoiser.dtype
-                    )  # every weight: a file may hold several dtypes
+                    binding.adapter.cast(device, denoiser.dtype)
                 binding.follow(device)
     except BaseException:
         for binding in bindings:
