@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from tiny import RIDING, close, draw, trained_adapter
@@ -300,3 +301,16 @@ def test_a_run_without_a_step_says_that_nothing_is_drawn_of_the_scene(pipe: Any)
         handle.set_scene([RIDING])
         with pytest.warns(UserWarning, match="expected a run of one step at least, got none"):
             run()
+
+
+def test_a_bare_denoiser_that_is_offloaded_layer_by_layer(unet: Any) -> None:
+    features = {phrase: torch.ones(24) for phrase in ("person", "riding", "bike")}
+    adapter, x, context = trained_adapter(unet), torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
+    drawn = []
+    for offloaded in (False, True):
+        if offloaded:
+            cpu_offload(unet, execution_device=torch.device("cpu"))
+        with torch.no_grad(), attach(unet, adapter, phrase_encoder=lambda _: features) as handle:
+            handle.set_scene([RIDING])
+            drawn.append(unet(x, 1, context).sample)
+    assert torch.equal(drawn[0], drawn[1])
