@@ -129,7 +129,7 @@ Number = Annotated[float, number("a number", -math.inf)]
 Limit = Annotated[
     float,
     number("a number from 0 up, or inf", 0, infinite=True),
-    BeforeValidator(lambda value: math.inf if _nothing(value) is None else value),
+    BeforeValidator(lambda value: math.inf if nothing(value) is None else value),
 ]
 Share = Annotated[float, number("a number from 0 to 1", 0, 1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
