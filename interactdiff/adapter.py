@@ -18,14 +18,16 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from interactdiff.errors import AdapterError
+from interactdiff.exact_weights import ExactWeights
 from interactdiff.registry import adapter_method
 from interactdiff.sites import Denoiser, Site
 
@@ -52,6 +54,10 @@ class Adapter(nn.Module, ABC):
     items: ClassVar[tuple[type, ...]] = ()
     order: ClassVar[int] = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._exact = ExactWeights()
+
     @property
     def method(self) -> str:
         """The name of its method, which `config.json` has."""
@@ -73,6 +79,28 @@ class Adapter(nn.Module, ABC):
             raise AdapterError(f"expected a name of letters, digits, dots and dashes, got {instance!r}")
         self.name = f"{self.method}:{instance}"
         return self
+
+    def cast(self, device: torch.device, dtype: torch.dtype, tensors: Iterable[Tensor] | None = None) -> None:
+        """Move weights, all or some; unlike `to` alone, a cast to another dtype and back loses nothing.
+
+        Weights of several dtypes, as a file may hold them, become those of the widest one first.
+        """
+        dtypes = {one.dtype for one in self.parameters()}
+        if len(dtypes) > 1 and not self._exact.kept:
+            self.to(reduce(torch.promote_types, dtypes))
+        for tensor in [*self.parameters(), *self.buffers()] if tensors is None else tensors:
+            self._exact.cast(tensor, device, dtype)
+        if tensors is None:
+            self.to(device, dtype)  # whatever else a part of it moves
+
+    def restore(self) -> None:
+        """Give every weight the dtype and the bits that it had before it was cast."""
+        self._exact.restore()
+
+    def exact_state(self) -> dict[str, Tensor]:
+        """The `state_dict` with every weight as it was before it was cast: what is saved."""
+        state = self.state_dict(keep_vars=True)
+        return {name: self._exact.of(tensor).detach() for name, tensor in state.items()}
 
     @classmethod
     @abstractmethod
@@ -209,8 +237,20 @@ class Binding:
         if parameter is not None:
             dtype = parameter.dtype if self.adapter.training else self.host.denoiser.dtype
             if (parameter.device, parameter.dtype) != (device, dtype):
-                self.adapter.to(device, dtype)
+                self._move(device, dtype)
                 self.to(device, dtype)
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.adapter.training:
+            self.adapter.to(device)
+        else:
+            self.adapter.cast(device, dtype)
+
+    def components(self) -> Mapping[str, Any]:
+        """What of the pipeline the adapter reads when a scene is set, or when it is attached; by its names
+        there, such as "text_encoder".
+        """
+        return {}
 
     def pass_key(self) -> Any:
         """What of its settings changes a pass over a reference, compared by equality; () if nothing."""

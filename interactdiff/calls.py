@@ -12,21 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from inspect import signature
-from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from interactdiff.callers import Caller, caller_of, check_guidance
 from interactdiff.errors import AdapterError, SceneError
 from interactdiff.families import Grid
 from interactdiff.schedule import StepClock
-from interactdiff.sites import Denoiser, Site, held_denoiser, known_family
+from interactdiff.sites import Denoiser, Site, known_family
 
 Rows = Literal["conditional", "unconditional", "reference"]
 """What a part of a batch is for: the prompt, guidance's other half, or a pass that others read from."""
-
-GUIDER_BATCH, GUIDER_NAME = "guider_state_batch", "__guidance_identifier__"  # diffusers' modular pipelines
 
 
 class Call:
@@ -102,7 +100,7 @@ class Call:
     @cached_property
     def caller(self) -> Any:
         """The pipeline that calls: the nearest on the stack that holds the denoiser; None if none does."""
-        return self._calling.pipeline
+        return self._caller.pipeline
 
     @cached_property
     def pipeline(self) -> Any:
@@ -159,7 +157,7 @@ class Call:
         if self.guidance is not None and self._reader.kind.guidance == "batch":
             return self._parts(self.guidance, self._reader.pipeline)
         check_guidance(self.caller)
-        for name in (self._calling.guider, self._reader.context):
+        for name in (self._caller.guider, self._reader.context):
             if name is not None:
                 return (_conditional("uncond" not in name),)
         if self.arguments.get("skip_layers") is not None:
@@ -174,8 +172,8 @@ class Call:
         return threading.get_ident()
 
     @cached_property
-    def _calling(self) -> "Calling":
-        return _calling(sys._getframe(), self._reader.denoiser)
+    def _caller(self) -> Caller:
+        return caller_of(sys._getframe(), self._reader.denoiser)
 
     def _check_pictures(self, parts: int) -> None:
         """Make sure that the caller's pictures come as wholes, each in as many rows as there are parts.
@@ -186,7 +184,7 @@ class Call:
         Raises:
             AdapterError: they do not.
         """
-        latents, image = self._calling.latents, self._image
+        latents, image = self._caller.latents, self._image
         if latents is None:
             return
         name = type(self.caller).__name__
@@ -360,62 +358,6 @@ def _conditional(is_conditional: bool) -> Rows:
 @lru_cache
 def _parameters(denoiser: type) -> tuple[str, ...]:
     return tuple(signature(denoiser.forward).parameters)[1:]  # type: ignore[attr-defined]
-
-
-class Calling(NamedTuple):
-    """Who calls a denoiser.
-
-    Attributes:
-        pipeline: the nearest on the stack that holds it; None if none does.
-        guider: the name of its guider's batch, of a modular pipeline.
-        latents: its variable of that name: what it denoises, one row a picture.
-    """
-
-    pipeline: Any = None
-    guider: str | None = None
-    latents: Tensor | None = None
-
-
-def _calling(frame: FrameType | None, denoiser: object) -> Calling:
-    found = Calling()
-    while frame is not None:
-        names = frame.f_code.co_varnames + frame.f_code.co_cellvars  # of those, what a comprehension reads
-        for name in ("self", "components"):  # modular pipelines hand theirs to their blocks
-            if name not in names:
-                continue
-            owner = frame.f_locals.get(name)
-            if found.pipeline is None and _holds(owner, denoiser):
-                batch = frame.f_locals.get(GUIDER_BATCH)
-                found = Calling(owner, getattr(batch, GUIDER_NAME, None))
-            if owner is not None and owner is found.pipeline and "latents" in names:
-                latents = frame.f_locals.get("latents")
-                return found._replace(latents=latents if isinstance(latents, Tensor) else None)
-        frame = frame.f_back
-    return found
-
-
-def _holds(owner: Any, denoiser: object) -> bool:
-    if "scheduler" not in getattr(owner, "__dict__", ()):
-        return False
-    held = held_denoiser(owner)
-    return getattr(held, "_orig_mod", held) is denoiser
-
-
-def check_guidance(pipeline: Any) -> None:
-    """Refuse a pipeline that guides by pictures too, such as InstructPix2Pix.
-
-    Raises:
-        AdapterError: it does.
-    """
-    if pipeline is not None and _guides_by_pictures(type(pipeline)):
-        raise AdapterError(
-            f"expected guidance by the prompt alone, got {type(pipeline).__name__}: it guides by pictures too"
-        )
-
-
-@lru_cache
-def _guides_by_pictures(pipeline: type) -> bool:
-    return "image_guidance_scale" in signature(pipeline.__call__).parameters
 
 
 def _weak(pipeline: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interactdiff.adapter import (
+    Adapter,
     Binding,
     Edit,
     ExtraKeys,
@@ -22,11 +23,14 @@ from interactdiff.adapter import (
     Parameter,
     Residual,
 )
+from interactdiff.autograd_modes import plain_tensors
 from interactdiff.calls import Call, CallReader
 from interactdiff.compiled import forget_compiled
 from interactdiff.errors import AdapterError
 from interactdiff.pipeline_watch import PipelineWatch
 from interactdiff.processors import KeysProcessor, keys_processor
+from interactdiff.scene_source import Components, SceneSource
+from interactdiff.scene_thread import SceneThread
 from interactdiff.site_hooks import (
     AttentionHooks,
     BlockHooks,
@@ -48,6 +52,8 @@ class Controller:
         calls: reads its calls.
         sites: all of its sites.
         bindings: in the order in which their edits are chained.
+        read: by an adapter's name, what it has read of its pipeline.
+        scenes: which thread has set the scene.
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -57,6 +63,8 @@ class Controller:
         self.calls = CallReader(denoiser, None)
         self.sites = tuple(find_sites(denoiser))
         self.bindings: list[Binding] = []
+        self.read: dict[str, Components] = {}
+        self.scenes = SceneThread()
         self._hooks: list[Any] = []
         self._places: dict[tuple[str, str], SiteHooks] = {}
         self._processors: dict[str, KeysProcessor] = {}
@@ -114,7 +122,7 @@ class Controller:
         self.bindings = sorted([*self.bindings, *bindings], key=_order)
         self._laid_out = None
         if pipeline is not None and id(pipeline) not in self._watches:
-            self._watches[id(pipeline)] = PipelineWatch(pipeline, self.denoiser, self._acts)
+            self._watches[id(pipeline)] = PipelineWatch(pipeline, self.denoiser, self._acts, self.read.values)
             self._watches[id(pipeline)].install()
         if not self._hooks:
             self._install()
@@ -126,6 +134,9 @@ class Controller:
         try:
             for binding in bindings:
                 binding.install()
+                if not binding.adapter.items:
+                    remedy = f"{binding.adapter.name} was attached with, got another: attach it again"
+                    self.read[binding.adapter.name] = Components(binding, remedy)
         except BaseException:
             self.leave(bindings)
             raise
@@ -135,6 +146,8 @@ class Controller:
         leaving = set(map(id, bindings))
         for binding in [binding for binding in self.bindings if id(binding) in leaving]:
             binding.uninstall()
+            binding.adapter.restore()
+            self.read.pop(binding.adapter.name, None)
         self._release()
         self._give_back()
         self.bindings = [binding for binding in self.bindings if id(binding) not in leaving]
@@ -164,10 +177,6 @@ class Controller:
         while self._watches:
             self._watches.popitem()[1].remove()
 
-    def watch(self, pipeline: object) -> PipelineWatch | None:
-        """What looks at a pipeline that was given to `attach`; None for a bare denoiser."""
-        return self._watches.get(id(pipeline))
-
     def _acts(self) -> bool:
         return any(binding.scene is not None or not binding.adapter.items for binding in self.bindings)
 
@@ -179,9 +188,15 @@ class Controller:
         self._lock.acquire()
         self._local.depth = getattr(self._local, "depth", 0) + 1
         self._give_back()
+        with plain_tensors(autocast=True):
+            return self._prepare(args, kwargs, nested)
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], nested: bool) -> Any:
+        """Let every binding prepare, and lay out what acts; the call's arguments where one changes them."""
         call, changed = self.calls.read(args, kwargs), None
         if not nested:
             self._local.call = call
+            self._start(call)
             for guidance in self._guidance():
                 if (changed := guidance.inputs(call)) is not None:
                     arguments = {**call.arguments, **changed.arguments}
@@ -192,6 +207,15 @@ class Controller:
         active = [binding.prepare(call) for binding in self.bindings]
         self._lay_out(active, call)
         return None if changed is None else ((), dict(call.arguments))
+
+    def _start(self, call: Call) -> None:
+        """At the start of a run, make anew what of a scene is no longer what it was made of."""
+        has_scene = any(binding.scene is not None for binding in self.bindings)
+        starts = self.scenes.check(call, has_scene)
+        if has_scene and starts is not False:
+            for source in self.read.values():
+                if isinstance(source, SceneSource):
+                    source.refresh(call.device, values=starts is True)
 
     @cast(Any, torch.compiler.disable)
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -244,19 +268,19 @@ class Controller:
                 place.batch, place.image = call.batch, call.image_slice(place.site)
                 place.tokens, place.autocast = call.token_count(place.site), call.autocast
                 place.caches = (*stateful_hooks(self.denoiser), *stateful_hooks(place.site.module))
-        training = {
-            id(edit): binding.adapter.training
+        adapters = {
+            id(edit): binding.adapter
             for binding, edits in zip(self.bindings, active, strict=True)
             for edit in edits
             if isinstance(edit, Parameter)
         }
-        self._stand_in([edit for edits in active for edit in edits], call, training)
+        self._stand_in([edit for edits in active for edit in edits], call, adapters)
 
     def _clear_places(self) -> None:
         for place in self._places.values():
             place.residuals, place.observers = (), ()
 
-    def _stand_in(self, edits: Sequence[Edit], call: Call, training: Mapping[int, bool]) -> None:
+    def _stand_in(self, edits: Sequence[Edit], call: Call, adapters: Mapping[int, Adapter]) -> None:
         chosen: dict[str, tuple[Site, list[Any], list[Any]]] = {}
         for edit in edits:
             if isinstance(edit, OwnKeys | ExtraKeys):
@@ -275,7 +299,7 @@ class Controller:
                 own = getattr(edit.module, edit.name)
                 value = edit.value
                 new = (
-                    _moved(value, own, training[id(edit)]) if isinstance(value, nn.Parameter) else value(own)
+                    _moved(value, own, adapters[id(edit)]) if isinstance(value, nn.Parameter) else value(own)
                 )
                 if new is not own:
                     self._swap(edit.module, edit.name, new)
@@ -361,11 +385,10 @@ def _check_in_memory(own: Any) -> None:
         )
 
 
-def _moved(new: nn.Parameter, own: Tensor, training: bool) -> nn.Parameter:
+def _moved(new: nn.Parameter, own: Tensor, adapter: Adapter) -> nn.Parameter:
     """A parameter where the denoiser's own is, and in eval mode in its dtype, for the base may have moved."""
     _check_in_memory(own)
-    if new.device != own.device or (new.dtype != own.dtype and not training):
-        new.data = new.data.to(own)
+    adapter.cast(own.device, new.dtype if adapter.training else own.dtype, [new])
     return new
 
 

@@ -4,14 +4,18 @@ from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any, cast
 
+import torch
+
 from interactdiff.adapter import Adapter, Binding, Host, PhraseEncoder
-from interactdiff.calls import check_guidance
+from interactdiff.autograd_modes import plain_tensors
+from interactdiff.callers import check_guidance
 from interactdiff.controller import Controller
 from interactdiff.errors import AdapterError, SceneError
 from interactdiff.pipeline_watch import check_denoiser
 from interactdiff.registry import adapter_method
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import Schedule, shown
+from interactdiff.scene_source import SceneSource
 from interactdiff.sites import Denoiser, denoiser_of
 
 
@@ -96,17 +100,18 @@ class Handle:
             if not self._takes(name):
                 known = ", ".join(sorted({n for b in self._bindings.values() for n in _options(b)}))
                 raise AdapterError(f"expected options of {known}, got {name}")
-        encoded = {}
+        encoded: dict[str, SceneSource] = {}
         for name, binding in self._bindings.items():
             if kinds := binding.adapter.items:
                 own = [tuple(item for item in items if isinstance(item, kinds)) for items in prompts]
                 taken = {n: value for n, value in (common | options).items() if n in _options(binding)}
-                encoded[name] = binding.encode(own, **taken)
+                with plain_tensors():
+                    encoded[name] = SceneSource(binding, own, taken, binding.encode(own, **taken))
         self._controller.calls.configure(guidance, num_inference_steps)
-        if (watch := self._controller.watch(self._given)) is not None:
-            watch.read_encoders()
-        for name, one in encoded.items():
-            self._bindings[name].use(one)
+        self._controller.scenes.changed(True)
+        self._controller.read.update(encoded)
+        for one in encoded.values():
+            one.use()
 
     def describe(self) -> str:
         """What the scene demands of each adapter, in words; empty if nothing."""
@@ -115,6 +120,7 @@ class Handle:
 
     def clear(self) -> None:
         """Forget the scene: the base draws as it always did, but for adapters that take no items."""
+        self._controller.scenes.changed(False)
         for binding in self._bindings.values():
             binding.clear()
 
@@ -180,7 +186,8 @@ def attach(
     """Let adapters act in a pipeline, or in a bare denoiser, until the handle detaches them.
 
     They may be of any number of methods, attached together or one after the other: the order does not matter.
-    Each moves to the denoiser's device and, in eval mode, to its dtype; in train mode it keeps its own.
+    Each moves to the denoiser's device and, in eval mode, to its dtype until it is detached; in train mode it
+    keeps its own.
 
     Args:
         pipeline_or_denoiser: a diffusers pipeline or its denoiser: a `UNet2DConditionModel`, or a transformer
@@ -216,11 +223,19 @@ def attach(
     host = Host(denoiser, controller.sites, controller.calls, pipeline, phrase_encoder)
     bindings = [adapter.bind(host) for adapter in adapters]
     controller.check(bindings)
-    device = denoiser.device if pipeline is None else cast(Any, pipeline)._execution_device
-    for binding in bindings:
-        if not binding.adapter.training:
-            binding.adapter.to(denoiser.dtype)  # every weight: a file may hold several dtypes
-        binding.follow(device)
+    device = torch.device(denoiser.device if pipeline is None else cast(Any, pipeline)._execution_device)
+    if device.type == "meta":  # offloaded layer by layer: where it runs is known in each call
+        device = torch.device("cpu")
+    try:
+        with plain_tensors():
+            for binding in bindings:
+                if not binding.adapter.training:
+                    binding.adapter.cast(device, denoiser.dtype)
+                binding.follow(device)
+    except BaseException:
+        for binding in bindings:
+            binding.adapter.restore()
+        raise
     controller.join(bindings, pipeline_or_denoiser, pipeline)
     return Handle(controller, bindings, pipeline_or_denoiser)
 

@@ -1,16 +1,19 @@
 """Finds out, as a run starts, that a pipeline no longer has the components that adapters have read.
 
 A denoiser that took the place of the one with adapters has none of their hooks, and would draw without them
-and without a word. Every diffusers pipeline makes its `progress_bar` before it denoises: there it is checked.
+and without a word. Every diffusers pipeline checks its inputs before it encodes them, and makes its
+`progress_bar` before it denoises: there it is checked. A modular pipeline does neither itself; its
+components are replaced by `update_components`.
 """
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from interactdiff.errors import AdapterError
+from interactdiff.scene_source import Components
 from interactdiff.sites import held_denoiser
-
-ENCODERS = tuple(f"{kind}{end}" for end in ("", "_2", "_3") for kind in ("tokenizer", "text_encoder"))
 
 
 def check_denoiser(given: object, denoiser: object) -> None:
@@ -38,50 +41,72 @@ class PipelineWatch:
         pipeline: a diffusers pipeline.
         denoiser: the one that adapters are attached to.
         acts: whether anything would act in a run.
+        components: what adapters have read.
     """
 
-    def __init__(self, pipeline: Any, denoiser: object, acts: Callable[[], bool]):
-        self._pipeline, self._denoiser, self._acts = pipeline, denoiser, acts
-        self._encoders: dict[str, Any] = {}
-        self._own = vars(pipeline).get("progress_bar")
-        self._wrapped: Any = None
+    def __init__(
+        self,
+        pipeline: Any,
+        denoiser: object,
+        acts: Callable[[], bool],
+        components: Callable[[], Iterable[Components]],
+    ):
+        self._pipeline, self._denoiser = pipeline, denoiser
+        self._acts, self._components = acts, components
+        self._wrapped: dict[str, tuple[Any, Any]] = {}  # by name what was put there, and what was there
 
     def install(self) -> None:
         """Look from now on."""
-        progress_bar = getattr(self._pipeline, "progress_bar", None)
-        if progress_bar is None:
-            return
-
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            self.check()
-            return progress_bar(*args, **kwargs)
-
-        self._wrapped = self._pipeline.progress_bar = checked
+        self._wrap("check_inputs", before=lambda *_, **__: self.check())
+        self._wrap("progress_bar", before=self._starts)
+        self._wrap("update_components", after=self.check)
 
     def remove(self) -> None:
         """Put back what was there, unless somebody has put something over it since."""
-        if self._wrapped is not None and vars(self._pipeline).get("progress_bar") is self._wrapped:
-            del self._pipeline.progress_bar
-            if self._own is not None:
-                self._pipeline.progress_bar = self._own
-
-    def read_encoders(self) -> None:
-        """Remember the encoders that a scene's phrases were made with."""
-        held = self._pipeline
-        self._encoders = {name: getattr(held, name) for name in ENCODERS if hasattr(held, name)}
+        for name, (mine, own) in self._wrapped.items():
+            if vars(self._pipeline).get(name) is mine:
+                delattr(self._pipeline, name)
+                if own is not None:
+                    setattr(self._pipeline, name, own)
+        self._wrapped.clear()
 
     def check(self) -> None:
         """Make sure that the pipeline has what adapters have read.
 
         Raises:
-            AdapterError: the denoiser or a text encoder is another one, and an adapter would act.
+            AdapterError: the denoiser, or a component that was read, is another one, and an adapter would
+                act.
         """
-        if not self._acts():
+        if self._acts():
+            check_denoiser(self._pipeline, self._denoiser)
+            for one in self._components():
+                one.check(self._pipeline)
+
+    def _starts(self, iterable: Any = None, total: int | None = None) -> None:
+        self.check()
+        if self._acts() and total == 0:
+            warnings.warn(
+                "expected a run of one step at least, got none, since strength times steps is below 1: "
+                "nothing is drawn of the scene",
+                stacklevel=4,
+            )
+
+    def _wrap(
+        self,
+        name: str,
+        before: Callable[..., None] = lambda *_, **__: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        method = getattr(self._pipeline, name, None)
+        if method is None:
             return
-        check_denoiser(self._pipeline, self._denoiser)
-        for name, encoder in self._encoders.items():
-            if getattr(self._pipeline, name, None) is not encoder:
-                raise AdapterError(
-                    f"expected the {name} that the scene's phrases were encoded with, got another: "
-                    "set the scene again"
-                )
+
+        @functools.wraps(method)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before(*args, **kwargs)
+            result = method(*args, **kwargs)
+            after()
+            return result
+
+        self._wrapped[name] = wrapped, vars(self._pipeline).get(name)
+        setattr(self._pipeline, name, wrapped)

@@ -34,5 +34,5 @@ def test_what_is_kept_of_a_picture_is_its_detections_classes_and_scores() -> Non
         evaluator.add(truth, found, np.ones(600, dtype=bool))
         truths += len(truth)
     outcomes = evaluator.outcomes()
-    kept = sum(getattr(outcomes, name).nbytes for name in (*outcomes.ARRAYS, "truth_known"))
+    kept = sum(getattr(outcomes, name).nbytes for name in outcomes.ARRAYS)
     assert kept == 250 * BYTES_OF_PAIR + truths * BYTES_OF_TRUTH

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
-from tiny import RIDING, close, draw, trained_adapter
+from tiny import FEEDING, RIDING, close, draw, trained_adapter
 from tiny_dit import draw as draw_dit
 from tiny_dit import flux_inputs, tiny_flux, trained_joint_adapter
 from torch import Tensor
@@ -37,6 +37,21 @@ def expected(pipe: Any, adapter: Any, **arguments: Any) -> Tensor:
     with attach(pipe, adapter) as handle:
         handle.set_scene([RIDING], schedule=0.5)
         return draw(pipe, **arguments)
+
+
+def test_a_run_within_another_run_s_callback_is_another_run(pipe: Any) -> None:
+    """What fast control has kept is of one pipeline's run."""
+    other = sharing(pipe)
+
+    def within(_: Any, step: int, __: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if step in (1, 4):
+            draw(other, "a bike", num_inference_steps=5, guidance_scale=5.0)
+        return state
+
+    with attach(pipe, trained_adapter(pipe.unet)) as handle:
+        handle.set_scene([RIDING], fast=True, schedule=0.9)
+        expected = draw(pipe, num_inference_steps=8)
+        assert torch.equal(draw(pipe, num_inference_steps=8, callback_on_step_end=within), expected)
 
 
 def test_a_pipeline_that_shares_the_denoiser_is_read_itself(pipe: Any) -> None:
@@ -86,6 +101,37 @@ def test_a_view_of_the_pipeline_for_each_thread(pipe: Any, fast: bool) -> None:
         with ThreadPoolExecutor(len(runs)) as pool:
             together = list(pool.map(lambda one: draw(one[0], **one[1]), zip(views, runs, strict=True)))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+OTHERS = "expected the scene that this thread draws, got one that another thread has set or cleared since"
+
+
+@pytest.mark.parametrize("change", ["set", "clear"])
+@pytest.mark.parametrize("when", ["before the run", "within the run"])
+def test_threads_that_set_scenes_over_each_other_s_are_refused(pipe: Any, change: str, when: str) -> None:
+    with attach(pipe, trained_adapter(pipe.unet)) as handle, ThreadPoolExecutor(1) as pool:
+
+        def elsewhere() -> None:
+            handle.set_scene([FEEDING]) if change == "set" else handle.clear()
+
+        def within(_: Any, step: int, __: Any, state: dict[str, Any]) -> dict[str, Any]:
+            if step == 1 and when == "within the run":
+                pool.submit(elsewhere).result()
+            return state
+
+        run = lambda: draw(pipe, callback_on_step_end=within, num_inference_steps=4)  # noqa: E731
+        handle.set_scene([RIDING])
+        if when == "before the run":
+            pool.submit(elsewhere).result()
+        if (change, when) == ("clear", "before the run"):
+            run()  # there is no scene to be drawn
+        else:
+            with pytest.raises(AdapterError, match=OTHERS):
+                run()
+        when = ""
+        handle.set_scene([RIDING])
+        expected = run()
+        assert torch.equal(pool.submit(run).result() if change == "clear" else run(), expected)
 
 
 @pytest.mark.parametrize("fixture", ["pipe", "flux_pipe"])
@@ -178,6 +224,12 @@ def test_a_modular_pipeline_with_a_guider_is_read(xl_pipe: Any) -> None:
         prepare = handle["interaction"].prepare
         handle["interaction"].prepare = lambda call: (rows.append(call.rows), prepare(call))[1]
         drawn = run()
+        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=3.0))
+        with pytest.raises(
+            AdapterError, match="got another UNet2DConditionModel: attach to the pipeline again"
+        ):
+            pipe.update_components(unet=copy.deepcopy(type(xl_pipe.unet).from_config(xl_pipe.unet.config)))
+        pipe.update_components(unet=xl_pipe.unet)
     assert sorted(set(rows)) == [("conditional",), ("unconditional",)]
     assert not torch.allclose(torch.as_tensor(drawn), torch.as_tensor(plain), atol=1e-3)
     assert torch.equal(torch.as_tensor(run()), torch.as_tensor(plain))

@@ -12,6 +12,7 @@ from data_files import make_folder, write_rows
 from interactdiff.data import Records, read_folder
 from interactdiff.data.checking import CheckOptions, check
 from interactdiff.data.framing import Framing
+from interactdiff.data.reading import splits
 from interactdiff.data.shards import Shards, write_shards
 from interactdiff.errors import DataError
 
@@ -179,6 +180,35 @@ def test_parquet_is_read_with_a_map_of_columns(tmp_path: Path) -> None:
     assert found[3].prompt == given[3]["prompt"]
     with pytest.raises(DataError, match=r"expected a column of .*more.* for a key of .*, got prompt=caption"):
         list(read_folder(tmp_path / "a.parquet", columns={"prompt": "caption"}))
+    with pytest.raises(DataError, match=r"expected a split in the names of files in .* for 'val', got none"):
+        list(read_folder(tmp_path / "a.parquet", "val"))
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    for name, part in (("train", table.slice(0, 3)), ("test", table.slice(3))):
+        parquet.write_table(part, hub / f"{name}-00000-of-00001.parquet")
+    of_test = read_folder(hub, "test", columns={"prompt": "said"})
+    assert [one.items for one in of_test] == [one.items for one in records[3:]]
+    for split, got in ((None, "none named"), ("val", "'val'")):
+        with pytest.raises(DataError, match=f"expected a split of test, train in .*, got {got}"):
+            list(read_folder(hub, split))
+
+
+def test_parquet_files_name_their_split_or_lie_in_its_folder(tmp_path: Path) -> None:
+    def named(*names: str) -> list[str | None]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        return splits(folder)
+
+    assert named("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "eval.parquet") == [
+        "eval",
+        "train",
+    ]
+    assert named("train/0000.parquet", "validation/0000.parquet") == ["train", "validation"]
+    assert named("my-split-00000-of-00001.parquet") == ["my-split"]
+    assert named("part-0.parquet", "part-1.parquet", "test.parquet") == [None]
+    assert splits(tmp_path / "0/eval.parquet") == ["eval"]
 
 
 def test_imagefolder_reads_our_rows_with_our_features(tmp_path: Path) -> None:

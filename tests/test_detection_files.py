@@ -201,14 +201,14 @@ def test_a_picture_is_shown_upright_and_squeezed(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
     turned = Picture("turned.jpg", tmp_path / "turned.jpg")
-    assert turned.shown_size == turned.image.size == (20, 40)
-    assert Picture("turned.jpg", tmp_path / "turned.jpg", (8, 8)).image.size == (8, 8)
+    assert turned.shown_size == turned.open().size == (20, 40)
+    assert Picture("turned.jpg", tmp_path / "turned.jpg", (8, 8)).open().size == (8, 8)
     (tmp_path / "half.png").write_bytes(b"\x89PNG")
     for name, message in (
         ("half.png", "half.png: expected a whole picture, got"),
         ("none.png", "expected a picture at .*none.png, got no such file"),
     ):
         with pytest.raises(DataError, match=message):
-            _ = Picture(name, tmp_path / name).image
+            Picture(name, tmp_path / name).open()
     with pytest.raises(DataError, match=r"expected a picture at a\.png, got no such file"):
-        _ = Picture("a.png", None).image
+        Picture("a.png", None).open()

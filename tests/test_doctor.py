@@ -47,3 +47,13 @@ def test_a_version_outside_of_what_is_tested_is_named(
     monkeypatch.setattr(metadata, "version", lambda name: installed if name == "diffusers" else real(name))
     assert untested("diffusers") == said
     assert f"\n  diffusers {installed}{said}\n" in doctor()
+
+
+def test_the_tests_that_the_table_of_compatibility_names_exist() -> None:
+    """A name without a file is in that of the one before it."""
+    table, file, missing = (ROOT / "docs/compatibility.md").read_text(), "", []
+    for own, name in re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", table):
+        file = own or file
+        if name and f"def {name}(" not in (ROOT / "tests" / file).read_text():
+            missing.append(f"{file}::{name}")
+    assert not missing

@@ -69,7 +69,7 @@ def test_every_form_of_data_gives_the_same_layouts(tmp_path: Path) -> None:
         for one, layout in zip(first.layouts, other.layouts, strict=True):
             picture = Picture(layout.file_name, layout.picture)
             assert picture.read() == Picture(one.file_name, one.picture).read()
-            assert picture.shown_size == picture.image.size == layout.size
+            assert picture.shown_size == picture.open().size == layout.size
     assert data["shards"].layouts[3].file_name == data["shards"].layouts[3].stem
     assert layouts_digest(data["loose"].layouts) == layouts_digest(first.layouts)
     assert layouts_digest(data["shards"].layouts[:4]) != layouts_digest(first.layouts[:4])
@@ -220,6 +220,12 @@ def test_damaged_annotations_are_named(tmp_path: Path, content: Any, message: st
         open_data(str(tmp_path))
 
 
+def test_a_picture_that_annotations_have_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test_hico.json").write_text(json.dumps([*triplets(), *triplets()]))
+    with pytest.raises(DataError, match=f"expected each picture once, got {name_of(1)} again"):
+        open_data(str(tmp_path))
+
+
 @pytest.mark.parametrize("number", [-1, 2])
 def test_pictures_with_an_index_out_of_range_are_left_out(tmp_path: Path, number: int) -> None:
     wrong = triplets(hoi_annotation=[{"subject_id": 0, "object_id": number, "category_id": 1}])
@@ -245,7 +251,7 @@ def test_drawn_pictures_are_found_by_name_with_any_ending(tmp_path: Path) -> Non
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert find(Layout("a.jpg", "")) == tmp_path / "a.webp"
     assert find(Layout("b.v2", "")) == tmp_path / "b.v2.png"
-    assert find(Layout("b.v1", "")) is None
+    assert not find(Layout("b.v1", "")).exists()
 
 
 def test_a_limit_balances_classes_and_a_smaller_one_is_part_of_a_larger() -> None:

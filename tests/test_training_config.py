@@ -56,6 +56,11 @@ def test_every_recipe_has_typed_keys() -> None:
         ("stop_after=.inf", "stop_after", math.inf),
         ("stop_at=Infinity", "stop_at", math.inf),
         ("stop_after=1.5", "stop_after", 1.5),
+        ("stop_after=", "stop_after", math.inf),
+        ("max_grad_norm=none", "max_grad_norm", math.inf),
+        ("steps=1e3", "steps", 1000),
+        ("batch_size=2.0", "batch_size", 2),
+        ("mixed_precision=fp32", "mixed_precision", "no"),
         ("max_grad_norm=inf", "max_grad_norm", math.inf),
         ("mixed_precision=no", "mixed_precision", "no"),
         ("mixed_precision=off", "mixed_precision", "no"),
@@ -121,6 +126,20 @@ def test_values_are_read_as_people_type_them(typed: str, key: str, value: Any) -
         ),
         (VAE, "model={latent_channels: two}", "model: expected arguments that fit together, got TypeError"),
         (VAE, "recipe=vea", "got 'vea': did you mean vae?"),
+        (VAE, "recipe=[vae]", "got ['vae']"),
+        (VAE, "recipe={a: 1}", "got {'a': 1}"),
+        (VAE, "seed=-1", "seed: expected a whole number from 0 to 4294967295, got -1"),
+        (VAE, "ema_decay=off", "ema_decay: expected a number from 0 to 1, got False"),
+        (VAE, "save_every=5", "got 'save_every': did you mean sample_every?"),
+        (VAE, "steps=2024-01-01", "steps: expected a whole number from 1 up, got datetime.date"),
+        (VAE, "model={latent_channels: 1, latent_channels: 2}", "got latent_channels again at line 1"),
+        (DIT, "sizes=128", "sizes: expected a valid dictionary, got 128"),
+        (
+            DIT,
+            "sizes={a: {renders: 8, batch_size: 2, share: 1}}",
+            "sizes.a: expected a whole number from 1 up",
+        ),
+        (INTERACTION, "adapter=", "adapter: expected a valid dictionary, got None"),
         (INTERACTION, "adapter.hidden=3", "expected a key of "),
         (INTERACTION, "adapter={hiden: 3}", "got 'adapter.hiden': did you mean hidden?"),
         (INTERACTION, "adapter={hidden: 0}", "adapter.hidden: expected a whole number from 1 up, got 0"),
@@ -186,6 +205,22 @@ def test_a_misspelt_key_is_named_rather_than_the_missing_one(tmp_path: Path) -> 
     text = VAE.read_text().replace("learning_rate:", "learning-rate:")
     (tmp_path / "vae.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"got 'learning-rate': did you mean learning_rate\?"):
+        load_config(tmp_path / "vae.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("added", "sentence"),
+    [
+        ("seed: 5", "expected each key once in .*, got seed again at line"),
+        ("model: {}", "got model again"),
+        ("5: 3", "expected a key of .*, got '5'"),
+        ("twice: &a {b: *a}", "expected a key of .*, got 'twice'"),
+        ("? [a]\n: 3", "to be YAML, got a mistake"),
+    ],
+)
+def test_keys_that_no_recipe_can_have(tmp_path: Path, added: str, sentence: str) -> None:
+    (tmp_path / "vae.yaml").write_text(f"{VAE.read_text()}\n{added}\n")
+    with pytest.raises(RecipeError, match=sentence):
         load_config(tmp_path / "vae.yaml", [])
 
 

@@ -148,6 +148,25 @@ def test_two_processes_do_not_train_in_one_folder(file: str, tmp_path: Path) -> 
     assert not names(tmp_path / "r")
 
 
+@pytest.mark.parametrize("key", ["output_dir", "export_to", "cache_dir"])
+@pytest.mark.parametrize("below", ["", "further/down"])
+def test_a_file_in_the_place_of_a_folder_is_refused(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, below: str
+) -> None:
+    """Before any work: of what was trained nothing would be written."""
+    (tmp_path / "taken").write_text("")
+    said = refused(capsys, file, "--set", f"{key}={tmp_path / 'taken' / below}")
+    assert said.endswith(f"expected a folder as {key}, got the file {tmp_path / 'taken'}")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_file_named_as_a_checkpoint_is_none(file: str, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "checkpoint-9").write_text("")
+    assert main(["train", file, "--resume_from_checkpoint", "latest", "--set", "steps=2"]) == 0
+    assert names(tmp_path / "r") == ["checkpoint-2"]
+
+
 def test_latest_of_no_checkpoints_starts_anew(file: str, tmp_path: Path) -> None:
     assert main(["train", file, "--resume_from_checkpoint", "latest", "--set", "steps=2"]) == 0
     assert names(tmp_path / "r") == ["checkpoint-2"]
@@ -165,6 +184,7 @@ def test_latest_of_no_checkpoints_starts_anew(file: str, tmp_path: Path) -> None
         (TRAINING, "flipped"),
         (MODEL, "gone"),
         (STATE, "empty"),
+        (STATE, "edited"),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
@@ -176,7 +196,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     hurt = tmp_path / "r" / "checkpoint-4" / name
     content = bytearray(hurt.read_bytes())
     content[-9] ^= 1
-    hurt.write_bytes({"cut": content[: len(content) // 2], "flipped": content}.get(damage, b""))
+    edited = hurt.read_bytes().replace(b'"base_lrs"', b'"base_lr"')
+    damaged = {"cut": content[: len(content) // 2], "flipped": content, "edited": edited}
+    hurt.write_bytes(damaged.get(damage, b""))
     if damage == "gone":
         hurt.unlink()
     with pytest.raises(DamagedCheckpointError, match=name):

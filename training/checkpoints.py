@@ -40,6 +40,7 @@ class SavedState(BaseModel):
         scaler: state of the scaler of fp16.
         random: states of Python's and numpy's generators.
         checksums: CRC-32 of each file of tensors.
+        own_checksum: CRC-32 of all of the above; checkpoints of before have none.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -54,6 +55,12 @@ class SavedState(BaseModel):
     scaler: dict[str, Any] | None
     random: dict[str, Any]
     checksums: dict[str, int]
+    own_checksum: int | None = None
+
+    def checksum(self) -> int:
+        """What `own_checksum` is to be."""
+        contents = json.loads(json.dumps(self.model_dump(exclude={"own_checksum"})))
+        return zlib.crc32(json.dumps(contents, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def read_state(folder: Path) -> SavedState:
         DamagedCheckpointError: it is missing or not whole.
     """
     try:
-        return SavedState.model_validate(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        state = SavedState.model_validate(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise DamagedCheckpointError(f"expected {STATE} in {folder}, got none") from None
     except OSError as error:
@@ -90,6 +97,9 @@ def read_state(folder: Path) -> SavedState:
         raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got a wrong {place}") from None
     except ValueError:
         raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got no JSON") from None
+    if state.own_checksum not in (None, state.checksum()):
+        raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got one that is damaged")
+    return state
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -177,6 +187,7 @@ class TrainingState:
             random={"python": [version, list(python), gauss], "numpy": position},
             checksums={name: _checksum(folder / name) for name in (MODEL, TRAINING)},
         )
+        state.own_checksum = state.checksum()
         (folder / STATE).write_text(json.dumps(state.model_dump(), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod

@@ -126,7 +126,11 @@ Seed = Annotated[int, number(f"a whole number from 0 to {MAX_SEED}", 0, MAX_SEED
 Rate = Annotated[float, number("a number from 0 up", 0)]
 Positive = Annotated[float, number("a number above 0", math.ulp(0.0))]
 Number = Annotated[float, number("a number", -math.inf)]
-Limit = Annotated[float, number("a number from 0 up, or inf", 0, infinite=True)]
+Limit = Annotated[
+    float,
+    number("a number from 0 up, or inf", 0, infinite=True),
+    BeforeValidator(lambda value: math.inf if nothing(value) is None else value),
+]
 Share = Annotated[float, number("a number from 0 to 1", 0, 1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Location = Annotated[str, BeforeValidator(_location)]
@@ -293,8 +297,9 @@ def checked(kind: type[C], values: Mapping[str, Any], where: str = "the recipe's
         # a key that is misspelt is missing too
         order = {"extra_forbidden": 0, "missing": 2}
         error = min(refused.errors(include_url=False), key=lambda one: order.get(one["type"], 1))
-    place, kind_of_error = ".".join(map(str, error["loc"])), error["type"]
-    if kind_of_error == "extra_forbidden":
+    place = ".".join(str(name) for name in error["loc"] if name != "[key]")
+    kind_of_error = error["type"]
+    if kind_of_error in ("extra_forbidden", "invalid_key"):
         known = _keys_at(kind, error["loc"])
         near = nearest(error["loc"][-1], known) or f": there are {', '.join(known)}"
         raise RecipeError(f"expected a key of {where}, got {place!r}{near}")
@@ -303,7 +308,8 @@ def checked(kind: type[C], values: Mapping[str, Any], where: str = "the recipe's
     if kind_of_error == "value_error":
         said = str(error.get("ctx", {})["error"])
     else:
-        said = str(refusal(error["msg"].removeprefix("Input should be "), error["input"]))
+        expected = error["msg"].removeprefix("Input should be ").partition(" or instance of ")[0]
+        said = str(refusal(expected, error["input"]))
     raise RecipeError(f"{place}: {said}" if place else said)
 
 

@@ -100,6 +100,7 @@ class WorldProbe:
             counts.actions += 1
             counts.right += any(
                 pair.verb == item.action
+                and pair.object is not None
                 and seen.objects[pair.object].name == item.object
                 and iou(seen.persons[pair.person].box, _pixels(item.subject_box, size)) > LEAST_IOU
                 and iou(seen.objects[pair.object].box, _pixels(item.object_box, size)) > LEAST_IOU

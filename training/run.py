@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _check_recipe(config: dict[str, Any], path: object) -> None:
-    if (name := config.get("recipe")) not in recipes():
+    if not isinstance(name := config.get("recipe"), str) or name not in recipes():
         known = ", ".join(recipes())
         raise RecipeError(
             f"expected {path} to name a recipe ({known}), got {name!r}{nearest(name, recipes())}"
@@ -62,11 +62,36 @@ def _check_recipe(config: dict[str, Any], path: object) -> None:
 
 def _parsed(what: str, text: str) -> Any:
     try:
+        _check_keys(what, yaml.compose(text, yaml.SafeLoader))
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
         raise RecipeError(f"expected {what} to be YAML, got a mistake{where}") from None
+
+
+def _check_keys(what: str, root: yaml.Node | None) -> None:
+    """Refuse a key that is there twice, of which YAML would take the last."""
+    nodes, known = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in known or not isinstance(node, yaml.CollectionNode):
+            continue
+        known.add(id(node))  # an alias may hold itself
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, one) for one in node.value]
+        keys = [key for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+        for n, key in enumerate(keys):
+            if any((key.tag, key.value) == (other.tag, other.value) for other in keys[:n]):
+                line = key.start_mark.line + 1
+                raise RecipeError(f"expected each key once in {what}, got {key.value} again at line {line}")
+        nodes += [value for _, value in pairs]
+
+
+def _check_folder(key: str, path: str | None) -> None:
+    """Refuse a path at which no folder can be made, to which diffusers would write nothing."""
+    there = next((one for one in (Path(path), *Path(path).parents) if one.exists()), None) if path else None
+    if there is not None and not there.is_dir():
+        raise RecipeError(f"expected a folder as {key}, got the file {there}")
 
 
 def recipe_class(config: Mapping[str, Any]) -> type[Any]:
@@ -120,6 +145,8 @@ def run(
     """
     values = load_config(config_path, overrides)
     config: RecipeConfig = checked(recipe_class(values).config_type, values)
+    for key in ("output_dir", "export_to", "cache_dir"):
+        _check_folder(key, getattr(config, key, None))
     folder = RunFolder(config.output_dir)
     checkpoint = None if resume is None else folder.find(resume, config)
     if checkpoint is None and not overwrite:

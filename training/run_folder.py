@@ -25,7 +25,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, oldest first."""
-    found = [p for p in folder.glob(f"{CHECKPOINT}*") if p.name[len(CHECKPOINT) :].isdigit()]
+    found = [p for p in folder.glob(f"{CHECKPOINT}*") if p.name[len(CHECKPOINT) :].isdigit() and p.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -178,5 +178,9 @@ class RunFolder:
 
 
 def _fitting(checkpoint: Checkpoint, config: RecipeConfig) -> Checkpoint:
+    if checkpoint.state.step != step_of(checkpoint.folder):
+        raise DamagedCheckpointError(
+            f"expected step {step_of(checkpoint.folder)} in {checkpoint.folder}, got {checkpoint.state.step}"
+        )
     config.check_resumes(checkpoint.state.config, checkpoint.folder)
     return checkpoint

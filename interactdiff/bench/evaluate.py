@@ -66,7 +66,7 @@ def bench_evaluate(pictures: int, pairs: int, protocols: tuple[str, ...]) -> dic
     outcomes = evaluator.outcomes()
     values = HoiPrecisions((outcomes,), protocols, table.rare).values(np.ones((1, pictures)))
     precision = time.process_time() - started[0], time.perf_counter() - started[1]
-    kept = sum(getattr(outcomes, name).nbytes for name in (*outcomes.ARRAYS, "truth_known"))
+    kept = sum(getattr(outcomes, name).nbytes for name in outcomes.ARRAYS)
     return {
         "pictures": pictures,
         "pairs": pairs,

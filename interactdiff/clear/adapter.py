@@ -144,7 +144,7 @@ class ClearAdapter(Adapter):
             OSError: the folder cannot be written.
         """
         config = {"method": METHOD, "version": VERSION, **asdict(self.config)}
-        save_adapter_files(path, config, self.state_dict())
+        save_adapter_files(path, config, self.exact_state())
 
     def check(self, denoiser: Denoiser) -> None:
         """Make sure that the layers are those of a base: all of its attention sites, or none.

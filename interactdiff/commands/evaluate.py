@@ -45,15 +45,16 @@ def add_to(commands: Commands) -> None:
             what.add_argument(
                 f"--{name}", dest="method", action="store_const", const=name, help=f"scores of {spec.title}"
             )
-    parser.add_argument(
-        "--scenes",
-        "--subjects",
-        "--photos",
-        type=positive,
-        default=50,
-        metavar="N",
-        help="how many, or how many subjects, or photos (default: %(default)s)",
-    )
+    parser.add_argument("--scenes", type=positive, default=50, help="how many (default: %(default)s)")
+    for name in ("subjects", "photos"):
+        parser.add_argument(
+            f"--{name}",
+            dest="scenes",
+            type=positive,
+            default=argparse.SUPPRESS,
+            metavar="N",
+            help=f"how many of a method that is scored on {name}",
+        )
     parser.add_argument(
         "--rows",
         nargs="+",

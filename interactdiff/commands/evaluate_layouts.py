@@ -1,7 +1,7 @@
 """interactdiff evaluate --data and --compare: layouts of data sets, as papers score them."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,12 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
         metavar="DIR",
         help="pictures and detections (%(default)s)",
     )
+    layouts.add_argument(
+        "--vcoco",
+        type=Path,
+        metavar="DIR",
+        help="role AP by these annotations, of data converted from V-COCO",
+    )
     layouts.add_argument("--scores", nargs="+", choices=MEASURES, default=[], help="further scores")
     layouts.add_argument("--box-model", metavar="PATH_OR_ID", help="of transformers, for miou and ap50")
     layouts.add_argument("--clip-model", metavar="PATH_OR_ID", help="likewise, for clip")
@@ -97,6 +103,7 @@ def evaluate_data(args: argparse.Namespace) -> None:
     from interactdiff.evaluation.layout_drawing import PAPER_SEED, Ranks
     from interactdiff.evaluation.layout_run import LayoutRun, evaluate_layouts
     from interactdiff.evaluation.report import format_report, save_report
+    from interactdiff.evaluation.vcoco import RoleTruth
 
     _check_files(args)
     protocols = tuple(one.name for one in chosen_protocols(args.protocol or DEFAULT_PROTOCOLS))
@@ -104,11 +111,15 @@ def evaluate_data(args: argparse.Namespace) -> None:
     data = open_data(args.data, args.split, args.classes, args.boxes, columns_of(args))
     if args.limit is not None:
         data = data.limited(args.limit)
+    roles = None
+    if args.vcoco is not None:
+        roles = RoleTruth.read(args.vcoco, data.split)
+        roles.check(data.layouts)
     ranks = Ranks.from_environment()
     drawn = _drawn(args, ranks) if args.model or args.adapter else None
     size = args.size or (drawn.pipeline.size if drawn is not None else None)
     folders: dict[str, Callable[[Layout], Path | None]] = {
-        _row_name(folder): drawn_pictures(folder) for folder in args.pictures or []
+        name: drawn_pictures(folder) for name, folder in _named(args.pictures or []).items()
     }
     if drawn is None and not folders and _is_file(args.detector):
         folders["detections"] = lambda layout: None
@@ -126,6 +137,7 @@ def evaluate_data(args: argparse.Namespace) -> None:
         limit=args.limit,
         calibration=calibration,
         measures=_measures(args, data, size, ranks),
+        roles=roles,
         progress=ranks.main,
     )
     evaluation = evaluate_layouts(run, ranks, drawn, folders)
@@ -160,8 +172,18 @@ def _check_files(args: argparse.Namespace) -> None:
         raise UsageError("--pictures: expected no --model and no --adapter beside it, got one")
 
 
-def _row_name(folder: Path) -> str:
-    return folder.resolve().name
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders of pictures by the names of their rows."""
+    from interactdiff.evaluation.report import CEILING
+
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name == CEILING or name in named:
+            got = f"{named.get(name, 'the row of real pictures')} and {folder}"
+            raise UsageError(f"--pictures: expected folders of different names, got {got}")
+        named[name] = folder
+    return named
 
 
 def _drawn(args: argparse.Namespace, ranks: "Ranks") -> "Drawn":

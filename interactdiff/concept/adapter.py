@@ -179,7 +179,7 @@ class ConceptAdapter(Adapter):
         Raises:
             OSError: the folder cannot be written.
         """
-        save_adapter_files(path, self.config.to_json(), self.state_dict())
+        save_adapter_files(path, self.config.to_json(), self.exact_state())
 
     def check(self, denoiser: Denoiser) -> None:
         """Make sure that a denoiser has the projections that are changed.

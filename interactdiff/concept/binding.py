@@ -1,13 +1,14 @@
 """Concepts attached: tokens in the pipeline, changed keys and values at their rows of the text."""
 
-from collections.abc import Collection, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interactdiff.adapter import Binding, Edit, Host, Observer, Residual, SiteInputs
 from interactdiff.calls import Call
@@ -43,7 +44,7 @@ class ConceptBinding(Binding):
         self._text: tuple[Any, int | None, tuple[Index, Index]] | None = None
         self._text_argument = known_family(host.denoiser).call.text
         self._length = 0
-        self._idle = False
+        self._idle = self._warned = False
         self.new_tokens = self._tokens()
         self._residuals = tuple(
             Residual(site, partial(self._change, site, at), at)  # type: ignore[arg-type]
@@ -64,6 +65,11 @@ class ConceptBinding(Binding):
         for tokens in self.new_tokens:
             tokens.uninstall()
 
+    def components(self) -> Mapping[str, Any]:
+        """The tokenizers that know the tokens, and the text encoders."""
+        pairs = [(one.encoder.tokenizer_name, one.encoder.name) for one in self.new_tokens]
+        return {name: getattr(self.host.pipeline, name, None) for pair in pairs for name in pair}
+
     def prepare(self, call: Call) -> Collection[Edit]:
         """Find the concepts' rows of the text."""
         self._index, edits = None, ()
@@ -73,6 +79,8 @@ class ConceptBinding(Binding):
             index = every if self.acts_on_all else own
             if len(index[0]) and not self._idle:
                 self._index, self._length, edits = index, text.shape[1], self._residuals
+            elif self.new_tokens and not self._warned:
+                self._check_caller(call)
         if self.capture is None:
             return edits
         self.capture.begin(call)
@@ -122,6 +130,19 @@ class ConceptBinding(Binding):
         """The tokens, and which words they change."""
         tokens = ", ".join(concept.token for concept in self.adapter.config.concepts)
         return f"{tokens} (changes {'all words' if self.acts_on_all else 'no other words'})" if tokens else ""
+
+    def _check_caller(self, call: Call) -> None:
+        """Say it once if another pipeline calls that shares the denoiser and not the tokenizers."""
+        for name, tokenizer in self.components().items():
+            theirs = getattr(call.caller, name, None)
+            if theirs is not None and not isinstance(theirs, nn.Module) and len(theirs) < len(tokenizer):
+                self._warned = True
+                warnings.warn(
+                    f"{self.adapter.name}: expected a {name} that knows {self.adapter.tokens[0]}, got "
+                    f"another of {type(call.caller).__name__}: make that anew with from_pipe",
+                    stacklevel=2,
+                )
+                return
 
     def _tokens(self) -> list[NewTokens]:
         """Those of each text encoder; the pipeline is looked at and left alone."""

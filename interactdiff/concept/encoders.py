@@ -20,13 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from interactdiff.concept.words import ConceptError
 from interactdiff.errors import AdapterError
+from interactdiff.scene_source import ORIGINAL
 
 KEPT = 16  # passes of a text encoder whose states at concepts are remembered
 FINAL_NORMS = (
     "final_layer_norm",
     "text_model.final_layer_norm",
 )  # a CLIP's, which pipelines call for clip_skip
-OWN = "_interactdiff_tokens"  # of a copy of a tokenizer: what it was made of, and the tokens that it got
 
 
 @dataclass(frozen=True)
@@ -216,13 +216,13 @@ def check_new(pipeline: Any, encoder: TextEncoder, tokens: Sequence[str]) -> Non
 
 def _extend(pipeline: Any, name: str, tokens: Sequence[str]) -> None:
     current = getattr(pipeline, name)
-    original, groups = getattr(current, OWN, (current, ()))
+    original, groups = getattr(current, ORIGINAL, (current, ()))
     setattr(pipeline, name, _extended(original, (*groups, tuple(tokens))))
 
 
 def _shorten(pipeline: Any, name: str, tokens: Sequence[str]) -> None:
     current = getattr(pipeline, name)
-    original, groups = getattr(current, OWN, (None, ()))
+    original, groups = getattr(current, ORIGINAL, (None, ()))
     if tuple(tokens) not in groups:
         return  # somebody has put a tokenizer of their own there since
     left = tuple(group for group in groups if group != tuple(tokens))
@@ -231,7 +231,8 @@ def _shorten(pipeline: Any, name: str, tokens: Sequence[str]) -> None:
 
 def _extended(original: Any, groups: tuple[tuple[str, ...], ...]) -> Any:
     copied = extended(original, [token for group in groups for token in group])
-    setattr(copied, OWN, (original, groups))
+    setattr(copied, ORIGINAL, (original, groups))
+    copied.save_pretrained = original.save_pretrained  # the tokens' vectors are not the text encoder's
     return copied
 
 

@@ -16,7 +16,7 @@ from interactdiff.data.problems import Problem, Problems
 from interactdiff.data.records import ImageRecord
 from interactdiff.data.rows import is_file
 from interactdiff.data.shards import INDEX, Shards, chosen_split, file_hash
-from interactdiff.data.tables import Table
+from interactdiff.data.tables import Table, parquet_files
 from interactdiff.errors import DataError
 from interactdiff.files import write_aside
 from interactdiff.scene_checks import shown
@@ -41,13 +41,15 @@ class Source(Protocol):
 
 
 def splits(path: str | PathLike[str]) -> list[str | None]:
-    """The splits of a folder: subfolders with rows, or names of shards; [None] where it has none."""
+    """The splits of data: subfolders with rows, names of shards or of parquet files; [None] without any."""
     folder = Path(path)
+    if folder.suffix == ".parquet" and folder.exists():
+        return [*parquet_files(folder)]
     if not folder.is_dir() or (folder / METADATA).is_file():
         return [None]
     below = sorted(one.name for one in folder.iterdir() if (one / METADATA).is_file())
     tars = sorted({name.name.rpartition("-")[0] for name in folder.glob("*-*.tar")})
-    return [*(below or tars)] or [None]
+    return [*(tars or below or parquet_files(folder))] or [None]
 
 
 def open_source(

@@ -1,5 +1,6 @@
 """Parquet files and data sets on the Hugging Face Hub, read through `datasets` with a map of columns."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,33 @@ from typing import Any
 from interactdiff.data.problems import Problems
 from interactdiff.data.records import ImageRecord, Inline
 from interactdiff.data.rows import OWN_KEYS, RowParser
+from interactdiff.data.shards import chosen_split
 from interactdiff.errors import DataError
 from interactdiff.registry import item_specs
+from interactdiff.scene_checks import shown
 
 IMAGE = "image"
+# As the Hub names files: SPLIT-00000-of-00001.parquet, or one file a split. Other names say nothing of it.
+_SPLIT = re.compile(r"(?:(.+)-\d+-of-\d+|(train|training|val|valid|validation|dev|test|testing|eval))$")
+
+
+def parquet_files(path: Path) -> dict[str | None, list[Path]]:
+    """Parquet files by the split that their names or their folder say.
+
+    Args:
+        path: a file, or a folder with some in it or below.
+
+    Returns:
+        Files in order by split; all under None where any of them says none.
+    """
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    found: dict[str | None, list[Path]] = {}
+    for file in files:
+        named = _SPLIT.match(file.stem)
+        below = file.parent.relative_to(path).parts if path.is_dir() else ()
+        split = (named[1] or named[2]) if named else next(reversed(below), None)
+        found.setdefault(split, []).append(file)
+    return {None: files} if None in found else found
 
 
 class Table:
@@ -18,13 +42,15 @@ class Table:
 
     Args:
         path: a parquet file, a folder with some, or a Hub id like owner/name.
-        split: which split of a Hub data set; "train" if it is not given.
+        split: which split, see `parquet_files`; needed if there are several; of a Hub data set "train" if it
+            is not given.
         columns: which column a key of a row is in, such as {"prompt": "caption"}; "image" is the picture's.
             Keys that are not named are in the column of their own name, if there is one.
         form: of the boxes, see `boxes.FORMS`.
 
     Raises:
-        DataError: `datasets` is not installed, it cannot read the files, or there is no column of pictures.
+        DataError: `datasets` is not installed, it cannot read the files, there is no such split, or no column
+            of pictures.
     """
 
     def __init__(
@@ -34,12 +60,16 @@ class Table:
         self.name, self.form = path, form
         self.files: list[Path] = []
         self.ignored: dict[str, int] = {}
+        if Path(path).exists():
+            there = parquet_files(Path(path))
+            named = sorted(one for one in there if one is not None)
+            if split is not None and not named:
+                raise DataError(
+                    f"expected a split in the names of files in {path} for {shown(split)}, got none"
+                )
+            self.files = there[chosen_split(split, named, Path(path)) if named else None]
         try:
-            if Path(path).exists():
-                here = Path(path)
-                self.files = [here] if here.is_file() else sorted(here.rglob("*.parquet"))
-                if split and len(matching := [f for f in self.files if f.name.startswith(split)]):
-                    self.files = matching
+            if self.files:
                 rows = datasets.load_dataset(
                     "parquet", data_files=[str(f) for f in self.files], split="train"
                 )

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from interactdiff.errors import ModelError
-from interactdiff.evaluation.detection import Instance, Picture, PixelBox
+from interactdiff.evaluation.detection import Instance, Picture, PixelBox, in_pixels
 from interactdiff.evaluation.hoi import LEAST_IOU, Share, iou
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.two_stage import BoxDetector
@@ -24,23 +24,17 @@ Answer = Callable[[Image.Image, str], str]
 
 def wanted_boxes(layout: Layout, size: tuple[int, int]) -> list[tuple[str, PixelBox]]:
     """Names and boxes of what a layout holds, each thing once, in pixels."""
-    width, height = size
-    boxes = [
-        (phrase, box)
-        for one in layout.interactions
-        for phrase, box in ((one.subject, one.subject_box), (one.object, one.object_box))
-    ] + [(one.phrase, one.box) for one in layout.entities]
     kept: list[tuple[str, PixelBox]] = []
-    for name, box in boxes:
-        pixels = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    for name, box in layout.named_boxes:
+        pixels = in_pixels(box, size)
         if not any(name == other and iou(pixels, there) > SAME_BOX for other, there in kept):
             kept.append((name, pixels))
     return kept
 
 
-def found_boxes(detector: BoxDetector, picture: Picture, names: Sequence[str]) -> list[Instance]:
+def found_boxes(detector: BoxDetector, image: Image.Image, names: Sequence[str]) -> list[Instance]:
     """What of these names a detector finds in a picture."""
-    return detector.boxes([picture.image], tuple(dict.fromkeys(names)))[0] if names else []
+    return detector.boxes([image], tuple(dict.fromkeys(names)))[0] if names else []
 
 
 def box_ious(wanted: Sequence[tuple[str, PixelBox]], found: Sequence[Instance]) -> list[float]:
@@ -70,8 +64,9 @@ def mean_iou(
     """Mean IoU of boxes, and the share of them above 0.5, by picture (MIG-Bench, with boxes for masks)."""
     total, summed, above = (np.zeros(len(layouts)) for _ in range(3))
     for number, (picture, layout) in enumerate(zip(pictures, layouts, strict=True)):
-        wanted = wanted_boxes(layout, picture.image.size)
-        values = box_ious(wanted, found_boxes(detector, picture, [name for name, _ in wanted]))
+        image = picture.open()
+        wanted = wanted_boxes(layout, image.size)
+        values = box_ious(wanted, found_boxes(detector, image, [name for name, _ in wanted]))
         total[number], summed[number] = len(values), sum(values)
         above[number] = sum(value > LEAST_IOU for value in values)
     return {"miou": Share(summed, total), "miou_50": Share(above, total)}
@@ -93,11 +88,11 @@ def ap50(detector: BoxDetector, pictures: Sequence[Picture], layouts: Sequence[L
     names = sorted({name for layout in layouts for name, _ in wanted_boxes(layout, (1, 1))})
     truth, results = [], []
     for number, (picture, layout) in enumerate(zip(pictures, layouts, strict=True), start=1):
-        wanted = wanted_boxes(layout, picture.image.size)
-        for name, box in wanted:
+        image = picture.open()
+        for name, box in wanted_boxes(layout, image.size):
             values = _coco(number, names.index(name), box)
             truth.append({**values, "id": len(truth) + 1, "iscrowd": 0})
-        for one in found_boxes(detector, picture, names):
+        for one in found_boxes(detector, image, names):
             results.append({**_coco(number, names.index(one.name), one.box), "score": one.score})
     if not truth or not results:
         return 0.0
@@ -138,7 +133,7 @@ def relation_score(answer: Answer, pictures: Sequence[Picture], layouts: Sequenc
         relations = list(_relations(layout))
         total[number] = len(relations)
         if relations:
-            yes[number] = sum(_answers(answer(picture.image, _question(relations)), len(relations)))
+            yes[number] = sum(_answers(answer(picture.open(), _question(relations)), len(relations)))
     return Share(yes, total)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from interactdiff.errors import ModelError
-from interactdiff.evaluation.detection import Picture
+from interactdiff.evaluation.detection import Picture, in_pixels
 from interactdiff.evaluation.hoi import LEAST_IOU, iou
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_data import LayoutData
@@ -44,7 +44,7 @@ def calibrate(
         chosen = [one for one in layout.interactions if one.action and one.object in verbs_of]
         if not chosen or layout.picture is None or len(right) >= pairs:
             continue
-        image = Picture(layout.file_name, layout.picture, None if size is None else (size, size)).image
+        image = Picture(layout.file_name, layout.picture, None if size is None else (size, size)).open()
         candidates = [_candidate(one, image.size) for one in chosen]
         for one, verbs in zip(chosen, scorer.verbs(image, candidates, verbs_of), strict=True):
             true = _true_verbs(one, layout)
@@ -66,12 +66,7 @@ def calibrate(
 
 
 def _candidate(one: Interaction, size: tuple[int, int]) -> Candidate:
-    width, height = size
-
-    def pixels(box: Sequence[float]) -> tuple[float, float, float, float]:
-        return box[0] * width, box[1] * height, box[2] * width, box[3] * height
-
-    return Candidate(pixels(one.subject_box), pixels(one.object_box), one.object)
+    return Candidate(in_pixels(one.subject_box, size), in_pixels(one.object_box, size), one.object)
 
 
 def _true_verbs(one: Interaction, layout: Layout) -> set[str]:

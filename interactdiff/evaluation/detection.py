@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +17,11 @@ from interactdiff.scene_checks import as_float, json_object, malformed, shown, u
 PixelBox = tuple[float, float, float, float]
 
 
+def in_pixels(box: Sequence[float], size: tuple[int, int]) -> PixelBox:
+    """A box of shares in pixels of a picture of this width and height; it ends behind its last pixel."""
+    return box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1]
+
+
 @dataclass(frozen=True)
 class Instance:
     """A person or an object: `box` xyxy in pixels, `score` in 0..1."""
@@ -29,10 +33,13 @@ class Instance:
 
 @dataclass(frozen=True)
 class DetectedPair:
-    """Who does what to what: numbers of a person and an object of the same picture; `score` ranks pairs."""
+    """Who does what to what: numbers of a person and an object of the same picture; `score` ranks pairs.
+
+    `object` is None where a person does something without one, which V-COCO's role AP scores.
+    """
 
     person: int
-    object: int
+    object: int | None
     verb: str
     score: float
 
@@ -54,6 +61,10 @@ class PictureDetections:
     objects: tuple[Instance, ...] = ()
     pairs: tuple[DetectedPair, ...] = ()
     inclusive: bool = False
+
+    def object_of(self, pair: DetectedPair) -> Instance | None:
+        """To what a pair's person does something."""
+        return None if pair.object is None else self.objects[pair.object]
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Picture:
 
     @property
     def shown_size(self) -> tuple[int, int] | None:
-        """Width and height of `image`, without reading more than the file's header; None without a file."""
+        """Width and height of what `open` gives, of the file's header alone; None without a file."""
         if self.size is not None or not self.there:
             return self.size
         with self._named_in_errors():
@@ -94,9 +105,10 @@ class Picture:
             raise DataError(f"expected a picture at {self._place}, got no such file")
         return self.source.read_bytes() if isinstance(self.source, Path) else self.source.read()
 
-    @cached_property
-    def image(self) -> Image.Image:
+    def open(self) -> Image.Image:
         """In RGB, as shown, see `interactdiff.data.pictures.open_picture`; of the size wanted.
+
+        Decoded again with every call, so that many pictures take no more memory than one.
 
         Raises:
             DataError: there is no such picture, or it is not whole.
@@ -151,7 +163,7 @@ def from_row(line: str, where: str) -> tuple[str, PictureDetections, dict[str, A
 
     Args:
         line: JSON with `file_name`, `persons` (box, score), `objects` (name, box, score) and `pairs` (person,
-            object, verb, score); `size` and `inclusive` may be left out.
+            object, verb, score), where `object` may be null; `size` and `inclusive` may be left out.
         where: what errors call it.
 
     Returns:
@@ -170,6 +182,8 @@ def from_row(line: str, where: str) -> tuple[str, PictureDetections, dict[str, A
             given = json_object(values, ("person", "object", "verb", "score"), ())
             for key, listed in (("person", persons), ("object", objects)):
                 number = given[key]
+                if number is None and key == "object":
+                    continue
                 if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(listed):
                     raise SceneError(f"{key}: expected a number below {len(listed)}, got {shown(number)}")
             if not isinstance(given["verb"], str):

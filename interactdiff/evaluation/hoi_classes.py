@@ -78,11 +78,12 @@ class ClassTable:
         return np.array([thing in layout.known_objects for _, thing in self.classes], dtype=bool)
 
     def detected(self, found: PictureDetections, size: tuple[int, int]) -> Pairs:
-        """The pairs that are found, in a picture of this size; those of no class are left out."""
+        """The pairs that are found, in a picture of this size; those of no class or object are left out."""
         rows = [
-            (number, found.persons[pair.person].box, found.objects[pair.object].box, pair.score)
+            (number, found.persons[pair.person].box, thing.box, pair.score)
             for pair in found.pairs
-            if (number := self.numbers.get((pair.verb, found.objects[pair.object].name))) is not None
+            if (thing := found.object_of(pair)) is not None
+            and (number := self.numbers.get((pair.verb, thing.name))) is not None
         ]
         classes, persons, objects, scores = zip(*rows, strict=True) if rows else ((), (), (), ())
         pairs = Pairs.of(classes, persons, objects, scores, inclusive=found.inclusive)

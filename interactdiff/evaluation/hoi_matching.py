@@ -6,6 +6,7 @@ class, its score and a bit for each protocol. `hoi_reference` is the slow oracle
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -225,7 +226,17 @@ class Outcomes:
     truth_cls: np.ndarray
     truth_known: np.ndarray
 
-    ARRAYS = ("picture", "cls", "score", "correct", "counted", "known", "truth_picture", "truth_cls")
+    ARRAYS: ClassVar[dict[str, type]] = {
+        "picture": np.int32,
+        "cls": np.int32,
+        "score": np.float64,
+        "correct": np.uint8,
+        "counted": np.uint8,
+        "known": np.bool_,
+        "truth_picture": np.int32,
+        "truth_cls": np.int32,
+        "truth_known": np.bool_,
+    }
 
     def hits(self, protocol: str) -> np.ndarray:
         """[S]: how many true positives each picture has."""
@@ -250,7 +261,7 @@ class HoiEvaluator:
     def __init__(self, protocols: Sequence[Protocol], classes: int, prepare: bool = True):
         self.protocols, self.classes, self.prepare = tuple(protocols), classes, prepare
         self.pictures = 0
-        self._parts: dict[str, list[np.ndarray]] = {name: [] for name in (*Outcomes.ARRAYS, "truth_known")}
+        self._parts = {name: [np.zeros(0, dtype)] for name, dtype in Outcomes.ARRAYS.items()}
 
     def add(self, truth: Pairs, detections: Pairs, known: np.ndarray | None = None) -> None:
         """Match one more picture.
@@ -276,23 +287,23 @@ class HoiEvaluator:
             keeps = counted(detections, protocol) if self.prepare else np.ones(len(detections), dtype=bool)
             counts |= keeps.astype(np.uint8) << bit
             correct |= matcher.correct(protocol, keeps).astype(np.uint8) << bit
-        self._keep("picture", np.full(len(detections), self.pictures, dtype=np.int32))
-        self._keep("cls", detections.classes.astype(np.int32))
-        self._keep("score", detections.scores)
-        self._keep("correct", correct)
-        self._keep("counted", counts)
-        self._keep("known", known[detections.classes])
-        self._keep("truth_picture", np.full(len(truth), self.pictures, dtype=np.int32))
-        self._keep("truth_cls", truth.classes.astype(np.int32))
-        self._keep("truth_known", known[truth.classes])
+        made = {
+            "picture": np.full(len(detections), self.pictures),
+            "cls": detections.classes,
+            "score": detections.scores,
+            "correct": correct,
+            "counted": counts,
+            "known": known[detections.classes],
+            "truth_picture": np.full(len(truth), self.pictures),
+            "truth_cls": truth.classes,
+            "truth_known": known[truth.classes],
+        }
+        for name, dtype in Outcomes.ARRAYS.items():
+            self._parts[name].append(made[name].astype(dtype))
         self.pictures += 1
-
-    def _keep(self, name: str, values: np.ndarray) -> None:
-        self._parts[name].append(values)
 
     def outcomes(self) -> Outcomes:
         """What became of all detections so far."""
-        empty = np.zeros(0, dtype=np.int32)
-        arrays = {name: np.concatenate(parts) if parts else empty for name, parts in self._parts.items()}
+        arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
         names = tuple(protocol.name for protocol in self.protocols)
         return Outcomes(names, self.pictures, self.classes, **arrays)

@@ -1,8 +1,9 @@
 """The slow oracle of `hoi_matching` and `hoi_precision`: one pair of boxes at a time, as protocols say it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from interactdiff.evaluation.hoi_protocols import LEAST_IOU, PADDING, Protocol
 
@@ -62,7 +63,7 @@ def true_positives(truth: Sequence[OnePair], found: Sequence[OnePair], protocol:
 
 def precision(right: Sequence[bool], positives: int, protocol: Protocol) -> float:
     """Average precision of one class, of detections the surest first."""
-    hits = [sum(right[: n + 1]) for n in range(len(right))]
+    hits = list(accumulate(map(int, right)))
     precisions = [hit / (n + 1) for n, hit in enumerate(hits)]
     if protocol.points is None:
         return sum(max(precisions[n:]) for n, one in enumerate(right) if one) / positives
@@ -79,7 +80,7 @@ def reference_average_precisions(
     found: Sequence[OnePair],
     classes: int,
     protocol: Protocol,
-    known: Mapping[int, Sequence[int]] | None = None,
+    known: Mapping[int, Collection[int]] | None = None,
 ) -> list[float]:
     """Average precision of every class; NaN where it is left out of the mean.
 

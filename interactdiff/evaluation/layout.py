@@ -5,6 +5,7 @@ from pathlib import Path
 
 from interactdiff.data.pictures import SUFFIXES
 from interactdiff.data.records import Stored
+from interactdiff.scene_checks import Box
 from interactdiff.scene_items import Entity, Interaction
 
 
@@ -37,6 +38,13 @@ class Layout:
         if self.objects is not None:
             return self.objects
         return frozenset(one.object for one in self.interactions)
+
+    @property
+    def named_boxes(self) -> list[tuple[str, Box]]:
+        """The phrases of all persons and objects with their boxes, those of interactions first."""
+        pairs = ((one.subject, one.subject_box, one.object, one.object_box) for one in self.interactions)
+        ends = [end for person, a, thing, b in pairs for end in ((person, a), (thing, b))]
+        return ends + [(one.phrase, one.box) for one in self.entities]
 
     @property
     def stem(self) -> str:

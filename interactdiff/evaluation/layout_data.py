@@ -89,10 +89,13 @@ def open_data(
         layouts = tuple(_of_annotations(folder, annotations, split))
     else:
         path = str(folder) if data == HICO else data
-        there = splits(path)
-        split = split or (there[0] if len(there) == 1 else None) or TEST
+        there = splits(path) if folder.exists() else [TEST]  # else it is on the Hub
+        if split is not None and there == [None]:
+            raise DataError(f"expected data with splits for --split {split}, got {path} without any")
+        split = split or (there[0] if len(there) == 1 else TEST)
         table = ClassTable.hico() if classes == HICO else None
         layouts = tuple(_of_records(Records.open(path, split, form, columns, need_pictures=False), table))
+        split = split or TEST
         table = table or ClassTable.of(layouts)
         named = folder.resolve().name if folder.exists() else data
     if not layouts:
@@ -170,11 +173,15 @@ def _check_names(layouts: Sequence[Layout], folder: Path) -> None:
     """Refuse two layouts that would be drawn to one file."""
     named: dict[str, str] = {}
     for layout in layouts:
-        if (other := named.setdefault(layout.stem, layout.file_name)) != layout.file_name:
+        other = named.get(layout.stem)
+        if other == layout.file_name:
+            raise DataError(f"{folder}: expected each picture once, got {other} again")
+        if other is not None:
             raise DataError(
                 f"{folder}: expected names that differ in more than their ending, got {other} and "
                 f"{layout.file_name}"
             )
+        named[layout.stem] = layout.file_name
 
 
 def limited(layouts: Sequence[Layout], count: int) -> tuple[Layout, ...]:
@@ -209,8 +216,10 @@ def limited(layouts: Sequence[Layout], count: int) -> tuple[Layout, ...]:
     return tuple(layouts[number] for number in sorted(chosen))
 
 
-def drawn_pictures(folder: Path) -> Callable[[Layout], Path | None]:
+def drawn_pictures(folder: Path) -> Callable[[Layout], Path]:
     """Where something else has drawn layouts: their names, with any ending of pictures.
+
+    A picture that is not there is at its layout's own name.
 
     Raises:
         DataError: there is no such folder.
@@ -218,8 +227,8 @@ def drawn_pictures(folder: Path) -> Callable[[Layout], Path | None]:
     if not folder.is_dir():
         raise DataError(f"expected a folder of pictures at {folder}, got none")
 
-    def picture(layout: Layout) -> Path | None:
+    def picture(layout: Layout) -> Path:
         places = [folder / layout.file_name, *(folder / f"{layout.stem}{ending}" for ending in SUFFIXES)]
-        return next((place for place in places if place.is_file()), None)
+        return next((place for place in places if place.is_file()), places[0])
 
     return picture

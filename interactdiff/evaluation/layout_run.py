@@ -1,7 +1,7 @@
 """Draws layouts, lets a detector look, and scores: the whole of `interactdiff evaluate --data`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from interactdiff.evaluation.layout_detection import (
 )
 from interactdiff.evaluation.layout_drawing import Drawing, Ranks, check_run, draw_layouts, most_items
 from interactdiff.evaluation.report import CEILING, RowScores, build_report, layouts_digest
+from interactdiff.evaluation.vcoco import RoleEvaluator, RoleTruth
 from interactdiff.generation import ScenePipeline
 from interactdiff.picture import installed_versions
 
@@ -46,7 +47,9 @@ class LayoutRun:
         paper: as the paper's script does it, see `Drawing`.
         limit: the number of layouts that was requested; None is all.
         measures: of further scores.
+        roles: V-COCO's persons, by which role AP is computed too.
         calibration: of the detector on real pictures.
+        progress: show progress bars.
     """
 
     data: LayoutData
@@ -60,9 +63,9 @@ class LayoutRun:
     paper: bool = False
     limit: int | None = None
     measures: tuple[Measure, ...] = ()
+    roles: RoleTruth | None = None
     calibration: Mapping[str, Any] | None = None
     progress: bool = False
-    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def evaluate_layouts(
     rows = {}
     for name, of_row in sets.items():
         outcomes = tuple(_outcomes(run, one, looking(one), matched_by) for one in of_row)
-        scores = RowScores(outcomes)
+        roles = tuple(_role_outcomes(run, run.roles, one, looking(one)) for one in of_row if run.roles)
+        scores = RowScores(outcomes, roles=roles)
         for measure in run.measures:
             more = measure(layouts, of_row)
             scores.shares |= more.shares
@@ -221,6 +225,13 @@ def _outcomes(
     return evaluator.outcomes()
 
 
+def _role_outcomes(run: LayoutRun, truth: RoleTruth, pictures: PictureSet, looking: Looking) -> Outcomes:
+    evaluator = RoleEvaluator(truth.roles)
+    for layout, found in found_in(run.data.layouts, pictures, looking):
+        evaluator.add(truth.of(layout, scored_size(layout, found)), truth.detected(found))
+    return evaluator.outcomes()
+
+
 def scored_size(layout: Layout, found: PictureDetections) -> tuple[int, int]:
     """Width and height of the picture in whose pixels boxes are compared.
 
@@ -245,6 +256,7 @@ def _about(run: LayoutRun, drawn: Drawn | None, matched_by: Sequence[Protocol]) 
         "classes": run.data.table.name,
         "class_count": len(run.data.table.classes),
         "rare": None if run.data.table.rare is None else list(run.data.table.rare),
+        "roles": [] if run.roles is None else [" ".join(role) for role in run.roles.roles],
         "detector": run.detector_name,
         "calibration": run.calibration,
         "protocols": list(run.protocols),
@@ -254,7 +266,6 @@ def _about(run: LayoutRun, drawn: Drawn | None, matched_by: Sequence[Protocol]) 
         "size": run.size,
         "paper": run.paper,
         "versions": installed_versions(),
-        **run.about,
     }
     if drawn is not None:
         how, most = drawn.drawing.how, most_items(drawn.pipeline, run.paper)

@@ -15,6 +15,7 @@ from interactdiff.evaluation.layout_run import Measure
 from interactdiff.evaluation.quality import (
     FeatureExtractor,
     check_alike,
+    check_count,
     clip_scores,
     features_of,
     fid,
@@ -81,9 +82,16 @@ def boxes(wanted: Collection[str], detector: BoxDetector) -> Measure:
 def distances(
     wanted: Collection[str], data: LayoutData, size: int | None, extract: FeatureExtractor
 ) -> Measure:
-    """FID ("fid") and KID ("kid") to the real pictures of the same layouts, the mean over seeds."""
+    """FID ("fid") and KID ("kid") to the real pictures of the same layouts, the mean over seeds.
+
+    Raises:
+        DataError: the real pictures are too few for KID, are not there, or differ in size or format.
+    """
     squeezed = None if size is None else (size, size)
     real = [Picture(layout.file_name, layout.picture, squeezed) for layout in data.layouts]
+    if "kid" in wanted:
+        check_count(len(real))
+    check_alike(real, real)
 
     @cache
     def features_of_real() -> np.ndarray:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from interactdiff.data.pictures import picture_info
 from interactdiff.errors import DataError, ModelError
-from interactdiff.evaluation.detection import Picture
+from interactdiff.evaluation.detection import Picture, in_pixels
 from interactdiff.evaluation.hoi import Share
 from interactdiff.evaluation.layout import Layout
-from interactdiff.evaluation.two_stage import _on
-from interactdiff.evaluation.verb_scorers import ContrastiveVerbs, _normalised
+from interactdiff.evaluation.two_stage import on_device
+from interactdiff.evaluation.verb_scorers import ContrastiveVerbs, normalised
 
 FeatureExtractor = Callable[[Tensor], Tensor]
 """[B, D] features of [B, 3, H, W] pictures in uint8."""
@@ -83,7 +83,7 @@ def features_of(pictures: Sequence[Picture], extract: FeatureExtractor) -> np.nd
     """[N, D] features of pictures of one size, in float64."""
     parts = []
     for first in range(0, len(pictures), BATCH):
-        pixels = np.stack([np.asarray(one.image) for one in pictures[first : first + BATCH]])
+        pixels = np.stack([np.asarray(one.open()) for one in pictures[first : first + BATCH]])
         parts.append(extract(torch.from_numpy(pixels).permute(0, 3, 1, 2)).double().cpu().numpy())
     return np.concatenate(parts)
 
@@ -102,6 +102,16 @@ def fid(features: np.ndarray, others: np.ndarray) -> float:
     return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * root)
 
 
+def check_count(pictures: int, least: int = KID_LEAST) -> None:
+    """Refuse fewer pictures than KID needs.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    if pictures < least:
+        raise DataError(f"expected at least {least} pictures for KID, got {pictures}")
+
+
 def kid(
     features: np.ndarray, others: np.ndarray, subset: int = KID_LEAST, subsets: int = KID_SUBSETS
 ) -> float:
@@ -116,9 +126,7 @@ def kid(
     Raises:
         DataError: there are fewer pictures than a subset has.
     """
-    least = min(len(features), len(others))
-    if least < subset:
-        raise DataError(f"expected at least {subset} pictures for KID, got {least}")
+    check_count(min(len(features), len(others)), subset)
     rng = np.random.RandomState(KID_SEED)
     values = []
     for _ in range(subsets):
@@ -149,12 +157,8 @@ def clip_scores(
     hits = {name: np.zeros(len(layouts)) for name in ("clip", "clip_local")}
     totals = {"clip": np.ones(len(layouts)), "clip_local": np.zeros(len(layouts))}
     for number, (picture, layout) in enumerate(zip(pictures, layouts, strict=True)):
-        image = picture.image
-        boxes = [
-            (phrase, box)
-            for one in layout.interactions
-            for phrase, box in ((one.subject, one.subject_box), (one.object, one.object_box))
-        ] + [(one.phrase, one.box) for one in layout.entities]
+        image = picture.open()
+        boxes = layout.named_boxes
         crops = [image, *(image.crop(_pixels(box, image.size)) for _, box in boxes)]
         texts = [layout.prompt, *(phrase for phrase, _ in boxes)]
         cosines = _cosines(clip, crops, texts)
@@ -165,16 +169,16 @@ def clip_scores(
 
 
 def _pixels(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    x0, y0 = int(box[0] * size[0]), int(box[1] * size[1])
-    return x0, y0, max(x0 + 1, round(box[2] * size[0])), max(y0 + 1, round(box[3] * size[1]))
+    left, top, right, bottom = in_pixels(box, size)
+    return int(left), int(top), max(int(left) + 1, round(right)), max(int(top) + 1, round(bottom))
 
 
 def _cosines(clip: ContrastiveVerbs, crops: list[Any], texts: list[str]) -> list[float]:
     model, processor = clip.model, clip.processor
     padding = "max_length" if model.config.model_type.startswith("siglip") else True
-    pictures = _normalised(
-        model.get_image_features(**_on(processor(images=crops, return_tensors="pt"), model))
+    pictures = normalised(
+        model.get_image_features(**on_device(processor(images=crops, return_tensors="pt"), model))
     )
     inputs = processor(text=texts, padding=padding, truncation=True, return_tensors="pt")
-    words = _normalised(model.get_text_features(**_on(inputs, model)))
+    words = normalised(model.get_text_features(**on_device(inputs, model)))
     return (pictures * words).sum(1).clamp(min=0).tolist()

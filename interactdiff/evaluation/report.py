@@ -26,6 +26,7 @@ from interactdiff.evaluation.hoi_matching import Outcomes
 from interactdiff.evaluation.hoi_precision import SETTINGS, HoiPrecisions
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.table import markdown_block
+from interactdiff.evaluation.vcoco import SCENARIOS, RolePrecisions
 from interactdiff.files import write_aside
 
 CEILING = "real"
@@ -37,6 +38,7 @@ ROWS = {
 }
 SUBSETS = {"full": "Full", "rare": "Rare", "non_rare": "Non-rare"}
 SETTING_TITLES = {"default": "Default", "known_object": "Known Object"}
+ROLE_SCORES = {f"vcoco.scenario_{number}": f"V-COCO, scenario {number}" for number in (1, 2)}
 SHARES = {
     "clip": "CLIP",
     "clip_local": "CLIP, local",
@@ -58,16 +60,25 @@ class RowScores:
         outcomes: of each seed.
         shares: scores that are counts by picture.
         plain: scores of all pictures together, which have no interval.
+        roles: as `outcomes`, of V-COCO's roles; none elsewhere.
     """
 
     outcomes: tuple[Outcomes, ...]
     shares: dict[str, Share] = field(default_factory=dict)
     plain: dict[str, float] = field(default_factory=dict)
+    roles: tuple[Outcomes, ...] = ()
 
     def groups(self, protocols: Sequence[str], rare: tuple[int, ...] | None) -> list[Scores]:
         """Everything that can be resampled."""
-        groups: list[Scores] = [HoiPrecisions(self.outcomes, tuple(protocols), rare)]
+        groups: list[Scores] = [*self.precisions(protocols, rare)]
         return [*groups, NamedScores(self.shares)] if self.shares else groups
+
+    def precisions(
+        self, protocols: Sequence[str], rare: tuple[int, ...] | None
+    ) -> list[HoiPrecisions | RolePrecisions]:
+        """Those that each seed has its own values of."""
+        found: list[HoiPrecisions | RolePrecisions] = [HoiPrecisions(self.outcomes, tuple(protocols), rare)]
+        return [*found, RolePrecisions(self.roles)] if self.roles else found
 
 
 def layouts_digest(layouts: Sequence[Layout]) -> str:
@@ -112,8 +123,11 @@ def build_report(
         groups = row.groups(protocols, rare)
         report["rows"][name] = once(groups, pictures) | row.plain
         report["intervals"][name] = intervals(groups, counts)
-        by_seed = HoiPrecisions(row.outcomes, tuple(protocols), rare).by_seed(np.ones((1, pictures)))
-        report["by_seed"][name] = {score: values[:, 0].tolist() for score, values in by_seed.items()}
+        report["by_seed"][name] = {
+            score: values[:, 0].tolist()
+            for group in row.precisions(protocols, rare)
+            for score, values in group.by_seed(np.ones((1, pictures))).items()
+        }
     ceiling = report["rows"].get(CEILING)
     if ceiling is not None:
         for name, values in report["rows"].items():
@@ -140,35 +154,42 @@ def format_report(report: Mapping[str, Any]) -> str:
         }
         corner = f"mAP, {protocol}, %"
         lines += [*markdown_block(rows, spread, ROWS, columns, corner, shares=report["share_of_ceiling"]), ""]
-    for titles, corner, percent in ((SHARES, "%", True), (PLAIN, "", False)):
+    for titles, corner, percent in (
+        (ROLE_SCORES, "role AP, %", True),
+        (SHARES, "%", True),
+        (PLAIN, "", False),
+    ):
         columns = {n: title for n, title in titles.items() if any(n in row for row in rows.values())}
         if columns:
-            lines += [*markdown_block(rows, spread, ROWS, columns, corner, percent), ""]
+            of_ceiling = report["share_of_ceiling"] if titles is ROLE_SCORES else None
+            lines += [*markdown_block(rows, spread, ROWS, columns, corner, percent, of_ceiling), ""]
     return "\n".join([*lines, *_described(report)])
 
 
 def _described(report: Mapping[str, Any]) -> list[str]:
-    seeds = ", ".join(map(str, report["seeds"])) or "none"
+    seeds = f"seeds {', '.join(map(str, report['seeds']))}; " if report["seeds"] else ""
     lines = [
         f"{report['pictures']} layouts of {report['data']} ({report['split']}), {report['classes']}; "
-        f"detector {report['detector']}; seeds {seeds}; 95% intervals by {report['resamples']} resamplings "
+        f"detector {report['detector']}; {seeds}95% intervals by {report['resamples']} resamplings "
         f"of pictures"
     ]
     if report["limit"] is not None:
         lines.append(f"limited to {report['limit']} layouts of {report['of']}, chosen to balance classes")
     if report.get("model") is not None:
         adapters = ", ".join(str(at) for at in report["adapters"].values()) or "no adapter"
+        scale = report["guidance_scale"]
+        guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
         lines.append(
             f"{report['model']} with {adapters}, {report['size']} px, {report['steps']} steps, "
-            f"guidance {report['guidance_scale']}, {report['dtype']} on {report['device']}"
+            f"{guidance}, {report['dtype']} on {report['device']}"
             + (", drawn as the paper's script does" if report["paper"] else "")
         )
     if report.get("items_left_out"):
         lines.append(f"{report['items_left_out']} interactions and entities are more than the adapter takes")
-    if CEILING in report["rows"]:
-        lines.append("in round brackets: the share of what real pictures of the same size score, the ceiling")
-    else:
+    if CEILING not in report["rows"]:
         lines.append("no ceiling: there are no real pictures, or no detections in them")
+    elif len(report["rows"]) > 1:
+        lines.append("in round brackets: the share of what real pictures of the same size score, the ceiling")
     if (calibration := report.get("calibration")) is not None:
         lines.append(
             f"verbs at the true boxes of {calibration['pairs']} pairs in real pictures: right among the "
@@ -192,9 +213,10 @@ def save_report(file: Path, report: Mapping[str, Any], rows: Mapping[str, RowSco
     """
     tensors: dict[str, np.ndarray] = {}
     for name, row in rows.items():
-        for number, one in enumerate(row.outcomes):
-            for array in (*Outcomes.ARRAYS, "truth_known"):
-                tensors[f"{name}/outcomes/{number}/{array}"] = np.ascontiguousarray(getattr(one, array))
+        for kind, of_seeds in (("outcomes", row.outcomes), ("roles", row.roles)):
+            for number, one in enumerate(of_seeds):
+                for array in Outcomes.ARRAYS:
+                    tensors[f"{name}/{kind}/{number}/{array}"] = np.ascontiguousarray(getattr(one, array))
         for score, share in row.shares.items():
             for part in ("hits", "total"):
                 tensors[f"{name}/shares/{score}/{part}"] = np.asarray(getattr(share, part), dtype=float)
@@ -213,29 +235,22 @@ def load_report(file: Path) -> tuple[dict[str, Any], dict[str, RowScores]]:
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"expected the JSON of evaluate --data at {file}, got {error}") from None
-    keys = ("rows", "pictures", "layouts_digest", "protocols", "detector", "rare")
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"expected the JSON of evaluate --data at {file}, got {reason}") from None
+    keys = ("rows", "pictures", "layouts_digest", "protocols", "detector", "rare", "roles")
     if not isinstance(report, dict) or any(key not in report for key in keys):
         raise DataError(f"expected the JSON of evaluate --data at {file}, got something else")
-    beside = outcomes_file(file)
+    beside, pictures = outcomes_file(file), report["pictures"]
     rows: dict[str, RowScores] = {}
     try:
         with safe_open(beside, "np") as opened:
             names = list(opened.keys())
             for name in report["rows"]:
-                count = len({key.split("/")[2] for key in names if key.startswith(f"{name}/outcomes/")})
-                outcomes = tuple(
-                    Outcomes(
-                        tuple(report["matched_by"]),
-                        report["pictures"],
-                        report["class_count"],
-                        **{
-                            array: opened.get_tensor(f"{name}/outcomes/{number}/{array}")
-                            for array in (*Outcomes.ARRAYS, "truth_known")
-                        },
-                    )
-                    for number in range(count)
+                outcomes = _outcomes(
+                    opened, f"{name}/outcomes/", pictures, report["matched_by"], report["class_count"]
                 )
+                scenarios = [one.name for one in SCENARIOS.values()]
+                roles = _outcomes(opened, f"{name}/roles/", pictures, scenarios, len(report["roles"]))
                 scores = {key.split("/")[2] for key in names if key.startswith(f"{name}/shares/")}
                 shares = {
                     score: Share(
@@ -244,12 +259,29 @@ def load_report(file: Path) -> tuple[dict[str, Any], dict[str, RowScores]]:
                     )
                     for score in sorted(scores)
                 }
-                rows[name] = RowScores(outcomes, shares)
+                rows[name] = RowScores(outcomes, shares, roles=roles)
     except FileNotFoundError:
         raise DataError(f"expected {beside.name} beside {file}, got none") from None
     except (SafetensorError, OSError, KeyError) as error:
         raise DataError(f"expected a whole {beside.name} beside {file}, got {error}") from None
     return report, rows
+
+
+def _outcomes(
+    opened: Any, prefix: str, pictures: int, protocols: Sequence[str], classes: int
+) -> tuple[Outcomes, ...]:
+    """Those of each seed that a file has under a prefix."""
+    keys = list(opened.keys())
+    count = len({key.split("/")[2] for key in keys if key.startswith(prefix)})
+    return tuple(
+        Outcomes(
+            tuple(protocols),
+            pictures,
+            classes,
+            **{array: opened.get_tensor(f"{prefix}{number}/{array}") for array in Outcomes.ARRAYS},
+        )
+        for number in range(count)
+    )
 
 
 def compare_reports(first: Path, second: Path) -> dict[str, dict[str, Difference]]:
@@ -259,9 +291,12 @@ def compare_reports(first: Path, second: Path) -> dict[str, dict[str, Difference
         DataError: they are not of the same pictures and detector, or have no row in common.
     """
     (a, rows_a), (b, rows_b) = load_report(first), load_report(second)
-    for name, what in (("layouts_digest", "layouts"), ("detector", "detector"), ("classes", "classes")):
-        if a[name] != b[name]:
-            raise DataError(f"expected the same {what} in {first} and {second}, got {a[name]} and {b[name]}")
+    if a["layouts_digest"] != b["layouts_digest"]:
+        of = [f"{one['pictures']} of {one['data']} ({one['layouts_digest']})" for one in (a, b)]
+        raise DataError(f"expected the same layouts in {first} and {second}, got {of[0]} and {of[1]}")
+    for what in ("detector", "classes"):
+        if a[what] != b[what]:
+            raise DataError(f"expected the same {what} in {first} and {second}, got {a[what]} and {b[what]}")
     protocols = [name for name in a["protocols"] if name in b["protocols"]]
     common = [name for name in rows_a if name in rows_b]
     if not protocols or not common:
@@ -279,13 +314,26 @@ def compare_reports(first: Path, second: Path) -> dict[str, dict[str, Difference
 
 
 def format_comparison(found: Mapping[str, Mapping[str, Difference]]) -> str:
-    """Differences in markdown, those that are larger than chance marked."""
+    """Differences in markdown, those that are larger than chance marked.
+
+    The row of real pictures is there if it differs, as where their size does, or if it is the only one.
+    """
     lines = ["| row | score | difference, % | larger than chance |", "|---|---|---|---|"]
     for row, scores in found.items():
+        if row == CEILING and len(found) > 1 and not any(one.value for one in scores.values()):
+            continue
         for score, one in scores.items():
             low, high = (100 * end for end in one.interval)
-            lines.append(
-                f"| {ROWS.get(row, row)} | {score} | {100 * one.value:+.2f} [{low:+.2f}, {high:+.2f}] "
-                f"| {'yes' if one.larger_than_chance else 'no'} |"
-            )
+            shown = f"{100 * one.value:+.2f} [{low:+.2f}, {high:+.2f}]"
+            larger = "yes" if one.larger_than_chance else "no"
+            lines.append(f"| {ROWS.get(row, row)} | {_title(score)} | {shown} | {larger} |")
     return "\n".join(lines)
+
+
+def _title(score: str) -> str:
+    """What tables call a score."""
+    protocol, _, rest = score.partition(".")
+    setting, _, subset = rest.partition(".")
+    if subset not in SUBSETS:
+        return (ROLE_SCORES | SHARES).get(score, score)
+    return f"mAP, {protocol}, {SETTING_TITLES[setting]} {SUBSETS[subset]}"

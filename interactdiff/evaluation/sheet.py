@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from interactdiff.evaluation.detection import PictureDetections, PixelBox
+from interactdiff.evaluation.detection import PictureDetections, PixelBox, in_pixels
 from interactdiff.evaluation.hoi import LEAST_IOU, iou
 from interactdiff.evaluation.hoi_matching import Outcomes
 from interactdiff.evaluation.layout_detection import PictureSet, found_in
@@ -48,11 +48,20 @@ def picture_scores(outcomes: Outcomes) -> np.ndarray:
 
 
 def chosen(scores: np.ndarray, count: int = ACROSS) -> dict[str, list[int]]:
-    """Numbers of the best, the median and the worst pictures, each best first."""
+    """Numbers of the best, the median and the worst pictures, each best first and no picture twice.
+
+    Where there are fewer than three times `count`, each kind has about a third of them.
+    """
     order = [int(n) for n in np.argsort(-scores, kind="stable") if not np.isnan(scores[n])]
-    best, worst = order[:count], order[max(len(order) - count, 0) :]
-    start = max(0, (len(order) - count) // 2)
-    return {"best": best, "median": order[start : start + count], "worst": worst}
+    ends = min(count, max(1, (len(order) + 1) // 3))
+    between = order[ends : len(order) - ends]
+    start = max(0, (len(between) - count) // 2)
+    rows = {
+        "best": order[:ends],
+        "median": between[start : start + count],
+        "worst": order[max(ends, len(order) - ends) :],
+    }
+    return {kind: numbers for kind, numbers in rows.items() if numbers}
 
 
 def evaluation_sheet(run: "LayoutRun", evaluation: "Evaluation") -> Image.Image:
@@ -65,7 +74,8 @@ def evaluation_sheet(run: "LayoutRun", evaluation: "Evaluation") -> Image.Image:
     wanted = {number for of_kind in numbers.values() for number in of_kind}
     by_number = dict(_looked_up(run, evaluation, pictures, wanted, scores))
     rows = {kind: [by_number[number] for number in of_kind] for kind, of_kind in numbers.items()}
-    return sheet(rows, f"{ROWS.get(name, name)}, {run.data.name}, detector {run.detector_name}")
+    seed = f", seed {pictures.seed}" if len(evaluation.sets[name]) > 1 else ""
+    return sheet(rows, f"{ROWS.get(name, name)}{seed}, {run.data.name}, detector {run.detector_name}")
 
 
 def _looked_up(
@@ -80,7 +90,7 @@ def _looked_up(
         if number in wanted:
             picture = pictures.picture(layout)
             size = found.size or layout.size or (CELL, CELL)
-            image = picture.image if picture.source is not None else Image.new("RGB", size, "white")
+            image = picture.open() if picture.there else Image.new("RGB", size, "white")
             yield number, SheetPicture(float(scores[number]), layout, found, image)
 
 
@@ -144,8 +154,9 @@ def _with_boxes(one: SheetPicture) -> Image.Image:
     across, down = inner[0] / size[0], inner[1] / size[1]
     most = max(1, len(one.layout.interactions))
     labels = []
-    for pair in sorted(one.found.pairs, key=lambda pair: -pair.score)[:most]:
-        person, thing = one.found.persons[pair.person], one.found.objects[pair.object]
+    pairs = [(pair, thing) for pair in one.found.pairs if (thing := one.found.object_of(pair)) is not None]
+    for pair, thing in sorted(pairs, key=lambda both: -both[0].score)[:most]:
+        person = one.found.persons[pair.person]
         colour = _colour(one, pair.verb, thing.name, person.box, thing.box, size)
         for x0, y0, x1, y1 in (person.box, thing.box):
             draw.rectangle(_ordered(x0 * across, y0 * down, x1 * across, y1 * down), outline=colour, width=2)
@@ -153,8 +164,8 @@ def _with_boxes(one: SheetPicture) -> Image.Image:
         labels.append((words, person.box[0] * across, person.box[1] * down, colour))
     for interaction in one.layout.interactions:
         for share in (interaction.subject_box, interaction.object_box):
-            box = share[0] * inner[0], share[1] * inner[1], share[2] * inner[0] - 1, share[3] * inner[1] - 1
-            _dashed(draw, box, WANTED)
+            x0, y0, x1, y1 = in_pixels(share, inner)
+            _dashed(draw, (x0, y0, x1 - 1, y1 - 1), WANTED)
     for label in labels:
         _label(draw, *label)
     return cell
@@ -167,8 +178,7 @@ def _colour(
     same = [i for i in one.layout.interactions if (i.action, i.object) == (verb, thing)]
 
     def near(share: PixelBox, found: PixelBox) -> bool:
-        pixels = share[0] * size[0], share[1] * size[1], share[2] * size[0], share[3] * size[1]
-        return iou(pixels, found) >= LEAST_IOU
+        return iou(in_pixels(share, size), found) >= LEAST_IOU
 
     if any(near(i.subject_box, person) and near(i.object_box, object_) for i in same):
         return RIGHT

@@ -221,8 +221,9 @@ def _pairs(
                     of_scene.append(Entity(word, box))
             items.append(of_scene)
         images = _drawn(pipeline, prompts, items, [one.scene.seed for _, one in batch], options)
-        for number, (job, found) in enumerate(zip(batch, _detected(images, detector), strict=True), first):
-            _count_pair(counts, number, *job, found)
+        seen = zip(batch, _detected(images, detector), strict=True)
+        for number, ((known, one), found) in enumerate(seen, first):
+            _count_pair(counts, number, known, one, found)
     return counts.scores(options.seed)[0]
 
 

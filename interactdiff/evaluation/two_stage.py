@@ -65,7 +65,7 @@ class VerbScorer(Protocol):
         ...
 
 
-def _on(inputs: Any, model: Any) -> dict[str, Any]:
+def on_device(inputs: Any, model: Any) -> dict[str, Any]:
     """A processor's output on the model's device, numbers with fractions in its dtype."""
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
@@ -114,7 +114,9 @@ class ClosedBoxes:
         if not set(labels.values()) & set(names):
             known = ", ".join(list(labels.values())[:5])
             raise ModelError(f"expected a model of {', '.join(names[:5])} ..., got one of {known} ...")
-        outputs = self.model(**_on(self.processor(images=list(images), return_tensors="pt"), self.model))
+        outputs = self.model(
+            **on_device(self.processor(images=list(images), return_tensors="pt"), self.model)
+        )
         results = self.processor.post_process_object_detection(
             outputs, threshold=0.0, target_sizes=_target_sizes(images)
         )
@@ -179,7 +181,7 @@ class PhraseBoxes:
             truncation=True,
             return_tensors="pt",
         )
-        outputs = self.model(**_on(inputs, self.model))
+        outputs = self.model(**on_device(inputs, self.model))
         sizes = _target_sizes(images)
         if not owl:
             return _phrase_instances(outputs, inputs["input_ids"], self.processor.tokenizer, names, images)
@@ -252,7 +254,7 @@ class TwoStageDetector:
 
     def detect(self, pictures: Sequence[Picture]) -> list[PictureDetections]:
         """What is in each picture; one at a time, so that nothing depends on what is looked at together."""
-        return [self._one(picture.image) for picture in pictures]
+        return [self._one(picture.open()) for picture in pictures]
 
     def _one(self, image: Image.Image) -> PictureDetections:
         found = self.box_detector.boxes([image], self.names)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from interactdiff.data.classes import SUBJECT
 from interactdiff.errors import ModelError
 from interactdiff.evaluation.detection import PixelBox
-from interactdiff.evaluation.two_stage import Candidate, _on
+from interactdiff.evaluation.two_stage import Candidate, on_device
 
 MARGIN = 0.1  # of the union's sides, around the crop
 PERSON_COLOUR, OBJECT_COLOUR = "red", "blue"
@@ -54,9 +54,9 @@ class ContrastiveVerbs:
     ) -> list[dict[str, float]]:
         """For each candidate, a probability of each verb; they add up to 1."""
         crops = [union_crop(image, one.person, one.object) for one in candidates]
-        pictures = _normalised(
+        pictures = normalised(
             self.model.get_image_features(
-                **_on(self.processor(images=crops, return_tensors="pt"), self.model)
+                **on_device(self.processor(images=crops, return_tensors="pt"), self.model)
             )
         )
         found = []
@@ -72,11 +72,11 @@ class ContrastiveVerbs:
             sentences = [verb_sentence(verb, thing) for verb in verbs]
             padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
             inputs = self.processor(text=sentences, padding=padding, truncation=True, return_tensors="pt")
-            self._texts[thing] = _normalised(self.model.get_text_features(**_on(inputs, self.model)))
+            self._texts[thing] = normalised(self.model.get_text_features(**on_device(inputs, self.model)))
         return self._texts[thing]
 
 
-def _normalised(features: Any) -> Tensor:
+def normalised(features: Any) -> Tensor:
     """Features of length 1; newer versions of transformers wrap them."""
     features = getattr(features, "pooler_output", features)
     return features / features.norm(dim=-1, keepdim=True)
@@ -103,7 +103,7 @@ class VisionLanguage:
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        return _on(self.processor(images=[image], text=[text], return_tensors="pt"), self.model)
+        return on_device(self.processor(images=[image], text=[text], return_tensors="pt"), self.model)
 
     @torch.no_grad()
     def yes(self, image: Image.Image, question: str) -> float:

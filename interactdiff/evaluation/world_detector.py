@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from interactdiff.evaluation.detection import DetectedPair, Instance, Picture, PictureDetections
+from interactdiff.evaluation.detection import DetectedPair, Instance, Picture, PictureDetections, in_pixels
 from interactdiff.evaluation.sampling import reduced
-from interactdiff.scene_checks import Box
 from interactdiff.stickworld.detector import Detector, Found
 
 
@@ -26,9 +25,10 @@ class StickworldDetector:
         """What is in each picture."""
         found = []
         for picture in pictures:  # one by one: what a batch holds changes the last bits of what is found
-            pixels = torch.from_numpy(np.asarray(picture.image).copy()).permute(2, 0, 1).float() / 255
+            image = picture.open()
+            pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
             detections = self.detector.detect(reduced(pixels[None], self.detector.size))[0]
-            size = picture.image.size
+            size = image.size
             persons, objects = detections.persons, detections.objects
             pairs = tuple(
                 DetectedPair(_place(persons, one.person), _place(objects, one.object), one.action, one.score)
@@ -43,9 +43,4 @@ def _place(things: Sequence[Found], thing: Found) -> int:
 
 
 def _instances(things: Sequence[Found], size: tuple[int, int]) -> tuple[Instance, ...]:
-    return tuple(Instance(one.name, _pixels(one.box, size), one.score) for one in things)
-
-
-def _pixels(box: Box, size: tuple[int, int]) -> Box:
-    width, height = size
-    return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    return tuple(Instance(one.name, in_pixels(one.box, size), one.score) for one in things)

@@ -1,5 +1,6 @@
 """From a scene to what one denoiser call needs: how strongly it acts there, and on which rows."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from interactdiff.calls import Call, scenes_of_rows
 from interactdiff.interaction.site_state import ControlledSite, SceneTokenTable, SiteState
 from interactdiff.scene import SceneError
 from interactdiff.schedule import refreshes, scheduled
+
+KEPT_RUNS = 16  # of which what was added last is kept, beside the one under way
 
 
 class ActiveScene:
@@ -36,9 +39,9 @@ class ActiveScene:
         self._scale: tuple[float, Tensor] | None = None
         self._rows: dict[tuple[Any, ...], tuple[Tensor, Tensor | None] | None] = {}
         self._autocast: torch.dtype | None = None
-        self._threads: dict[int, list[Tensor | None]] = {}  # what each has kept at every site
-        self._kept_for: dict[int, tuple[Any, ...]] = {}
-        self._thread = -1
+        self._runs: OrderedDict[Any, list[Tensor | None]] = OrderedDict()  # what each has kept at every site
+        self._kept_for: dict[Any, tuple[Any, ...]] = {}
+        self._run: Any = None
 
     def __str__(self) -> str:
         """In words."""
@@ -80,12 +83,13 @@ class ActiveScene:
         found = self._rows_of(call)
         if found is None:
             return None
-        self._take_kept(call.thread)
+        keep = self._fast and step is not None
+        run = (call.thread, id(call.pipeline), parts) if keep else None
+        self._take_kept(run)
         for site in self._sites:
             site.prepare(self._table.tokens, grid)
         rows, controlled = found
-        reuse = self._may_reuse(call.thread, step, (batch, parts, grid, value))
-        keep = self._fast and step is not None
+        reuse = step is not None and self._may_reuse(run, step, (batch, grid, value))
         mask = self._table.attn_mask(rows, grid)
         return SiteState(scale, batch, grid, None, rows, controlled, mask, reuse, keep)
 
@@ -107,20 +111,26 @@ class ActiveScene:
             self._scale = value, torch.tensor(value, device=device)
         return self._scale[1]
 
-    def _take_kept(self, thread: int) -> None:
-        """Put what this thread's last call has kept in the place of another thread's."""
-        if thread != self._thread:
-            self._threads[self._thread] = [site.kept for site in self._sites]
-            kept = self._threads.pop(thread, [None] * len(self._sites))
-            for site, one in zip(self._sites, kept, strict=True):
-                site.kept = one
-            self._thread = thread
+    def _take_kept(self, run: Any) -> None:
+        """Put what a run's last call has kept in the place of another run's.
 
-    def _may_reuse(self, thread: int, step: int | None, kept_for: tuple[Any, ...]) -> bool:
+        A run is one thread's calls from one pipeline with one kind of rows.
+        """
+        if run == self._run:
+            return
+        self._runs[self._run] = [site.kept for site in self._sites]
+        kept = self._runs.pop(run, [None] * len(self._sites))
+        for site, one in zip(self._sites, kept, strict=True):
+            site.kept = one
+        self._run = run
+        while len(self._runs) > KEPT_RUNS:  # most of them are over
+            self._kept_for.pop(self._runs.popitem(last=False)[0], None)
+
+    def _may_reuse(self, run: Any, step: int, kept_for: tuple[Any, ...]) -> bool:
         """Whether what was added last serves this call; if not, it is to be computed again."""
-        same = self._kept_for.get(thread) == kept_for
-        self._kept_for[thread] = kept_for
-        return self._fast and step is not None and same and not refreshes(step)
+        same = self._kept_for.get(run) == kept_for
+        self._kept_for[run] = kept_for
+        return self._fast and same and not refreshes(step)
 
     def _rows_of(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """For each controlled row of the batch its tokens, and which rows those are if not all; or None."""
@@ -139,6 +149,6 @@ class ActiveScene:
 
     def _forget(self) -> None:
         self._kept_for.clear()
-        self._threads.clear()
+        self._runs.clear()
         for site in self._sites:
             site.forget()

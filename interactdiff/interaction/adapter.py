@@ -255,4 +255,4 @@ class InteractionAdapter(Adapter):
         Raises:
             OSError: the folder cannot be written.
         """
-        save_adapter_files(path, self.config.to_json(), self.state_dict())
+        save_adapter_files(path, self.config.to_json(), self.exact_state())

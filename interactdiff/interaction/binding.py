@@ -1,7 +1,8 @@
 """InteractDiffusion attached: from the items of a scene to what its sites read in each denoiser call."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from interactdiff.interaction.active_scene import ActiveScene
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.joint import SceneTokens
 from interactdiff.interaction.maps import AttentionRecorder
-from interactdiff.interaction.phrases import pipeline_phrases
+from interactdiff.interaction.phrases import encoder_names, pipeline_phrases
 from interactdiff.interaction.site_state import SceneTokenTable
 from interactdiff.interaction.tokens import Item, check_count, scene_phrases
 from interactdiff.interaction.transformer import TransformerInteractions
@@ -65,6 +66,14 @@ class InteractionBinding(Binding):
         if not any(item.strength for scene in items for item in scene):
             return None
         return ActiveScene(self.sites, self._tokens(items), strength, shares, fast)
+
+    def components(self) -> Mapping[str, Any]:
+        """The tokenizers and text encoders that phrases are encoded with."""
+        pipeline = self.host.pipeline
+        if pipeline is None or self.host.phrase_encoder is not None:
+            return {}
+        pairs = encoder_names(pipeline, self.adapter.config.phrases)
+        return {name: getattr(pipeline, name, None) for pair in pairs for name in pair}
 
     def use(self, encoded: ActiveScene | None) -> None:
         """Act by a scene from the next call on."""

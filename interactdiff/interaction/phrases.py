@@ -55,14 +55,17 @@ def pipeline_phrases(
     return encode
 
 
+def encoder_names(pipeline: Any, features: PhraseFeatures) -> list[tuple[str, str]]:
+    """The tokenizers and text encoders that make features, by their names in the pipeline."""
+    alone = features == "mean" or known_family(denoiser_of(pipeline)).name == "Flux"
+    names = [(f"tokenizer{end}", f"text_encoder{end}") for end in (("",) if alone else ("", "_2"))]
+    return [pair for pair in names if hasattr(pipeline, pair[1])]
+
+
 def _encoders(pipeline: Any, features: PhraseFeatures) -> list[tuple[Any, Any]]:
     """The pairs of tokenizer and text encoder that make features; none if one of them is missing."""
-    alone = features == "mean" or known_family(denoiser_of(pipeline)).name == "Flux"
-    pairs = [
-        (getattr(pipeline, f"tokenizer{end}"), getattr(pipeline, f"text_encoder{end}"))
-        for end in (("",) if alone else ("", "_2"))
-        if hasattr(pipeline, f"text_encoder{end}")
-    ]
+    names = encoder_names(pipeline, features)
+    pairs = [(getattr(pipeline, tokenizer), getattr(pipeline, encoder)) for tokenizer, encoder in names]
     return [] if any(part is None for pair in pairs for part in pair) else pairs
 
 

@@ -182,4 +182,4 @@ class SubjectAdapter(Adapter):
             OSError: the folder cannot be written.
         """
         config = {"method": METHOD, "version": VERSION} if self.config is None else self.config.to_json()
-        save_adapter_files(path, config, self.state_dict())
+        save_adapter_files(path, config, self.exact_state())

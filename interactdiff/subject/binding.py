@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,7 @@ class SubjectBinding(Binding):
         self._pass_weight = 0.0  # of the encoder, in a pass over a reference
         self._returned: dict[int, tuple[float, Tensor]] = {}
         self._given: tuple[Tensor, tuple[tuple[Box, ...], ...], tuple[float, ...]] | None = None
+        self._autocast: torch.dtype | None = None
 
     def configure(
         self,
@@ -202,6 +203,14 @@ class SubjectBinding(Binding):
         self.use(None)
         self._given = tokens, tuple(map(tuple, boxes)), tuple(weights)
 
+    def components(self) -> Mapping[str, Any]:
+        """What references and their prompts are encoded with."""
+        names = (
+            "vae",
+            *(f"{kind}{end}" for kind in ("tokenizer", "text_encoder") for end in ("", "_2", "_3")),
+        )
+        return {name: one for name in names if (one := getattr(self.host.pipeline, name, None)) is not None}
+
     def use(self, encoded: SubjectScene | None) -> None:
         """Act by a scene from the next call on."""
         self.clear()
@@ -218,6 +227,10 @@ class SubjectBinding(Binding):
 
     def prepare(self, call: Call) -> Collection[Edit]:
         """Lay out the call's keys and the encoder's results at every site."""
+        if self._autocast != call.autocast:  # keys and values are made in it
+            self._autocast = call.autocast
+            for site in self._encoders:
+                site.forget()
         if call.is_pass:
             return self._prepare_pass(call)
         if self._given is not None:

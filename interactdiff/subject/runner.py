@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from interactdiff.adapter import Host
 from interactdiff.calls import Call
 from interactdiff.families import Grid
+from interactdiff.fingerprints import fingerprint
 from interactdiff.handle import attached_bindings
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.features import FeatureCache, Features, Reference
@@ -70,8 +71,8 @@ class ReferenceRunner:
         """
         passes = self.passes()
         prompt = subject.reference_prompt or subject.phrase
-        key: Any = (subject.image, subject.mask, prompt, id(passes.pipeline.vae), id(self.segmenter))
-        key += (versions(self._adapter),)
+        key: Any = (subject.image, subject.mask, prompt, id(self.segmenter))
+        key += (fingerprint(passes.pipeline.vae), fingerprint(self._adapter))
         text = passes.text(prompt)
         kept = self._references.get(key)
         if kept is not None and kept.same_text(text):
@@ -119,7 +120,7 @@ class ReferenceRunner:
         if fresh is not None:
             noise = torch.randn(reference.noise.shape, generator=torch.Generator().manual_seed(fresh))
             return self._run(call, passes, reference, now, gap, shift, noise)
-        dtype = str(self._host.denoiser.dtype)
+        dtype = self._host.denoiser.dtype, call.autocast
         run = (reference, passes.call_key(call), self._weights_key(call), dtype, gap, shift, key)
 
         def place(time: Time) -> Any:
@@ -193,21 +194,6 @@ class ReferenceRunner:
         run = (call.thread, id(call.pipeline))
         if self._weights is None or self._weights[0] != run or step is None or step[0] == 0:
             bindings = attached_bindings(self._host.denoiser)
-            others = tuple((one.adapter.name, versions(one.adapter), one.pass_key()) for one in bindings)
-            self._weights = run, (versions(self._host.denoiser), others)
+            others = tuple((one.adapter.name, fingerprint(one.adapter), one.pass_key()) for one in bindings)
+            self._weights = run, (fingerprint(self._host.denoiser), others)
         return self._weights[1]
-
-
-def versions(module: nn.Module) -> tuple[Any, ...]:
-    """What tells whether a module's weights, LoRAs and their scales are those that they were."""
-    parameters = tuple((id(one), one._version) for one in module.parameters())
-    scales: list[Any] = []
-    for part in module.modules():
-        if isinstance(scaling := getattr(part, "scaling", None), dict):  # a LoRA of peft
-            active = tuple(getattr(part, "active_adapters", ()))
-            scales.append((active, tuple(scaling.items()), getattr(part, "disable_adapters", None)))
-        if (scale := getattr(getattr(part, "processor", None), "scale", None)) is not None:  # an IP-Adapter
-            scales.append(str(scale))
-        if hasattr(part, "s1"):  # FreeU
-            scales.append(tuple(getattr(part, name, None) for name in ("s1", "s2", "b1", "b2")))
-    return parameters, tuple(scales)

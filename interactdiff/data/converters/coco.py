@@ -25,9 +25,10 @@ class Instances:
 
     Args:
         path: `instances_*.json`.
+        crowds: keep those too; their boxes are around all of a crowd.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, crowds: bool = False):
         self.pictures: dict[int, tuple[str, int, int]] = {}
         self.names: dict[int, str] = {}
         self.crowds = 0
@@ -38,7 +39,7 @@ class Instances:
                     self.pictures[row["id"]] = row["file_name"], row["width"], row["height"]
                 elif key == "categories":
                     self.names[row["id"]] = row["name"]
-                elif row.get("iscrowd"):
+                elif row.get("iscrowd") and not crowds:
                     self.crowds += 1
                 else:
                     columns[0].extend((row["image_id"], row["id"]))
@@ -51,6 +52,16 @@ class Instances:
         self.of, self.ids = pairs[order].T
         self.categories = np.frombuffer(columns[1], np.int64)[order]
         self.boxes = np.frombuffer(columns[2], np.float64).reshape(-1, 4)[order]
+
+    def picture(self, number: int) -> tuple[str, int, int]:
+        """Name, width and height of a picture.
+
+        Raises:
+            DataError: there is none of that number.
+        """
+        if number not in self.pictures:
+            raise DataError(f"expected the picture {number} in COCO's instances, got none")
+        return self.pictures[number]
 
     def of_picture(self, picture: int) -> range:
         """The numbers of a picture's boxes."""
