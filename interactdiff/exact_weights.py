@@ -29,7 +29,7 @@ class ExactWeights:
             return
         exact = self.of(own)
         self._kept.pop(id(own), None)
-        if exact.dtype != dtype:
+        if exact.dtype != dtype and not own.is_meta:
             self._kept[id(own)] = own, exact.detach().cpu()
         own.data = exact.detach().to(device, dtype)
 

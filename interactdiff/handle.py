@@ -224,14 +224,15 @@ def attach(
     bindings = [adapter.bind(host) for adapter in adapters]
     controller.check(bindings)
     device = torch.device(denoiser.device if pipeline is None else cast(Any, pipeline)._execution_device)
-    if device.type == "meta":  # offloaded layer by layer: where it runs is known in each call
-        device = torch.device("cpu")
     try:
         with plain_tensors():
             for binding in bindings:
+                place = device
+                if device.type == "meta" and not any(one.is_meta for one in binding.adapter.parameters()):
+                    place = torch.device("cpu")  # offloaded layer by layer: each call knows where it runs
                 if not binding.adapter.training:
-                    binding.adapter.cast(device, denoiser.dtype)
-                binding.follow(device)
+                    binding.adapter.cast(place, denoiser.dtype)
+                binding.follow(place)
     except BaseException:
         for binding in bindings:
             binding.adapter.restore()

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from tiny import RIDING, Calls, close, trained_adapter
-from tiny_bases import tiny_base
 from tiny_dit import draw, trained_joint_adapter
 from tiny_subject import dog, half_mask, picture
 from torch import Tensor
@@ -387,50 +386,3 @@ def test_several_pictures_of_one_subject_are_seen_together(pipe: Any) -> None:
     together = drawn(pipe, dog(0), dog(1))
     assert not torch.allclose(together, alone, atol=1e-4)
     assert torch.allclose(drawn(pipe, dog(1), dog(0)), together, atol=1e-4)
-
-
-# --- refused ---
-
-
-def test_what_cannot_be_drawn_is_refused_in_words(pipe: Any, flux_pipe: Any) -> None:
-    with attach(pipe, SubjectAdapter()) as handle:
-        with pytest.raises(SceneError, match="subjects: expected at most 8, got 9"):
-            handle.set_scene([dog()] * 9)
-        with pytest.raises(SceneError, match=r"expected settings of encoder_weight, .*, got 'beta'"):
-            handle["subject"].configure(beta=0.2)
-        with pytest.raises(SceneError, match="guidance_share: expected a number from 0 to 1, got 2"):
-            handle["subject"].configure(guidance_share=2)
-    bare = "expected a pipeline with a VAE and text encoders"
-    with attach(pipe.unet, SubjectAdapter()) as handle, pytest.raises(AdapterError, match=bare):
-        handle.set_scene([dog()])
-    of_interactions = "expected an attached adapter of interaction"
-    with attach(flux_pipe, SubjectAdapter()) as handle, pytest.raises(SceneError, match=of_interactions):
-        handle.set_scene([RIDING])
-
-
-def test_the_base_is_refused_by_its_family() -> None:
-    with pytest.raises(
-        AdapterError, match="expected a denoiser of U-Net, Flux, SD3 for subjects, got Chroma"
-    ):
-        attach(tiny_base("Chroma"), SubjectAdapter())
-
-
-def test_a_scheduler_without_alphas_is_refused(pipe: Any) -> None:
-    from diffusers import EDMEulerScheduler
-
-    with attached(pipe, dog()):
-        pipe.scheduler = EDMEulerScheduler()
-        with pytest.raises(
-            AdapterError, match=r"expected a scheduler of 1000 alphas_cumprod .*, got EDMEuler"
-        ):
-            draw(pipe)
-
-
-def test_a_phrase_that_the_prompt_does_not_name_is_a_warning(pipe: Any) -> None:
-    with attach(pipe, SubjectAdapter()) as handle:
-        with pytest.warns(
-            UserWarning, match="'dog': expected its phrase in the prompt, got 'a cat': name it"
-        ):
-            handle.set_scene([dog()], prompt="a cat")
-        with pytest.warns(UserWarning, match="its whole picture is taken"):
-            handle.set_scene([Subject("dog", picture())], prompt="a Dog")
