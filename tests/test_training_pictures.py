@@ -93,7 +93,7 @@ def test_each_base_is_trained_saved_loaded_and_drawn(
 
 
 def trained(file: Path, processes: int, *runs: Mapping[str, Any], killed_at: Path) -> str:
-    """Run a recipe's file with each of some changes, on processes that torchrun starts once.
+    """Run a recipe's file, or another, with each of some changes, on processes that torchrun starts once.
 
     One of them is killed as soon as a folder is there.
 
@@ -103,8 +103,8 @@ def trained(file: Path, processes: int, *runs: Mapping[str, Any], killed_at: Pat
     lines = []
     for run in runs:
         again = ["--resume_from_checkpoint", str(run["resume"]), "--overwrite"] if "resume" in run else []
-        values = [f"{key}={value}" for key, value in run.items() if key != "resume"]
-        lines.append(["train", str(file), *again, "--set", *values])
+        values = [f"{key}={value}" for key, value in run.items() if key not in ("resume", "file")]
+        lines.append(["train", str(run.get("file", file)), *again, "--set", *values])
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = Path(__file__).with_name("several_trainings.py")
     command = [sys.executable, "-m", *torchrun, str(script), json.dumps(lines), str(killed_at)]
@@ -121,14 +121,17 @@ def logged(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_and_accumulation_are_one_process(
+    pipe: Any, flux_pipe: Any, pictures: Path, tmp_path: Path
+) -> None:
     """1 x 4, 2 x 2 and 2 x 1 in two parts; and a checkpoint of two processes goes on on one.
 
-    Where a process is killed, the other one ends with a sentence, and what it saved goes on.
+    So do weights that are sharded, and layers that stand in for the base's. Where a process is killed, the
+    other one ends with a sentence, and what it saved goes on.
     """
     pipe.save_pretrained(tmp_path / "base")
-    options = {"max_grad_norm": 0.1, "ema_decay": 0.9, "log_every": 1, "checkpoint_every": 3, "steps": 6}
-    options |= {"sample_every": 6, "validation": {"count": 1, "steps": 1}, "checkpoints_total_limit": 5}
+    options = {"max_grad_norm": 0.1, "ema_decay": 0.9, "log_every": 1, "checkpoint_every": 2, "steps": 4}
+    options |= {"sample_every": 4, "validation": {"count": 1, "steps": 1}, "checkpoints_total_limit": 5}
     options |= {"warmup_steps": 5}  # accelerate would take a step of a schedule for each process
     config = config_of(tmp_path / "base", pictures, tmp_path, batch_size=4, **options)
     file = tmp_path / "recipe.yaml"
@@ -142,15 +145,24 @@ def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Pat
     ]
     changes[-2]["shard"] = "true"
     changes[-1]["steps"] = 10_000
-    changes.insert(-1, changes[-2] | {"resume": tmp_path / "sharded/checkpoint-3"})
-    said = trained(file, 2, *changes, killed_at=tmp_path / "left/checkpoint-6")
+    changes.insert(-1, changes[-2] | {"resume": tmp_path / "sharded/checkpoint-2"})
+    flux_pipe.save_pretrained(tmp_path / "flux")
+    layers = config_of(tmp_path / "flux", pictures, tmp_path / "layers", batch_size=4, log_every=1)
+    del layers["adapter"]
+    layers |= {"recipe": "distill_pictures", "clear": {"window": 1, "down_factor": 2}}
+    (tmp_path / "layers.yaml").write_text(yaml.safe_dump(layers))
+    distilled = make_recipe(layers).train()
+    alike = {"file": tmp_path / "layers.yaml", "output_dir": tmp_path / "layers-two", "batch_size": 2}
+    changes.insert(0, alike)
+    said = trained(file, 2, *changes, killed_at=tmp_path / "left/checkpoint-4")
     assert "interactdiff: expected all 2 processes to go on, got one that ended" in said, said[-3000:]
     assert "parameters, sharded; base" in said
+    assert logged(tmp_path / "layers-two") == pytest.approx(distilled, rel=1e-5)
     for name in ("two", "parts", "sharded"):
-        again = one[3:] if name == "sharded" else []
+        again = one[2:] if name == "sharded" else []
         assert logged(tmp_path / name) == pytest.approx([*one, *again], rel=1e-5)
-        assert (tmp_path / name / "samples/000006.png").is_file()
-        mine, theirs = (checkpoint_of(tmp_path / run, 6) for run in ("run", name))
+        assert (tmp_path / name / "samples/000004.png").is_file()
+        mine, theirs = (checkpoint_of(tmp_path / run, 4) for run in ("run", name))
         for key, tensor in mine.items():
             assert torch.allclose(tensor, theirs[key], rtol=1e-4, atol=1e-5), key
         made, exported = (
@@ -160,21 +172,21 @@ def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Pat
         for key, tensor in made.items():
             assert torch.allclose(tensor, exported[key], rtol=1e-3, atol=1e-4), key
 
-    alone = make_recipe(config | {"output_dir": str(tmp_path / "sharded"), "shard": True, "stop_at": 4})
-    alone.resume(str(tmp_path / "sharded/checkpoint-3"))
-    assert alone.train(overwrite=True) == pytest.approx(one[3:4], rel=1e-5)
-    wider = config | {"output_dir": str(tmp_path / "two"), "stop_at": 4}
+    alone = make_recipe(config | {"output_dir": str(tmp_path / "sharded"), "shard": True, "stop_at": 3})
+    alone.resume(str(tmp_path / "sharded/checkpoint-2"))
+    assert alone.train(overwrite=True) == pytest.approx(one[2:3], rel=1e-5)
+    wider = config | {"output_dir": str(tmp_path / "two"), "stop_at": 3}
     again = make_recipe(wider)
-    again.resume(str(tmp_path / "two/checkpoint-3"))
-    assert again.train(overwrite=True) == pytest.approx(one[3:4], rel=1e-5)
+    again.resume(str(tmp_path / "two/checkpoint-2"))
+    assert again.train(overwrite=True) == pytest.approx(one[2:3], rel=1e-5)
 
-    left = make_recipe(config | {"output_dir": str(tmp_path / "left"), "steps": 10_000, "stop_at": 6})
-    left.resume(str(tmp_path / "left/checkpoint-3"))
-    assert left.train(overwrite=True) == pytest.approx(one[3:], rel=1e-5)
+    left = make_recipe(config | {"output_dir": str(tmp_path / "left"), "steps": 10_000, "stop_at": 4})
+    left.resume(str(tmp_path / "left/checkpoint-2"))
+    assert left.train(overwrite=True) == pytest.approx(one[2:], rel=1e-5)
 
     narrow = make_recipe(config | {"output_dir": str(tmp_path / "narrow"), "batch_size": 2})
     with pytest.raises(RecipeError, match=r"expected global_batch to be 4 as in .*, got 2"):
-        narrow.resume(str(tmp_path / "two/checkpoint-4"))
+        narrow.resume(str(tmp_path / "two/checkpoint-3"))
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(pipe: Any, pictures: Path, tmp_path: Path) -> None:

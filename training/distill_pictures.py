@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
@@ -48,6 +48,12 @@ class DistillPicturesConfig(PicturesConfig):
     output_weight: Rate = 1.0
     attention_weight: Rate = 1.0
     drops: CaptionDrops = Field(default_factory=CaptionDrops)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "DistillPicturesConfig":
+        if self.shard:
+            raise ValueError("shard: expected false for layers that stand in for the base's, got true")
+        return self
 
 
 class CaptionVariation:
@@ -112,10 +118,12 @@ class DistillPicturesRecipe(PictureRecipe[DistillPicturesConfig]):
         yield from texts_of(cast(Any, self.data.records), self.data.framing, self.config.flip > 0)
 
     def condition(self, batch: dict[str, Any]) -> None:
-        """The windows act in every call."""
+        """The windows act in every call; DDP learns that a step begins."""
+        self.model()
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Flow matching, and the teacher's output and attention outputs (section 4, equations 5 to 7)."""
+        self.condition(batch)
         inputs = self.base.noisy(batch, self.device, self.dtype)
         with torch.no_grad():
             wanted = self.base.predict(*inputs, batch)

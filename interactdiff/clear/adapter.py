@@ -81,6 +81,9 @@ class ClearAdapter(Adapter):
             path, _, leaf = name.rpartition(".")
             submodule_at(self, path).register_parameter(leaf, nn.Parameter(tensor))
 
+    def forward(self) -> None:
+        """Nothing: the layers act inside the base; what wraps a module in training waits for this call."""
+
     @classmethod
     def for_denoiser(cls, denoiser: Denoiser, config: ClearConfig | None = None) -> "ClearAdapter":
         """Where distillation starts: copies of the base's projections in float32, pooling by the mean.
