@@ -100,7 +100,11 @@ def trained(file: Path, processes: int, *runs: Mapping[str, Any], killed_at: Pat
     Returns:
         What they said on stderr.
     """
-    lines = [["train", str(file), "--set", *(f"{key}={value}" for key, value in run.items())] for run in runs]
+    lines = []
+    for run in runs:
+        again = ["--resume_from_checkpoint", str(run["resume"]), "--overwrite"] if "resume" in run else []
+        values = [f"{key}={value}" for key, value in run.items() if key != "resume"]
+        lines.append(["train", str(file), *again, "--set", *values])
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = Path(__file__).with_name("several_trainings.py")
     command = [sys.executable, "-m", *torchrun, str(script), json.dumps(lines), str(killed_at)]
@@ -130,22 +134,35 @@ def test_two_processes_and_accumulation_are_one_process(pipe: Any, pictures: Pat
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(config))
     one = make_recipe(config).train()
-    runs = {"two": (2, 1), "parts": (1, 2), "left": (2, 1)}
+    runs = {"two": (2, 1), "parts": (1, 2), "sharded": (1, 2), "left": (2, 1)}
     changes = [
         {"output_dir": tmp_path / name, "export_to": tmp_path / f"{name}-adapter", "processes": 2}
         | {"batch_size": batch_size, "accumulate": accumulate}
         for name, (batch_size, accumulate) in runs.items()
     ]
+    changes[-2]["shard"] = "true"
     changes[-1]["steps"] = 10_000
+    changes.insert(-1, changes[-2] | {"resume": tmp_path / "sharded/checkpoint-3"})
     said = trained(file, 2, *changes, killed_at=tmp_path / "left/checkpoint-6")
     assert "interactdiff: expected all 2 processes to go on, got one that ended" in said, said[-3000:]
-    for name in ("two", "parts"):
-        assert logged(tmp_path / name) == pytest.approx(one, rel=1e-5)
+    assert "parameters, sharded; base" in said
+    for name in ("two", "parts", "sharded"):
+        again = one[3:] if name == "sharded" else []
+        assert logged(tmp_path / name) == pytest.approx([*one, *again], rel=1e-5)
         assert (tmp_path / name / "samples/000006.png").is_file()
         mine, theirs = (checkpoint_of(tmp_path / run, 6) for run in ("run", name))
         for key, tensor in mine.items():
             assert torch.allclose(tensor, theirs[key], rtol=1e-4, atol=1e-5), key
+        made, exported = (
+            InteractionAdapter.from_pretrained(tmp_path / folder).state_dict()
+            for folder in ("adapter", f"{name}-adapter")
+        )
+        for key, tensor in made.items():
+            assert torch.allclose(tensor, exported[key], rtol=1e-3, atol=1e-4), key
 
+    alone = make_recipe(config | {"output_dir": str(tmp_path / "sharded"), "shard": True, "stop_at": 4})
+    alone.resume(str(tmp_path / "sharded/checkpoint-3"))
+    assert alone.train(overwrite=True) == pytest.approx(one[3:4], rel=1e-5)
     wider = config | {"output_dir": str(tmp_path / "two"), "stop_at": 4}
     again = make_recipe(wider)
     again.resume(str(tmp_path / "two/checkpoint-3"))

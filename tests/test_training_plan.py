@@ -72,6 +72,16 @@ def test_what_would_fit_is_named(pipe: Any, tmp_path: Path) -> None:
     assert advice(config, 1.0) == "1 GB: does not fit, whatever is set"
 
 
+def test_sharing_weights_out_takes_less(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    options = ["gradient_checkpointing=true", f"base={tmp_path}", "processes=4", "ema_decay=0.9"]
+    whole, shared = (plan_of(config_of("smoke", *options, f"shard={shard}")) for shard in ("no", "yes"))
+    (adapter,) = (parts for name, parts in whole.parts.items() if name == "adapter, float32")
+    # moments and average go to a quarter, and a quarter of the weights comes beside them
+    assert (whole.total - shared.total) * 1e9 == pytest.approx(adapter * (0.75 * (2 + 1) - 0.25))
+    assert next(smaller(config_of("smoke", *options)))[0] == "shard=true"
+
+
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = str(CONFIGS / "smoke.yaml")
     assert main(["train", file, "--plan", "24", "--set", f"output_dir={tmp_path / 'run'}"]) == 0

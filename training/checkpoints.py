@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from interactdiff.checkpoint import save_tensors
 from interactdiff.errors import DamagedCheckpointError, RecipeError
+from interactdiff.training.sharding import put, whole
 
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 
@@ -131,6 +132,14 @@ def _checksum(file: Path) -> int:
     return crc
 
 
+class Collected(NamedTuple):
+    """What a checkpoint has of weights, moments and average: tensors by name, and the optimizers' rest."""
+
+    model: dict[str, Tensor]
+    training: dict[str, Tensor]
+    optimizers: list[dict[str, Any]]
+
+
 class TrainingState:
     """What a checkpoint is made of.
 
@@ -153,7 +162,25 @@ class TrainingState:
         self.model, self.optimizers, self.schedulers = model, optimizers, schedulers
         self.ema, self.scaler = ema, scaler
 
-    def save(self, folder: Path, run: str, step: int, config: dict[str, Any]) -> None:
+    def collect(self) -> "Collected":
+        """What a checkpoint has of weights, moments and average; of sharded ones every process takes part."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        tensors = dict(self._optimizer_tensors(optimizers))
+        tensors |= {f"ema.{n}": tensor for n, tensor in enumerate(self.ema.shadow_params)}
+        return Collected(
+            {name: whole(tensor) for name, tensor in _tensors_of(self.model).items()},
+            {name: whole(tensor) for name, tensor in tensors.items()},
+            [_without_tensors(one) for one in optimizers],
+        )
+
+    def save(
+        self,
+        folder: Path,
+        run: str,
+        step: int,
+        config: dict[str, Any],
+        collected: "Collected | None" = None,
+    ) -> None:
         """Write a checkpoint into an empty folder.
 
         Args:
@@ -161,26 +188,25 @@ class TrainingState:
             run: the identity of the run.
             step: how many steps were taken.
             config: of the run, as JSON has it.
+            collected: what `collect` gave, where several processes had to take part.
 
         Raises:
             OSError: the files cannot be written.
         """
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        model, tensors, optimizers = collected or self.collect()
         _, keys, *position = cast(tuple[Any, ...], np.random.get_state())
-        tensors = dict(self._optimizer_tensors(optimizers))
-        tensors |= {f"ema.{n}": tensor for n, tensor in enumerate(self.ema.shadow_params)}
         tensors |= {"random.torch": torch.get_rng_state()}
         tensors |= {"random.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
         if torch.cuda.is_available():
             tensors |= {f"random.cuda.{n}": one for n, one in enumerate(torch.cuda.get_rng_state_all())}
-        save_tensors(folder / MODEL, _tensors_of(self.model))
+        save_tensors(folder / MODEL, model)
         save_tensors(folder / TRAINING, tensors)
         version, python, gauss = random.getstate()
         state = SavedState(
             run=run,
             step=step,
             config=config,
-            optimizers=[_without_tensors(one) for one in optimizers],
+            optimizers=optimizers,
             schedulers=[_plain(scheduler.state_dict()) for scheduler in self.schedulers],
             ema_steps=self.ema.optimization_step,
             scaler=None if self.scaler is None else dict(self.scaler.state_dict()),
@@ -223,9 +249,9 @@ class TrainingState:
                     f"expected an optimizer of {sizes} parameters in {checkpoint.folder}, got {got}"
                 )
         for name, tensor in model.items():
-            tensor.copy_(checkpoint.tensors[MODEL][name])
+            put(tensor, checkpoint.tensors[MODEL][name])
         for n, average in averages.items():
-            average.copy_(saved[n])
+            put(average, saved[n])
         self.ema.optimization_step = state.ema_steps
         for n, optimizer in enumerate(self.optimizers):
             self._load_optimizer(n, optimizer, state.optimizers[n], training)
@@ -257,7 +283,7 @@ class TrainingState:
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
+                    state[name] = put(torch.empty_like(parameter), value)
 
     @staticmethod
     def _load_random(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

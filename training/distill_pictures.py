@@ -138,5 +138,5 @@ class DistillPicturesRecipe(PictureRecipe[DistillPicturesConfig]):
 
     def export(self) -> None:
         adapter: ClearAdapter = self.accelerator.unwrap_model(self.model)
-        half = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
+        half = {name: tensor.half() for name, tensor in self.weights().items()}
         ClearAdapter(adapter.config, half).save_pretrained(self.config.export_to)

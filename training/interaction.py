@@ -159,7 +159,7 @@ class InteractionRecipe(PictureRecipe[InteractionConfig]):
 
     def export(self) -> None:
         adapter = self.accelerator.unwrap_model(self.model)
-        half = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
+        half = {name: tensor.half() for name, tensor in self.weights().items()}
         config = self.config
         InteractionAdapter.from_tensors(adapter.config, half).save_pretrained(config.export_to)
         scores = self.scores()

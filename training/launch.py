@@ -74,6 +74,6 @@ def check_strategy() -> None:
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "").lower() == "true":
             raise RecipeError(
-                f"expected DDP (distributed_type: MULTI_GPU), got {name}: the adapter's weights act outside "
-                "its own forward pass, where they must be whole"
+                f"expected DDP (distributed_type: MULTI_GPU), got {name}, which would lack the adapter's "
+                "weights where they act, inside the base: shard=true shares them out"
             )

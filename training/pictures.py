@@ -174,7 +174,8 @@ class PictureRecipe(Recipe[P]):
             f"interactdiff: {len(data.records)} pictures in {len(set(data.buckets))} sizes; steps of "
             f"{config.batch_size} x {config.accumulate} x {self.processes.count} = {config.global_batch}; "
             f"{config.steps} steps are {config.steps * config.global_batch / count:.1f} epochs; adapter "
-            f"{self.started_from()}, {sum(p.numel() for p in adapter.parameters()) / 1e6:.1f} M parameters; "
+            f"{self.started_from()}, {sum(p.numel() for p in adapter.parameters()) / 1e6:.1f} M parameters"
+            f"{', sharded' * (config.shard and self.processes.count > 1)}; "
             f"base {config.base} in {str(self.dtype).removeprefix('torch.')}"
         )
 

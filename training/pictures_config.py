@@ -136,6 +136,7 @@ class PicturesConfig(RecipeConfig):
         batch_size: examples at a time in each process.
         accumulate: parts of a step, of `batch_size` each.
         processes: how many there are to be; null: as many as were started.
+        shard: share weights, gradients and moments out over processes (FSDP2).
         gradient_checkpointing: compute blocks again in the backward pass in place of keeping what they made.
         loss: its weights.
         validation: what is drawn.
@@ -167,6 +168,7 @@ class PicturesConfig(RecipeConfig):
     batch_size: Count
     accumulate: Count = 1
     processes: OptionalCount = None
+    shard: Flag = False
     gradient_checkpointing: Flag = False
     loss: LossConfig = Field(default_factory=LossConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
@@ -179,6 +181,10 @@ class PicturesConfig(RecipeConfig):
             raise ValueError("lr_scheduler: expected one that goes by steps, got 'cosine_by_time'")
         if self.mixed_precision == "no" and self.base_dtype not in ("auto", "float32"):
             raise ValueError(f"base_dtype: expected float32 with mixed_precision=no, got {self.base_dtype!r}")
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError(f"optimizer: expected adamw with shard=true, got {self.optimizer!r}")
+        if self.shard and self.mixed_precision == "fp16":
+            raise ValueError("mixed_precision: expected bf16 or no with shard=true, got 'fp16'")
         return self
 
     @property

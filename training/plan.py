@@ -64,17 +64,19 @@ def plan_of(config: InteractionConfig) -> Plan:
     options = tuple(sorted(sizes.items())), config.resolution, config.batch_size, dtype, config.text_tokens
     base, adapter, activations = _counted(config.base, *options)
     kept = activations.checkpointed if config.gradient_checkpointing else activations.kept
+    count = config.processes or world_size()
+    share = 1 / count if config.shard else 1.0  # that stays; a step needs whole weights and gradients besides
     parts: dict[str, float] = {
         f"base, frozen, {_word(of_base)}": base * BYTES[of_base],
-        "adapter, float32": adapter * 4,
+        "adapter, float32": adapter * 4 * (1 + share if share < 1 else 1),
         "its gradients": adapter * 4,
-        f"states of {config.optimizer}": adapter * OPTIMIZER_BYTES[config.optimizer],
+        f"states of {config.optimizer}": adapter * OPTIMIZER_BYTES[config.optimizer] * share,
     }
     if mixed:
         parts[f"its copy in {_word(dtype)} (autocast)"] = adapter * 2
     if config.ema_decay:
-        parts["its average"] = adapter * 4
-    if (config.processes or world_size()) > 1:
+        parts["its average"] = adapter * 4 * share
+    if count > 1:
         parts["gradients on their way to other processes"] = adapter * 4
     how = "checkpointed" if config.gradient_checkpointing else "all kept"
     parts[f"activations of {config.batch_size} x {config.resolution} px, {how}"] = FRAGMENTATION * kept
@@ -113,6 +115,8 @@ def smaller(config: InteractionConfig) -> Iterator[tuple[str, InteractionConfig]
 
     if not config.gradient_checkpointing:
         yield changed(gradient_checkpointing=True)
+    if not config.shard and (config.processes or world_size()) > 1 and config.optimizer == "adamw":
+        yield changed(shard=True)
     batch, parts = config.batch_size, config.accumulate
     while batch > 1:
         factor = next(n for n in range(2, batch + 1) if batch % n == 0)
@@ -120,7 +124,7 @@ def smaller(config: InteractionConfig) -> Iterator[tuple[str, InteractionConfig]
         yield changed(batch_size=batch, accumulate=parts)
     if config.ema_decay:
         yield changed(ema_decay=0)
-    if OPTIMIZER_BYTES[config.optimizer] > OPTIMIZER_BYTES["adamw8bit"]:
+    if OPTIMIZER_BYTES[config.optimizer] > OPTIMIZER_BYTES["adamw8bit"] and not changes.get("shard"):
         yield changed(optimizer="adamw8bit")
     for resolution in (768, 512, LEAST_RESOLUTION):
         if resolution < config.resolution:

@@ -9,11 +9,11 @@ import json
 import math
 import signal
 import sys
-import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 from uuid import uuid4
@@ -37,6 +37,8 @@ from interactdiff.training.launch import check_strategy, check_world_size, world
 from interactdiff.training.optimizers import make_optimizers
 from interactdiff.training.processes import Processes, is_lost_process
 from interactdiff.training.run_folder import SAMPLES, RunFolder
+from interactdiff.training.sharding import Sharding
+from interactdiff.training.stop_signals import StopSignals
 from interactdiff.training.tracking import Tracker, check_tracker
 
 C = TypeVar("C", bound=RecipeConfig)
@@ -45,32 +47,6 @@ C = TypeVar("C", bound=RecipeConfig)
 def attention_backend(device: torch.device) -> AbstractContextManager[object]:
     """On a CPU, torch's fused attention is slow backwards: a quarter of a step at 144 tokens."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-class StopSignals:
-    """Inside the block the first SIGTERM or Ctrl-C is noted, so that work is saved; another acts as ever.
-
-    Only the main thread gets signals; in another one nothing is noted.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _note(self, number: int, frame: object) -> None:
-        self.received = number
-        self.__exit__()
 
 
 class Recipe(ABC, Generic[C]):
@@ -88,6 +64,7 @@ class Recipe(ABC, Generic[C]):
 
     config_type: type[Any]
     shares_batches: ClassVar[bool] = False
+    _whole: dict[str, Tensor] | None = None  # a sharded model's weights, while they are gathered
 
     def __init__(self, config: C):
         self.config: C = config
@@ -121,11 +98,21 @@ class Recipe(ABC, Generic[C]):
         self.device = self.accelerator.device
         set_seed(config.seed)
         self.model: Any = self.build()  # accelerate may wrap it
+        shards = getattr(config, "shard", False)
+        self.sharding = None
+        if shards and self.processes.count > 1:
+            self.sharding = Sharding(self.model.to(self.device), self.processes.count)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        optimizers = make_optimizers(trainable, config)
+        # what is sharded and single numbers, which are not, take no common optimizer
+        parts = [p for p in trainable if p.ndim], [p for p in trainable if not p.ndim]
+        groups = [part for part in parts if part] if shards else [trainable]
+        optimizers = [one for group in groups for one in make_optimizers(group, config)]
         self.started = time.monotonic()
         schedulers = [self._scheduler(optimizer) for optimizer in optimizers]
-        self.model, *prepared = self.accelerator.prepare(self.model, *optimizers, *schedulers)
+        wrapped = [self.model] if self.sharding is None else []
+        prepared = [*self.accelerator.prepare(*wrapped, *optimizers, *schedulers)]
+        if wrapped:
+            self.model = prepared.pop(0)
         self.optimizers, self.schedulers = prepared[: len(optimizers)], prepared[len(optimizers) :]
         averaged = trainable if config.ema_decay else []  # without a decay the weights are their average
         self.ema = EMAModel(averaged, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
@@ -233,7 +220,8 @@ class Recipe(ABC, Generic[C]):
                         file=sys.stderr,
                     )
                 raise KeyboardInterrupt if received == signal.SIGINT else SystemExit(128 + received)
-            self.processes.on_main(self._export)
+            with self._gathered():
+                self.processes.on_main(self._export)
         return losses
 
     def _refusal(self, error: RuntimeError) -> RecipeError | None:
@@ -271,7 +259,7 @@ class Recipe(ABC, Generic[C]):
             batches = upcoming.result()
             upcoming = pool.submit(self.micro_batches, self.step + 1)
             losses.append(self._accumulated(batches))  # read when it is logged: reading waits for the device
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+            self._clip()
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
@@ -288,7 +276,8 @@ class Recipe(ABC, Generic[C]):
             if self.step % config.checkpoint_every == 0 or last:
                 self.save_checkpoint()
             if self.step % config.sample_every == 0 or last:
-                self.processes.on_main(lambda: None if stop.received else self.save_sample())
+                with self._gathered():
+                    self.processes.on_main(lambda: None if stop.received else self.save_sample())
             if last:
                 break
         received = self.processes.greatest(stop.received or 0)
@@ -303,12 +292,21 @@ class Recipe(ABC, Generic[C]):
         for n, batch in enumerate(batches):
             apart = n + 1 < len(batches)
             alone = self.accelerator.no_sync(self.model) if apart else nullcontext()
+            if self.sharding is not None:
+                alone = self.sharding.part(not apart)
             with alone, attention_backend(self.device):  # also where blocks are computed again
                 with self.accelerator.autocast():
                     loss = self.loss(batch, self.generator(self.step))
                 self.accelerator.backward(loss if len(batches) == 1 else loss / len(batches))
             total.append(loss.detach())
         return total[0] if len(total) == 1 else torch.stack(total).mean()
+
+    def _clip(self) -> None:
+        most = self.config.max_grad_norm
+        if self.sharding is None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), most)
+        elif math.isfinite(most):
+            self.sharding.clip(most)
 
     def _log(self, recent: list[Tensor]) -> None:
         loss = self.processes.mean(torch.stack(recent).mean()).item()
@@ -329,8 +327,26 @@ class Recipe(ABC, Generic[C]):
     def _averaged_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad] if self.config.ema_decay else []
 
-    def _averaged(self) -> "_Averaged":
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the model has its averaged weights; sharded ones have them by `_gathered`."""
+        if self.sharding is not None:
+            return nullcontext()
         return _Averaged(self.ema, self._averaged_parameters)
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Inside the block the weights are whole and averaged, so that one process alone can use them."""
+        if self.sharding is None:
+            yield
+            return
+        with torch.no_grad(), _Averaged(self.ema, self._averaged_parameters):
+            with self.sharding.gathered() as self._whole:
+                yield
+            self._whole = None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, whole; while samples are drawn and when it is exported."""
+        return self.accelerator.unwrap_model(self.model).state_dict() if self._whole is None else self._whole
 
     def save_sample(self) -> None:
         """Write the sample grid of the averaged model to `samples/`."""
@@ -353,7 +369,8 @@ class Recipe(ABC, Generic[C]):
             RecipeError: it could not be written; the checkpoints before it are as they were.
         """
         save = self.folder.save
-        self.processes.on_main(lambda: save(self.state, self.run, self.step, self.config))
+        collected = None if self.sharding is None else self.state.collect()  # all processes take part
+        self.processes.on_main(lambda: save(self.state, self.run, self.step, self.config, collected))
 
     def resume(self, which: str) -> None:
         """Go on from a checkpoint, see `RunFolder.find`.

@@ -12,7 +12,13 @@ from filelock import FileLock, Timeout
 
 from interactdiff.errors import DamagedCheckpointError, RecipeError
 from interactdiff.files import write_aside
-from interactdiff.training.checkpoints import Checkpoint, TrainingState, read_checkpoint, read_state
+from interactdiff.training.checkpoints import (
+    Checkpoint,
+    Collected,
+    TrainingState,
+    read_checkpoint,
+    read_state,
+)
 from interactdiff.training.config import RecipeConfig
 
 CHECKPOINT, RUN, SAMPLES = "checkpoint-", "run.json", "samples"
@@ -149,7 +155,14 @@ class RunFolder:
             for log in self.path.glob("*.jsonl"):
                 log.unlink()
 
-    def save(self, state: TrainingState, run: str, step: int, config: RecipeConfig) -> Path:
+    def save(
+        self,
+        state: TrainingState,
+        run: str,
+        step: int,
+        config: RecipeConfig,
+        collected: Collected | None = None,
+    ) -> Path:
         """Write a checkpoint: aside, then renamed; older ones beyond the limit are removed.
 
         Raises:
@@ -160,7 +173,7 @@ class RunFolder:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            state.save(aside, run, step, config.to_json())
+            state.save(aside, run, step, config.to_json(), collected)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         except OSError as error:

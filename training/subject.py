@@ -192,7 +192,7 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
     def export(self) -> None:
         adapter: SubjectAdapter = self.accelerator.unwrap_model(self.model)
         made = SubjectAdapter(adapter.config)
-        made.load_state_dict(adapter.state_dict())
+        made.load_state_dict(self.weights())
         made.half().save_pretrained(self.config.export_to)
 
 
