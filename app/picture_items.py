@@ -168,8 +168,8 @@ class PictureItems:
 
     def _made(self, picture: str, mask: str | None, phrase: str, box: Any = None) -> Any:
         assert self.spec.from_picture is not None
-        given = (None if path is None else opened_picture(path, alpha=True) for path in (picture, mask))
-        return self.spec.from_picture(phrase, *given, box)
+        pixels = None if mask is None else opened_picture(mask, alpha=True)
+        return self.spec.from_picture(phrase, opened_picture(picture, alpha=True), pixels, box)
 
     def _looked(self, picture: str | None, mask: str | None, phrase: str | None) -> Updates:
         """Show what of a picture is taken, as soon as it is there."""
