@@ -113,6 +113,11 @@ class Document:
         """The next revision, with these changes."""
         return replace(self, revision=self.revision + 1, **changes)
 
+    def box_like(self, box: CanvasBox) -> CanvasBox | None:
+        """The box of the same id; else the first of the same phrase, as after an edit of the table."""
+        same = (one for one in self.boxes if one.phrase == box.phrase)
+        return self._by_id.get(box.id) or next(same, None)
+
     @property
     def rows(self) -> tuple[CanvasRow, ...]:
         """Interactions, then the boxes that have none."""

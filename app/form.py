@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from interactdiff.app.document import Document
 from interactdiff.app.limits import Limits
+from interactdiff.app.picture_items import PictureItems, PlacedItem
 from interactdiff.app.worker import GenerationRequest
 from interactdiff.models import PACKAGED, default_adapter, model_info
 from interactdiff.picture import Record
@@ -20,12 +21,20 @@ RANDOM_SEEDS = 2**31  # numbers that are not too long to read
 
 
 def error_place(error: Exception) -> str:
-    """Beside which field an error belongs: "prompt", "model", "settings" or "canvas"."""
+    """Beside which field an error belongs: "prompt", "model", "settings", "canvas", or a panel by its name.
+
+    A panel has a place of its own if it takes pictures.
+    """
     if not isinstance(error, SceneError):
         return "model"
     panels = [*configurables(), *(item.name for spec in configurables().values() for item in items_of(spec))]
     numbers = ("seed", "steps", "guidance_scale", "schedule", "width", "height", "images")
-    places = {  # by how the message begins
+    own = {
+        name: (name, *(item.key for item in items_of(panel)))
+        for name, panel in configurables().items()
+        if has_pictures(panel)
+    }
+    places = own | {  # by how the message begins
         "prompt": ("prompt", "negative_prompt"),
         "model": ("expected an adapter for", "method"),
         "settings": (*numbers, *panels),
@@ -72,20 +81,33 @@ def settings_fields(limits: Limits, model: str, adapters: Mapping[str, str], siz
     return fields
 
 
-def panel_fields(
-    panel: Configurable, limits: Limits, model: str, adapters: Mapping[str, str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+class Panel(NamedTuple):
     """A method's or a sampler's panel.
 
-    Returns:
-        Its fields: whether it is used, its items, adapter and settings; and by the name of a field of items
-        the button that fills it from the canvas.
+    Attributes:
+        fields: whether it is used, its items, adapter and settings, by name.
+        tools: by the name of a field of items the button that fills it from the canvas.
+        pictures: by the name of a field of items that take pictures what the field is part of.
     """
+
+    fields: dict[str, Any]
+    tools: dict[str, Any]
+    pictures: dict[str, PictureItems]
+
+
+def panel_fields(panel: Configurable, limits: Limits, model: str, adapters: Mapping[str, str]) -> Panel:
+    """Make a method's or a sampler's panel."""
     values = model_info(model).settings.get(panel.name, {})
     fields: dict[str, Any] = {f"{panel.name}.used": gr.Checkbox(False, label="Use")}
     tools: dict[str, Any] = {}
+    pictures: dict[str, PictureItems] = {}
     gr.Markdown(panel.description)
     for item in items_of(panel):
+        if item.from_picture is not None:
+            name = f"{panel.name}.items.{item.key}"
+            pictures[name] = PictureItems(item)
+            fields[name] = pictures[name].kept
+            continue
         label, info = item.key.capitalize(), f"a line each: {item.description}"
         name = f"{panel.name}.items.{item.key}"
         fields[name] = gr.Textbox(label=label, info=info, lines=2, placeholder=item.form)
@@ -96,12 +118,17 @@ def panel_fields(
     for setting in panel.settings:
         value = values.get(setting.name, setting.default)
         fields[f"{panel.name}.{setting.name}"] = _setting_field(setting, value)
-    return fields, tools
+    return Panel(fields, tools, pictures)
 
 
 def items_of(panel: Configurable) -> tuple[ItemSpec, ...]:
     """The kinds of items that a panel has fields for."""
     return panel.items if isinstance(panel, MethodSpec) else ()
+
+
+def has_pictures(panel: Configurable) -> bool:
+    """Whether a panel has items that take pictures."""
+    return any(item.from_picture is not None for item in items_of(panel))
 
 
 def _adapter_field(method: str, limits: Limits, adapters: Mapping[str, str]) -> Any:
@@ -150,8 +177,8 @@ def request_of(document: Document, values: Mapping[str, Any]) -> GenerationReque
         raise SceneError(f"schedule: expected both shares to be at most 1 together, got {on:g} and {decay:g}")
     used, extra = {}, []
     for name, panel in configurables().items():
-        texts = ((spec, values.get(f"{name}.items.{spec.key}")) for spec in items_of(panel))
-        items = [item for spec, text in texts for item in _items(spec, text)]
+        given = ((spec, values.get(f"{name}.items.{spec.key}")) for spec in items_of(panel))
+        items = [item for spec, value in given for item in _items(spec, value, document)]
         if items or values.get(f"{name}.used"):
             used[name] = {setting.name: values[f"{name}.{setting.name}"] for setting in panel.settings}
         extra += items
@@ -188,9 +215,11 @@ def adapters_of(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in named.items() if value not in (None, "", OWN)}
 
 
-def _items(spec: ItemSpec, text: str | None) -> list[Any]:
-    """The items that stand in a panel's field, one a line."""
-    lines = [line for line in (text or "").splitlines() if line.strip()]
+def _items(spec: ItemSpec, value: Any, document: Document) -> list[Any]:
+    """The items of a panel's field: of text one a line; of those with pictures where the canvas has them."""
+    if spec.from_picture is not None:
+        return [one.on(document) for one in value or ()]
+    lines = [line for line in (value or "").splitlines() if line.strip()]
     return [
         numbered(spec.type, number, lambda line=line: spec.type.parse(line))
         for number, line in enumerate(lines, start=1)
@@ -234,8 +263,10 @@ def filled(record: Record, size: int | None) -> dict[str, Any]:
         values[f"{name}.used"] = settings is not None
         values |= {f"{name}.{key}": value for key, value in (settings or {}).items()}
         for spec in items_of(panel):
-            items = (item for item in scene.extra_items if isinstance(item, spec.type))
-            values[f"{name}.items.{spec.key}"] = "\n".join(item.to_text() for item in items)
+            items = [item for item in scene.extra_items if isinstance(item, spec.type)]
+            has_pictures = spec.from_picture is not None
+            listed = tuple(map(PlacedItem, items)) if has_pictures else "\n".join(i.to_text() for i in items)
+            values[f"{name}.items.{spec.key}"] = listed
     return values
 
 

@@ -92,8 +92,12 @@ class Limits:
         raise ModelError(f"expected {one} that this server has{where}, got {shown(name)}")
 
 
-def opened_picture(path: str | Path) -> Image.Image:
+def opened_picture(path: str | Path, alpha: bool = False) -> Image.Image:
     """An uploaded picture in RGB.
+
+    Args:
+        path: of the file.
+        alpha: whether to leave it in the mode that it has, for its alpha channel.
 
     Raises:
         SceneError: in one sentence, if it is none of the formats that are taken, damaged, or too large.
@@ -104,7 +108,8 @@ def opened_picture(path: str | Path) -> Image.Image:
             if image.width * image.height > MAX_UPLOAD_PIXELS:
                 size = f"{image.width} x {image.height}"
                 raise SceneError(f"picture: expected at most {MAX_UPLOAD_PIXELS} pixels, got {size}")
-            return image.convert("RGB")
+            image.load()
+            return image.copy() if alpha else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, SceneError):
             raise

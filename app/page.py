@@ -9,8 +9,9 @@ from interactdiff.app import theme
 from interactdiff.app.canvas import SceneCanvas
 from interactdiff.app.document import COLUMNS
 from interactdiff.app.examples import EXAMPLES
-from interactdiff.app.form import panel_fields, random_seed, settings_fields
+from interactdiff.app.form import has_pictures, panel_fields, random_seed, settings_fields
 from interactdiff.app.limits import Limits
+from interactdiff.app.picture_items import PictureItems
 from interactdiff.app.views import VIEWS
 from interactdiff.registry import configurables
 from interactdiff.stickworld.appearance import COLOURS
@@ -57,6 +58,7 @@ class Page:
         self.fields |= {"prompt": self.prompt, "seed": self.seed}
         self.size = [self.fields["width"], self.fields["height"]]
         self.forms = [self.canvas, self.text, self.table, self.prompt, self.suggested, *self.errors.values()]
+        self.forms += [part for one in self.pictures.values() for part in (one.phrase, one.place)]
         self.results = [self.status, self.preview, self.gallery, self.view, self.attention, self.token]
         self.results += [self.step, self.note, self.after, self.codes, self.python, self.command]
         self.results += [self.images, self.chosen]
@@ -139,13 +141,17 @@ class Page:
     ) -> None:
         self.panels: dict[str, gr.Accordion] = {}
         self.tools: dict[str, gr.Button] = {}
+        self.pictures: dict[str, PictureItems] = {}
         for name, one in configurables().items():
             visible = unsupported[name] is None
             with gr.Accordion(one.title, open=False, visible=visible, elem_id=name) as panel:
-                fields, tools = panel_fields(one, limits, model, adapters)
-            self.fields |= fields
-            self.tools |= tools
+                made = panel_fields(one, limits, model, adapters)
+            self.fields |= made.fields
+            self.tools |= made.tools
+            self.pictures |= made.pictures
             self.panels[name] = panel
+            if has_pictures(one):
+                self._error(name)
 
     def _files(self) -> None:
         types = [".png", ".jpg", ".jpeg", ".webp", ".json"]

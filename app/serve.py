@@ -12,8 +12,8 @@ from interactdiff.app import theme
 from interactdiff.app.limits import MAX_UPLOAD, Limits
 from interactdiff.app.studio import Studio
 from interactdiff.app.worker import Worker
+from interactdiff.models import MODEL
 
-MODEL = "stickworld-dit"  # the packaged one that draws better
 PUBLIC = Limits(steps=100, pixels=2**20, images=4)  # for whoever comes along
 LOCAL = Limits(folders=(Path.cwd(),), hub=True)  # for oneself
 

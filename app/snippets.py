@@ -9,10 +9,16 @@ from interactdiff.registry import item_specs
 from interactdiff.scene import CONTROLS, EXTRA_ITEMS, Scene, SceneError
 
 LONGEST_FLAG = 1000  # letters
+LONGEST_CODE = 50_000  # letters; of a scene with photos, whose pixels are code too, there would be millions
 
 
-def as_python(record: Record) -> str:
-    """A script that generates the same picture."""
+def as_python(record: Record, name: str = "downloaded.png") -> str:
+    """A script that generates the same picture.
+
+    Args:
+        record: of the picture.
+        name: of its file, which is read where the scene is too long for code.
+    """
     scene = record.scene
     own = sorted({type(item).__name__ for item in (*scene.interactions, *scene.entities)})
     names = [*own, "Scene", "generate"]
@@ -25,14 +31,26 @@ def as_python(record: Record) -> str:
     lines += ["", f"scene = {_call(scene)}", "picture = generate(", "    scene,"]
     lines += [f"    {name}={value!r}," for name, value in options.items()]
     lines += [")", 'picture.save("picture.png")']
-    return "\n".join(lines) + "\n"
+    code = "\n".join(lines) + "\n"
+    if len(code) <= LONGEST_CODE:
+        return code
+    options = "".join(f", {key}=record.{key}" for key in ("model", "adapters", "methods", "device", "dtype"))
+    return (
+        "from interactdiff import generate\nfrom interactdiff.picture import read_record\n\n"
+        f"record = read_record({name!r})  # the scene with its pictures is in the PNG: download it\n"
+        f'picture = generate(record.scene{options})\npicture.save("picture.png")\n'
+    )
 
 
-def as_command(record: Record) -> str:
+def as_command(record: Record, name: str = "downloaded.png") -> str:
     """A command line that generates the same picture.
 
     A phrase with a bar in it cannot be a flag's, nor can a picture's pixels; the scene is then a file that
-    the command line writes first.
+    the command line writes first, or that of the picture itself.
+
+    Args:
+        record: of the picture.
+        name: of its file.
     """
     scene = record.scene
     words = ["interactdiff", "generate"]
@@ -43,6 +61,9 @@ def as_command(record: Record) -> str:
             raise SceneError(f"expected flags of at most {LONGEST_FLAG} letters")
     except SceneError:
         before = f"cat > scene.json <<'SCENE'\n{scene.to_json()}SCENE\n"
+        if len(before) > LONGEST_CODE:
+            download = "# the scene with its pictures is in the PNG: download it\n"
+            return download + shlex.join([*words, "--from", name, "--out", "picture.png"]) + "\n"
         words += ["--scene", "scene.json"]
     else:
         words += ["--", scene.prompt] if scene.prompt.startswith("-") else [scene.prompt]

@@ -24,6 +24,7 @@ from interactdiff.app.form import (
 )
 from interactdiff.app.limits import opened_picture
 from interactdiff.app.page import Page, Unsupported
+from interactdiff.app.picture_items import PlacedItem
 from interactdiff.app.views import VIEWS
 from interactdiff.app.worker import ModelStatus, StoredImage, Worker
 from interactdiff.errors import InteractdiffError
@@ -74,11 +75,14 @@ class Studio(Page):
         for name, button in self.tools.items():
             take = partial(self._take_from_canvas, name)
             button.click(take, [self.fields[name], *words], [self.fields[name], *self.forms], **AT_ONCE)
+        for name, pictures in self.pictures.items():
+            pictures.wire(self.canvas, self.prompt, self.errors[name.partition(".")[0]], **AT_ONCE)
         self.seed.input(lambda: True, None, self.lock, **AT_ONCE)
         self.randomize.click(lambda: (random_seed(), True), None, [self.seed, self.lock], **AT_ONCE)
         for side in self.size:
             side.input(self._reshape, [self.canvas, *self.size], self.canvas, **LATEST)
         everything = [*self.forms, *self.fields.values(), *self.panels.values(), self.lock, self.status]
+        everything += [part for one in self.pictures.values() for part in one.listed(())]
         everything = list(dict.fromkeys(everything))
         for name, button in self.examples.items():
             button.click(self._example(name), self.canvas, everything, **AT_ONCE)
@@ -120,6 +124,8 @@ class Studio(Page):
         forms |= {self.table: document.to_table(), self.suggested: document.prompt()}
         if prompt.strip() in ("", suggested):
             forms[self.prompt] = document.prompt()
+        for pictures in self.pictures.values():
+            forms |= pictures.choices(document)
         return {part: value for part, value in forms.items() if part is not source} | self._errors()
 
     def _canvas_edited(self, document: Document, prompt: str, suggested: str) -> Updates:
@@ -315,6 +321,8 @@ class Studio(Page):
             values = {name: value for name, value in values.items() if name not in own}
         canvas = with_layout(document, record.scene, size)
         fields = {self.fields[name]: value for name, value in values.items() if name in self.fields}
+        for name, pictures in self.pictures.items():
+            fields |= pictures.listed([PlacedItem.restored(one.item, canvas) for one in values[name]])
         panels = {} if status is None else self._show_panels(status.unsupported)
         ready = {self.lock: True, self.status: theme.progress_html("Ready: Generate makes it.")}
         return panels | self._in_step(canvas, record.scene.prompt, "") | fields | ready

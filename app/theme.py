@@ -34,15 +34,16 @@ body.dropping::after {
   content: "Drop a picture or a scene"; position: fixed; inset: 12px; z-index: 1000; pointer-events: none;
   display: grid; place-items: center; border: 3px dashed var(--color-accent); border-radius: 16px;
   font: 600 24px system-ui, sans-serif; color: var(--body-text-color);
-  background: color-mix(in srgb, var(--background-fill-primary) 80%, transparent);
+  background: color-mix(in srgb, var(--background-fill-primary) 60%, transparent);
 }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
 """
 
-# A file that is dropped anywhere on the page goes to the field for files.
+# A file that is dropped anywhere on the page goes to the field for files, unless a field of its own is there.
 DROP = """
 () => {
   let depth = 0;
+  const own = (event) => event.target.closest && event.target.closest('.takes-files');
   const files = (event) => event.dataTransfer && [...event.dataTransfer.types].includes('Files');
   document.addEventListener('dragenter', (event) => {
     if (files(event) && ++depth) document.body.classList.add('dropping');
@@ -50,11 +51,15 @@ DROP = """
   document.addEventListener('dragleave', (event) => {
     if (files(event) && --depth <= 0) { depth = 0; document.body.classList.remove('dropping'); }
   });
-  document.addEventListener('dragover', (event) => { if (files(event)) event.preventDefault(); });
+  document.addEventListener('dragover', (event) => {
+    if (!files(event)) return;
+    event.preventDefault();
+    document.body.classList.toggle('dropping', !own(event));
+  });
   document.addEventListener('drop', (event) => {
     depth = 0;
     document.body.classList.remove('dropping');
-    if (!files(event) || !event.dataTransfer.files.length) return;
+    if (!files(event) || !event.dataTransfer.files.length || own(event)) return;
     event.preventDefault();
     const input = document.querySelector('#open input[type="file"]');
     if (!input) return;

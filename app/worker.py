@@ -19,6 +19,7 @@ from interactdiff.adapter_loading import chosen_adapters
 from interactdiff.app.limits import Limits
 from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
+from interactdiff.models import MODEL
 from interactdiff.picture import Record, save_picture
 from interactdiff.registry import Cost, configurables, used_methods
 from interactdiff.scene import MAX_SEED, Scene
@@ -48,7 +49,7 @@ class GenerationRequest:
     scene: Scene
     images: int = 1
     compare: bool = False
-    model: str = "stickworld"
+    model: str = MODEL
     adapters: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     record_attention: bool = False

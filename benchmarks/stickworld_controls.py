@@ -49,7 +49,8 @@ class World:
     """
 
     def __init__(self, scenes: int, seed: int, steps: int):
-        self.scene_pipeline, self.detector = ScenePipeline.from_pretrained(device="cpu"), packaged_detector()
+        self.scene_pipeline = ScenePipeline.from_pretrained("stickworld", device="cpu")
+        self.detector = packaged_detector()
         self.scene_pipeline.pipeline.set_progress_bar_config(disable=True)
         self.scenes, self.seed, self.steps = held_out_scenes(scenes, seed, self.detector.plain), seed, steps
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from interactdiff.errors import ModelError
 
-MODEL = "stickworld"  # where none is named
+MODEL = "stickworld-dit"  # where none is named: the packaged one that draws better
 
 
 @dataclass(frozen=True)

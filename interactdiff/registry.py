@@ -124,6 +124,10 @@ class ItemSpec:
         schema: the JSON Schema of an item in a scene file; {} says nothing of it.
         from_box: makes an item of a phrase and a box that are drawn on the studio's canvas; None if it takes
             more than that.
+        from_picture: makes an item of a phrase, a picture, its mask or None and a box or None; None if it
+            takes no picture. The studio then has fields for these. The item has a `phrase` and a `box`.
+        preview: "module:attribute" of a function of such an item that returns its picture with what of it is
+            not taken shaded, and one sentence about how that was found.
     """
 
     type: type
@@ -132,6 +136,8 @@ class ItemSpec:
     description: str
     schema: Mapping[str, Any] = field(default_factory=dict, compare=False)
     from_box: Callable[[str, Box], Any] | None = None
+    from_picture: Callable[[str, Any, Any, Box | None], Any] | None = None
+    preview: str | None = None
 
     @property
     def name(self) -> str:

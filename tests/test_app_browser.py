@@ -93,8 +93,8 @@ def test_drawn_generated_downloaded_and_dropped_back(
     assert download(studio, tmp_path / "dropped.png").read_bytes() == path.read_bytes()
 
 
-def drop(studio: StudioPage, path: Path, kind: str) -> None:
-    """Let a file fall anywhere on the page."""
+def drop(studio: StudioPage, path: Path, kind: str, onto: str = "#title") -> None:
+    """Let a file fall anywhere on the page, or onto a part of it."""
     data = studio.page.evaluate_handle(
         """([bytes, name, type]) => {
             const data = new DataTransfer();
@@ -104,7 +104,7 @@ def drop(studio: StudioPage, path: Path, kind: str) -> None:
         [list(path.read_bytes()), path.name, kind],
     )
     for event in ("dragenter", "dragover", "drop"):
-        studio.page.dispatch_event("#title", event, {"dataTransfer": data})
+        studio.page.dispatch_event(onto, event, {"dataTransfer": data})
 
 
 def test_undo_redo_delete_and_nudge(studio: StudioPage) -> None:
@@ -286,3 +286,40 @@ def test_a_phone_by_touch_in_the_dark(browser: Any, address: str) -> None:
     assert max(int(part) for part in background[4:-1].split(",")[:3]) < 60
     assert studio.problems == []
     context.close()
+
+
+def test_a_subject_from_a_picture_is_placed_and_comes_back(studio: StudioPage, tmp_path: Path) -> None:
+    page = studio.page
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste("green", (16, 0, 48, 64))
+    picture.save(tmp_path / "green.png")
+    studio.draw_box((0.1, 0.1), (0.4, 0.9), "person")
+    studio.open_panel("subject")
+    page.locator("#subject-picture [aria-dropeffect]").wait_for()
+    drop(studio, tmp_path / "green.png", "image/png", "#subject-picture [aria-dropeffect]")
+    page.locator("#subject-note", has_text="50 % of the picture is taken, by its white background").wait_for()
+    page.locator("#subject-preview img").wait_for()
+    assert page.locator("#canvas .picture").is_hidden()  # it fell on its field alone
+    page.locator("#subject-place input").click()
+    page.get_by_role("option", name="person").click()
+    page.locator("#subject-add").click()
+    page.locator("#error-subject", has_text="phrase: expected").wait_for()
+    studio.fill("subject-phrase", "person").press("Enter")
+    page.locator("#subject-add").click()
+    page.locator("#subject-list", has_text="person, in the box person").wait_for()
+    studio.tag("person").click()
+    studio.drag((0.25, 0.5), (0.45, 0.5))  # the subject follows its box
+    studio.open_panel("settings")
+    studio.fill("steps", "2")
+    studio.generate()
+    path = download(studio, tmp_path / "picture.png")
+    scene = read_record(path).scene
+    (subject,) = scene.extra_items
+    assert subject.phrase == "person"
+    assert subject.image.image.tobytes() == picture.tobytes()
+    assert subject.box == scene.entities[0].box == pytest.approx((0.3, 0.1, 0.6, 0.9), abs=0.01)
+    page.locator("#subject-list button img").click()
+    page.locator("#subject-remove:enabled").click()
+    page.locator("#subject-list").wait_for(state="hidden")
+    drop(studio, path, "image/png")
+    page.locator("#subject-list", has_text="person, in the box person").wait_for()

@@ -91,7 +91,8 @@ def test_the_api_draws_what_the_command_line_draws(client: Client) -> None:
     path = draw(client, SCENE.to_dict())
     record = read_record(path)
     assert (record.scene, record.model) == (SCENE, "stickworld")
-    assert Image.open(path).tobytes() == ScenePipeline.from_pretrained(device="cpu").generate(SCENE).tobytes()
+    pipeline = ScenePipeline.from_pretrained("stickworld", device="cpu")
+    assert Image.open(path).tobytes() == pipeline.generate(SCENE).tobytes()
 
 
 def test_the_api_tells_what_there_is(client: Client) -> None:

@@ -18,6 +18,7 @@ import interactdiff.stickworld
 from interactdiff.cli import main
 from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.models import MODEL
 from interactdiff.picture import enlarged, read_record, save_picture
 from interactdiff.scene import Interaction, Scene
 from interactdiff.stickworld.appearance import COLOURS
@@ -110,7 +111,7 @@ def test_a_phrase_of_two_lines_is_one_phrase(models: Path) -> None:
 @pytest.fixture
 def packaged(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny model and adapter in the place of the packaged ones."""
-    folders = {"stickworld": models / "model", "stickworld-interaction": models / "adapter"}
+    folders = {MODEL: models / "model", f"{MODEL}-interaction": models / "adapter"}
     monkeypatch.setattr(interactdiff.stickworld, "model_path", folders.__getitem__, raising=False)
     return models
 
@@ -141,13 +142,13 @@ def test_the_bundled_scene_uses_words_of_stickworld() -> None:
 def test_packaged_names_last_and_take_their_adapter(packaged: Path) -> None:
     assert main(["generate", "a", "--interaction", RIDING, "--steps", "2"]) == 0
     record = read_record("out.png")
-    assert (record.model, record.adapters) == ("stickworld", {"interaction": "stickworld-interaction"})
+    assert (record.model, record.adapters) == (MODEL, {"interaction": f"{MODEL}-interaction"})
 
 
 def test_an_incomplete_install_is_named(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (packaged / "model").rename(packaged / "gone")
     assert main(["generate", "a"]) == 2
-    assert "expected the packaged model stickworld" in refusal(capsys)
+    assert f"expected the packaged model {MODEL}" in refusal(capsys)
 
 
 def boxes(subject: str, thing: str = "0.28,0.55,0.70,0.92") -> list[str]:

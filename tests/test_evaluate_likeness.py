@@ -187,7 +187,8 @@ def test_subjects_on_the_command_line(
 ) -> None:
     """The packaged U-Net, which needs no encoder for self-subject attention."""
     out = tmp_path / "out.json"
-    command = ["evaluate", "--subject", "--subjects", "2", "--steps", "1", "--size", "64", "--json", str(out)]
+    command = ["evaluate", "--subject", "--model", "stickworld", "--subjects", "2", "--steps", "1"]
+    command += ["--size", "64", "--json", str(out)]
     assert main([*command]) == 2
     assert "expected a detector of appearances" in capsys.readouterr().err
     assert main([*command, "--rows", "encoder", "--detector", detector]) == 2

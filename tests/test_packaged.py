@@ -16,7 +16,7 @@ from interactdiff.evaluation.hoi import with_interval
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
 from interactdiff.evaluation.world import evaluate_world, packaged_detector
 from interactdiff.generation import ScenePipeline
-from interactdiff.models import PACKAGED, default_adapter
+from interactdiff.models import MODEL, PACKAGED, default_adapter
 from interactdiff.picture import read_record
 from interactdiff.scene import Scene
 from interactdiff.stickworld import model_path
@@ -89,11 +89,11 @@ def test_the_demo_draws_offline(
     assert capsys.readouterr().out == "out/demo.png\n"
     with Image.open("out/demo.png") as picture:
         assert picture.width > 2 * picture.height
-    assert read_record("out/demo.png").model == "stickworld"
+    assert read_record("out/demo.png").model == MODEL
 
 
 def test_guidance_is_what_suits_the_packaged_model() -> None:
-    scene_pipeline = ScenePipeline.from_pretrained(device="cpu")
+    scene_pipeline = ScenePipeline.from_pretrained("stickworld", device="cpu")
     scene_pipeline.pipeline.set_progress_bar_config(disable=True)
     own, asked, stock = (
         scene_pipeline.generate(Scene("a dog", steps=2, guidance_scale=g)) for g in (None, 2.0, 7.5)

@@ -13,6 +13,7 @@ from interactdiff.commands.arguments import (
     quiet_libraries,
     whole,
 )
+from interactdiff.models import MODEL
 
 LIMITS = {
     "steps": "denoising steps of a picture",
@@ -65,7 +66,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"--port: expected a number from 1 to 65535, got {args.port}")
     quiet_libraries()
     try:
-        from interactdiff.app.serve import LAUNCH, MODEL, leave_on_sigterm, limits_for, make_studio
+        from interactdiff.app.serve import LAUNCH, leave_on_sigterm, limits_for, make_studio
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "gradio":
             raise

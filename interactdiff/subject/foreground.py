@@ -16,6 +16,9 @@ WHITE = 240
 """Least value of each channel, of 255, of a near-white pixel."""
 WHITE_BORDER = 0.6
 """Share of the border's pixels that have to be near white for the background to be taken as white."""
+WHOLE = "nothing: the whole picture"
+SHADE = (104, 106, 122)
+"""RGB of what is not the subject in a preview: dark enough on white, light enough on black."""
 BACKGROUND_LABELS = ("background", "wall", "sky", "floor", "ground", "other")
 
 
@@ -68,7 +71,26 @@ def _mask(subject: Subject, picture: Image.Image, segmenter: Any) -> tuple[Image
         return Image.fromarray(np.where(background, 0, 255).astype(np.uint8)), "its white background"
     if segmenter is not None:
         return segmented(segmenter, picture, subject.phrase), "the segmentation model"
-    return Image.new("L", picture.size, 255), "nothing: the whole picture"
+    return Image.new("L", picture.size, 255), WHOLE
+
+
+def preview(subject: Subject, segmenter: Any = None) -> tuple[Image.Image, str]:
+    """The subject's picture with all else shaded, and one sentence about how it was found.
+
+    Args:
+        subject: with its picture.
+        segmenter: as `load_segmenter` returns it.
+
+    Raises:
+        SceneError: nothing is left of the subject.
+    """
+    found = foreground(subject, segmenter)
+    shade = Image.blend(found.image, Image.new("RGB", found.image.size, SHADE), 0.75)
+    shown = Image.composite(found.image, shade, found.mask)
+    if found.how == WHOLE:
+        return shown, "The whole picture is taken: no mask, transparency or white background says otherwise."
+    share = float((np.asarray(found.mask) >= LEAST_MASK).mean())
+    return shown, f"{100 * share:.0f} % of the picture is taken, by {found.how}."
 
 
 def white_background(pixels: np.ndarray) -> np.ndarray | None:

@@ -80,6 +80,8 @@ SPEC = MethodSpec(
             "be), |mask=m.png (its pixels), |reference_prompt=TEXT and |strength=0.5 may follow; may be "
             "repeated",
             SUBJECT,
+            from_picture=Subject,
+            preview="interactdiff.subject.foreground:preview",
         ),
     ),
     needs_weights=False,
