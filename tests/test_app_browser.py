@@ -200,17 +200,24 @@ def test_errors_stand_beside_what_caused_them(studio: StudioPage) -> None:
     assert studio.page.locator("#generate").is_enabled()
 
 
+def generate_for_long(studio: StudioPage) -> None:
+    """Generate so much that it is not done before it is stopped, however busy the machine is."""
+    studio.fill("steps", "1000")
+    studio.fill("images", "4")
+    studio.page.locator("#generate").click()
+
+
 def test_stopping_and_drawing_on(studio: StudioPage) -> None:
     studio.page.get_by_role("button", name="riding").click()
     studio.tag("riding").wait_for()
     studio.open_panel("settings")
-    studio.fill("steps", "200")
-    studio.page.locator("#generate").click()
+    generate_for_long(studio)
     studio.page.locator("#status", has_text="step ").wait_for()
     studio.page.locator("#preview img").wait_for()
     studio.page.locator("#stop").click()
     studio.page.locator("#status", has_text="Stopped").wait_for()
     studio.fill("steps", "4")
+    studio.fill("images", "1")
     studio.page.locator("#compare input").check()
     studio.generate()
     assert studio.page.locator("#gallery", has_text="without control").count() == 1
@@ -226,15 +233,14 @@ def test_a_full_queue_is_refused_in_words(browser: Any, address: str) -> None:
     pages = [StudioPage(context.new_page(), address) for _ in range(3)]
     for page in pages:
         page.open_panel("settings")
-        page.fill("steps", "1000")  # so many that the first still draws when the last asks
-        page.page.locator("#generate").click()
+        generate_for_long(page)  # the first still draws when the last asks
         page.page.locator("#status", has_text="step " if page is pages[0] else "a").wait_for()
     pages[2].page.locator("#status", has_text="Too many are waiting").wait_for()
     assert pages[2].page.locator("#generate").is_enabled()
     pages[1].page.locator("#stop").click()
     pages[0].page.locator("#stop").click()
     for page in pages[:2]:
-        page.page.locator("#status", has_text="Stopped: 0 of 1").wait_for()
+        page.page.locator("#status", has_text="Stopped: ").wait_for()
     context.close()
 
 

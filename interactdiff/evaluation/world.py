@@ -80,7 +80,7 @@ def evaluate_world(
         batch_size: pictures at a time; does not change which noise a scene gets.
         device: a torch device or "auto".
         progress: show a progress bar.
-        guidance_scale: of every row; None is what suits a packaged model, and 2 for any other.
+        guidance_scale: of every row; None is what suits a packaged model, and 3 for any other.
         size: pixels at which pictures are drawn, a multiple of 8; None is the model's own.
         fast: whether there is a row for fast control.
         n_interactions: in every scene, 0 to 3, in the plain world 1 or 2; None is as scenes have them.
