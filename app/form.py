@@ -10,9 +10,10 @@ from interactdiff.app.document import Document
 from interactdiff.app.limits import Limits
 from interactdiff.app.picture_items import PictureItems, PlacedItem
 from interactdiff.app.worker import GenerationRequest
+from interactdiff.method_specs import Configurable, ItemSpec, MethodSpec, Setting
 from interactdiff.models import PACKAGED, default_adapter, model_info
 from interactdiff.picture import Record
-from interactdiff.registry import Configurable, ItemSpec, MethodSpec, Setting, configurables, methods
+from interactdiff.registry import configurables, methods
 from interactdiff.scene import MAX_SEED, MAX_STRENGTH, Scene, SceneError, numbered
 from interactdiff.scene_checks import checked_schedule, shown
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from interactdiff.method_specs import Cost
 from interactdiff.models import PACKAGED, ModelError, absolute_name, packaged_adapters
-from interactdiff.registry import Cost
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import SceneError, shown
 

@@ -11,8 +11,8 @@ from interactdiff.app.canvas_items import CanvasBox
 from interactdiff.app.document import Document
 from interactdiff.app.limits import opened_picture
 from interactdiff.errors import SceneError
+from interactdiff.method_specs import ItemSpec, load_attribute
 from interactdiff.picture import enlarged
-from interactdiff.registry import ItemSpec, load_attribute
 from interactdiff.scene_checks import shown
 
 Updates = dict[Any, Any]

@@ -19,9 +19,10 @@ from interactdiff.adapter_loading import chosen_adapters
 from interactdiff.app.limits import Limits
 from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
+from interactdiff.method_specs import Cost
 from interactdiff.models import MODEL
 from interactdiff.picture import Record, save_picture
-from interactdiff.registry import Cost, configurables, used_methods
+from interactdiff.registry import configurables, used_methods
 from interactdiff.scene import MAX_SEED, Scene
 
 PREVIEW_EVERY = 0.25  # seconds at least between two previews

@@ -16,13 +16,13 @@ from interactdiff.adapter import Adapter
 from interactdiff.adapter_loading import UNNAMED, AdapterChoice, GivenAdapters, chosen_adapters, load_adapters
 from interactdiff.errors import InteractdiffError, SceneError
 from interactdiff.handle import Handle, attach
+from interactdiff.method_specs import Cost
 from interactdiff.models import MODEL, absolute_name, default_adapter, model_info, resolve
 from interactdiff.picture import Record, save_picture
 from interactdiff.pipeline_calls import call_arguments, denoiser_config, text_limits
 from interactdiff.pipeline_loading import checked_dtype, load_pipeline, usable_device
 from interactdiff.preview import preview
 from interactdiff.registry import (
-    Cost,
     MethodSettings,
     adapter_method,
     checked_settings,

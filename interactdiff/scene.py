@@ -78,7 +78,7 @@ class Scene:
         fast: whether the adapter saves time at a small cost in control.
         width: pixels, a multiple of 8 up to 4096, or None for the model's own size.
         height: likewise.
-        extra_items: items of other methods (`interactdiff.registry.ItemSpec`); in a scene file they stand
+        extra_items: items of other methods (`interactdiff.method_specs.ItemSpec`); in a scene file they stand
             under the keys of their methods.
         controls: settings of methods and of a sampler, by their names, such as
             `{"subject": {"guidance": 2.0}}`; None is {}. Which there are, `interactdiff.registry` checks.

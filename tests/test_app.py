@@ -25,9 +25,10 @@ from interactdiff.app.worker import ModelStatus, Progress, StoredImage, Worker
 from interactdiff.cli import main
 from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
+from interactdiff.method_specs import Cost
 from interactdiff.models import ModelError
 from interactdiff.picture import Record, read_record
-from interactdiff.registry import Cost, samplers
+from interactdiff.registry import samplers
 
 SIZE = "width: expected at most 40000 pixels in all on this server"
 TWICE, FOUR_TIMES = ({"high_resolution": {"scale": scale}} for scale in (2, 4))

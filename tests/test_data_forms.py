@@ -12,8 +12,8 @@ from interactdiff.data import read_folder
 from interactdiff.data import rows as rows_module
 from interactdiff.data.checking import check
 from interactdiff.errors import DataError
+from interactdiff.method_specs import ItemSpec
 from interactdiff.picture import Record, save_picture
-from interactdiff.registry import ItemSpec
 from interactdiff.scene_items import Entity, Interaction
 
 

@@ -24,8 +24,9 @@ from interactdiff.app.studio import Studio
 from interactdiff.app.worker import Worker
 from interactdiff.cli import main
 from interactdiff.generation import ScenePipeline
+from interactdiff.method_specs import MethodError
 from interactdiff.picture import overlay, read_record
-from interactdiff.registry import MethodError, methods, recipes, samplers, used_methods
+from interactdiff.registry import methods, recipes, samplers, used_methods
 from interactdiff.scene_schema import json_schema
 from interactdiff.training.run import load_config, make_recipe
 

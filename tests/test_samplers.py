@@ -8,7 +8,8 @@ import pytest
 from interactdiff import Scene, SceneError, generate
 from interactdiff.cli import main
 from interactdiff.generation import ScenePipeline
-from interactdiff.registry import Setting, samplers
+from interactdiff.method_specs import Setting
+from interactdiff.registry import samplers
 
 BADGE = "new|0.0,0.0,0.5,0.5|strength=0.5"
 

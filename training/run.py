@@ -8,6 +8,7 @@ import yaml
 
 from interactdiff import registry
 from interactdiff.errors import RecipeError
+from interactdiff.method_specs import load_attribute
 from interactdiff.training.config import RecipeConfig, checked, nearest
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.run_folder import RunFolder
@@ -96,7 +97,7 @@ def _check_folder(key: str, path: str | None) -> None:
 
 def recipe_class(config: Mapping[str, Any]) -> type[Any]:
     """The class of the recipe that a configuration names."""
-    return registry.load_attribute(recipes()[config["recipe"]])
+    return load_attribute(recipes()[config["recipe"]])
 
 
 def make_recipe(config: Mapping[str, Any]) -> Recipe[Any]:

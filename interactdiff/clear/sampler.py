@@ -10,9 +10,9 @@ from interactdiff.clear.high_resolution import FAMILIES, HighResolution, Stage
 from interactdiff.clear.spec import HIGH_RESOLUTION, SCALES
 from interactdiff.clear.windows import linearize
 from interactdiff.errors import ClearError, SceneError
+from interactdiff.method_specs import Cost
 from interactdiff.models import default_adapter, resolve
 from interactdiff.preview import preview
-from interactdiff.registry import Cost
 from interactdiff.scene import Scene
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What the registry knows of CLEAR (arXiv 2412.16112): windows, and high resolution with them. No torch."""
 
-from interactdiff.registry import MethodSpec, SamplerSpec, Setting
+from interactdiff.method_specs import MethodSpec, SamplerSpec, Setting
 
 SCALES = (2, 4, 8)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from interactdiff.checkpoint import CONFIG, WEIGHTS, AdapterError
 from interactdiff.commands.arguments import Commands, UsageError, quiet_libraries
 from interactdiff.files import why_unwritable
-from interactdiff.registry import exports, load_attribute
+from interactdiff.method_specs import load_attribute
+from interactdiff.registry import exports
 
 DTYPES = ("float16", "bfloat16", "float32", "keep")
 

@@ -18,8 +18,9 @@ from interactdiff.commands.arguments import (
 )
 from interactdiff.commands.evaluate_layouts import LAYOUT_STEPS, ROWS, add_layouts, compare, evaluate_data
 from interactdiff.files import why_unwritable, write_aside
+from interactdiff.method_specs import EvaluationOptions, load_attribute
 from interactdiff.models import MODEL, default_adapter, model_info
-from interactdiff.registry import EvaluationOptions, load_attribute, methods
+from interactdiff.registry import methods
 from interactdiff.scene import MAX_GUIDANCE, MAX_STEPS
 from interactdiff.scene_checks import checked_number, checked_side, checked_whole
 

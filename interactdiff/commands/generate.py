@@ -17,9 +17,10 @@ from interactdiff.commands.arguments import (
     schedule,
     whole,
 )
+from interactdiff.method_specs import MethodError
 from interactdiff.models import MODEL
 from interactdiff.picture import Record, installed_versions, overlay, read_record, save_picture
-from interactdiff.registry import MethodError, configurables, item_specs, used_methods
+from interactdiff.registry import configurables, item_specs, used_methods
 from interactdiff.scene import CONTROLS, EXTRA_ITEMS, Scene, numbered
 from interactdiff.scene_pictures import picture_files
 

@@ -1,6 +1,6 @@
 """What the registry knows of concepts: AttenCraft (arXiv 2405.17965). No torch."""
 
-from interactdiff.registry import ExportSpec, MethodSpec
+from interactdiff.method_specs import ExportSpec, MethodSpec
 
 SPEC = MethodSpec(
     name="concept",

@@ -11,7 +11,8 @@ from interactdiff.data.boxes import box_fields, likely_form, to_shares
 from interactdiff.data.problems import Problem, Problems, nearest
 from interactdiff.data.records import ImageRecord, Stored
 from interactdiff.errors import DataError
-from interactdiff.registry import ItemSpec, item_specs
+from interactdiff.method_specs import ItemSpec
+from interactdiff.registry import item_specs
 from interactdiff.scene import EXTRA_ITEMS, Scene, SceneError
 from interactdiff.scene_checks import checked_flag, checked_text, checked_whole, shown
 from interactdiff.scene_items import required_and_optional

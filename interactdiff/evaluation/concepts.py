@@ -34,7 +34,7 @@ from interactdiff.evaluation.table import chosen_rows
 from interactdiff.evaluation.words import mask_iou
 from interactdiff.generation import ScenePipeline
 from interactdiff.handle import attach
-from interactdiff.registry import EvaluationOptions
+from interactdiff.method_specs import EvaluationOptions
 from interactdiff.stickworld.detector import Detections, Detector
 from interactdiff.stickworld.render import Rendering, render
 from interactdiff.stickworld.world import OBJECTS

@@ -17,8 +17,8 @@ from interactdiff.evaluation.hoi import Share, with_interval
 from interactdiff.evaluation.sampling import Sampling
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
+from interactdiff.method_specs import EvaluationOptions
 from interactdiff.models import MODEL, PACKAGED, model_info
-from interactdiff.registry import EvaluationOptions
 from interactdiff.stickworld.appearance import (
     Appearance,
     PersonAppearance,

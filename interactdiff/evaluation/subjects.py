@@ -32,7 +32,8 @@ from interactdiff.evaluation.likeness import (
 from interactdiff.evaluation.sampling import draw_batch, reduced, render_scenes
 from interactdiff.evaluation.table import chosen_rows
 from interactdiff.generation import ScenePipeline
-from interactdiff.registry import EvaluationOptions, methods
+from interactdiff.method_specs import EvaluationOptions
+from interactdiff.registry import methods
 from interactdiff.scene import Entity
 from interactdiff.stickworld.captions import describe_object, describe_person
 from interactdiff.stickworld.detector import Detections, Detector, Found

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from interactdiff.registry import ItemSpec, MethodSpec
+from interactdiff.method_specs import ItemSpec, MethodSpec
 from interactdiff.scene_items import ACTION_REGIONS, MAX_STRENGTH, Entity, Interaction
 
 PHRASE: dict[str, Any] = {"type": "string", "pattern": r"\S"}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from interactdiff.registry import ItemSpec, MethodSpec, Setting
+from interactdiff.method_specs import ItemSpec, MethodSpec, Setting
 from interactdiff.scene_items import MAX_STRENGTH
 from interactdiff.subject.items import Subject
 

@@ -15,7 +15,7 @@ from interactdiff.data.converters.base import Converted, Options
 from interactdiff.data.folder import METADATA
 from interactdiff.data.rows import check_relative
 from interactdiff.errors import DataError, SceneError
-from interactdiff.registry import load_attribute
+from interactdiff.method_specs import load_attribute
 
 Converter = Callable[[str, Options, Counter[str]], Iterator[Converted]]
 

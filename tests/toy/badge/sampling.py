@@ -7,7 +7,7 @@ import numpy as np
 from PIL import ImageOps
 
 from interactdiff.badge.items import Badge  # type: ignore[import-not-found]
-from interactdiff.registry import Cost, EvaluationOptions
+from interactdiff.method_specs import Cost, EvaluationOptions
 from interactdiff.scene import Scene
 from interactdiff.training.config import Count, Keys
 

@@ -1,7 +1,7 @@
 """What the registry knows of badges."""
 
 from interactdiff.badge.items import Badge  # type: ignore[import-not-found]
-from interactdiff.registry import ItemSpec, MethodSpec, SamplerSpec, Setting
+from interactdiff.method_specs import ItemSpec, MethodSpec, SamplerSpec, Setting
 
 SPEC = MethodSpec(
     name="badge",
