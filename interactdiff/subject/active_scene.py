@@ -35,6 +35,23 @@ class PlacedSubject:
     boxes: tuple[Box, ...]
     strength: float
 
+    def shift(self, grid: tuple[int, int], beside: float) -> tuple[int, int]:
+        """Rows and columns by which the reference's positions lie beside the picture's.
+
+        Positions decide where a transformer draws what it sees: the middle of the subject comes to lie on the
+        middle of its place, if it has one.
+
+        Args:
+            grid: rows and columns of the picture's tokens.
+            beside: without a place, how many of the reference's widths aside.
+        """
+        if not self.boxes:
+            return 0, round(beside * self.reference.grid[1])
+        x0, y0, x1, y1 = self.boxes[0]
+        row, column = self.reference.middle()
+        rows, columns = grid
+        return round((y0 + y1) / 2 * rows - 0.5 - row), round((x0 + x1) / 2 * columns - 0.5 - column)
+
 
 class SubjectRows(NamedTuple):
     """What the rows of a call's batch see.

@@ -21,9 +21,9 @@ from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.features import Features, moved
 from interactdiff.subject.foreground import load_segmenter
 from interactdiff.subject.guidance import combined, guided_by_reference, halves_of, map_rows, prompt_in_both
-from interactdiff.subject.items import MAX_SUBJECTS, Subject
+from interactdiff.subject.items import MAX_SUBJECTS, Subject, warn_unnamed
 from interactdiff.subject.place import boxes_of, place
-from interactdiff.subject.runner import ReferenceRunner, Time
+from interactdiff.subject.runner import ReferenceRunner, Time, times_ahead
 from interactdiff.subject.spec import SPEC
 from interactdiff.subject.subject_sites import EncoderSite, KeySite
 
@@ -154,7 +154,7 @@ class SubjectBinding(Binding):
                 raise SceneError(f"subjects: expected at most {MAX_SUBJECTS}, got {len(subjects)}")
         self.runner.passes()
         self.follow(self.runner.passes().device)
-        _warn_unnamed(items, prompt)
+        warn_unnamed(items, prompt)
         everything = items if all_items is None else all_items
         placed: dict[Any, tuple[int, PlacedSubject]] = {}
         prompts = []
@@ -326,12 +326,14 @@ class SubjectBinding(Binding):
             step = int(time) if call.step is None else call.step[0]
             fresh = (scene.seed * 1000003 + step + 1) % 2**63  # 0 is that of the reference's own noise
         found: dict[tuple[int, int], Features] = {}
-        ahead = self._ahead(call, scene, plan)
+        later = times_ahead(call)
+        guided = (self._by_reference(call, scene, n) for n in range(1, len(later) + 1))
+        ahead = [t for time, by in zip(later, guided, strict=True) for t in _signed(time, plan.gap, by)]
         numbers = {n for prompt in scene.prompts for n in prompt if scene.subjects[n].strength}
         for number in sorted(numbers):
             subject = scene.subjects[number]
             self._pass_weight = self.settings["encoder_weight"] * subject.strength * bool(self._encoders)
-            shift = self._shift(call, subject) if passes.shifts else (0, 0)
+            shift = subject.shift(call.grid, self.settings["position_shift"]) if passes.shifts else (0, 0)
             now = [(time, sign) for sign in signs]
             made = self.runner.features(
                 call, subject.reference, now, ahead, gap, self._pass_weight, fresh, shift
@@ -339,35 +341,6 @@ class SubjectBinding(Binding):
             for sign, features in zip(signs, made, strict=True):
                 found[number, sign] = moved(features, call.device)
         return found
-
-    def _shift(self, call: Call, subject: PlacedSubject) -> tuple[int, int]:
-        """Rows and columns by which a reference's positions lie beside the picture's.
-
-        Positions decide where a transformer draws what it sees: the middle of the subject comes to lie on the
-        middle of its place, if it has one.
-        """
-        if not subject.boxes:
-            return 0, round(self.settings["position_shift"] * subject.reference.grid[1])
-        x0, y0, x1, y1 = subject.boxes[0]
-        row, column = subject.reference.middle()
-        rows, columns = call.grid
-        return round((y0 + y1) / 2 * rows - 0.5 - row), round((x0 + x1) / 2 * columns - 0.5 - column)
-
-    def _ahead(self, call: Call, scene: SubjectScene, plan: Plan) -> list[Time]:
-        """Times that the run will come to, in their order."""
-        timesteps = getattr(getattr(call.pipeline, "scheduler", None), "timesteps", None)
-        if timesteps is None:
-            return []
-        times: list[Time] = []
-        later = [float(t) for t in timesteps.tolist() if float(t) < call.timestep]
-        for ahead, time in enumerate(dict.fromkeys(later), start=1):
-            if not plan.gap:
-                times.append((time, 0))
-            elif self._by_reference(call, scene, ahead):
-                times.append((time, -1))
-            else:
-                times += [(time, -1), (time, 1)]
-        return times
 
     def _after(self, call: Call, prediction: Tensor) -> Tensor | None:
         """What the caller gets of a step that is guided by the reference: the same in both halves."""
@@ -430,16 +403,7 @@ class SubjectBinding(Binding):
         return share.to(next(self.adapter.parameters()).dtype)
 
 
-def _warn_unnamed(items: Sequence[Sequence[Subject]], prompt: str | Sequence[str] | None) -> None:
-    """Say which subjects a prompt does not name, which it is to draw."""
-    if prompt is None:
-        return
-    prompts = [prompt] * len(items) if isinstance(prompt, str) else list(prompt)
-    for n, text in enumerate(prompts):
-        for subject in items[n] if len(items) > 1 else items[0]:
-            if subject.phrase.lower() not in " ".join(text.lower().split()):
-                warnings.warn(
-                    f"subject {shown(subject.phrase)}: expected its phrase in the prompt, got {shown(text)}: "
-                    "name it there, in the same words, to have it drawn",
-                    stacklevel=4,
-                )
+def _signed(time: float, gap: bool, by_reference: bool) -> list[Time]:
+    """A time that a run will come to, once for each amount of noise that its references will have then."""
+    signs = (0,) if not gap else (-1,) if by_reference else (-1, 1)
+    return [(time, sign) for sign in signs]

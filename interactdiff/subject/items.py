@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,3 +148,18 @@ class Subject:
         if options.get("mask") is not None:
             options["mask"] = Picture.named("mask", options["mask"], mask=True)
         return cls(phrase, Picture.named("image", image), **options)
+
+
+def warn_unnamed(items: Sequence[Sequence[Subject]], prompt: str | Sequence[str] | None) -> None:
+    """Say which subjects a prompt does not name, which it is to draw."""
+    if prompt is None:
+        return
+    prompts = [prompt] * len(items) if isinstance(prompt, str) else list(prompt)
+    for n, text in enumerate(prompts):
+        for subject in items[n] if len(items) > 1 else items[0]:
+            if subject.phrase.lower() not in " ".join(text.lower().split()):
+                warnings.warn(
+                    f"subject {shown(subject.phrase)}: expected its phrase in the prompt, got {shown(text)}: "
+                    "name it there, in the same words, to have it drawn",
+                    stacklevel=4,
+                )

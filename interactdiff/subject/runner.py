@@ -197,3 +197,10 @@ class ReferenceRunner:
             others = tuple((one.adapter.name, fingerprint(one.adapter), one.pass_key()) for one in bindings)
             self._weights = run, (fingerprint(self._host.denoiser), others)
         return self._weights[1]
+
+
+def times_ahead(call: Call) -> list[float]:
+    """Timesteps that the run will come to, in their order."""
+    timesteps = getattr(getattr(call.pipeline, "scheduler", None), "timesteps", None)
+    later = [] if timesteps is None else [float(t) for t in timesteps.tolist()]
+    return list(dict.fromkeys(t for t in later if t < call.timestep))
