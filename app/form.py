@@ -132,11 +132,15 @@ def has_pictures(panel: Configurable) -> bool:
     return any(item.from_picture is not None for item in items_of(panel))
 
 
+def adapter_choices(method: str) -> list[str]:
+    """The adapters of a method that can be chosen by name."""
+    return [OWN, *(info.adapters[method] for info in PACKAGED.values() if method in info.adapters)]
+
+
 def _adapter_field(method: str, limits: Limits, adapters: Mapping[str, str]) -> Any:
-    packaged = [info.adapters[method] for info in PACKAGED.values() if method in info.adapters]
     chosen = adapters.get(method, OWN)
     return gr.Dropdown(
-        list(dict.fromkeys([OWN, *packaged, chosen])),
+        list(dict.fromkeys([*adapter_choices(method), chosen])),
         value=chosen,
         label="Adapter",
         allow_custom_value=True,
@@ -188,20 +192,20 @@ def request_of(document: Document, values: Mapping[str, Any]) -> GenerationReque
         interactions,
         entities,
         negative_prompt=values["negative_prompt"] or "",
-        seed=_whole("seed", values["seed"]),
-        steps=_whole("steps", values["steps"]),
+        seed=whole_number("seed", values["seed"]),
+        steps=whole_number("steps", values["steps"]),
         guidance_scale=values["guidance_scale"],
         strength=values["strength"],
         schedule=(on, decay, max(0.0, 1 - on - decay)) if decay else on,
         fast=bool(values["fast"]),
-        width=None if values["width"] is None else _whole("width", values["width"]),
-        height=None if values["height"] is None else _whole("height", values["height"]),
+        width=None if values["width"] is None else whole_number("width", values["width"]),
+        height=None if values["height"] is None else whole_number("height", values["height"]),
         extra_items=tuple(extra),
     )
     adapters = adapters_of(values)
     return GenerationRequest(
         scene,
-        _whole("images", values["images"]),
+        whole_number("images", values["images"]),
         bool(values["compare"]),
         str(values["model"] or ""),
         {name: at for name, at in adapters.items() if name == "interaction" or name in used},
@@ -306,7 +310,12 @@ def random_seed() -> int:
     return random.SystemRandom().randrange(min(RANDOM_SEEDS, MAX_SEED))
 
 
-def _whole(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any) -> int:
+    """A number of a field.
+
+    Raises:
+        SceneError: it is not whole, or none.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise SceneError(f"{name}: expected a whole number, got {shown(value)}")
     return int(value)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from interactdiff.method_specs import Cost
 from interactdiff.models import PACKAGED, ModelError, absolute_name, packaged_adapters
@@ -13,6 +13,11 @@ from interactdiff.scene_checks import SceneError, shown
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_UPLOAD = 20 * 2**20  # bytes
 MAX_UPLOAD_PIXELS = 40_000_000
+
+LEARNING_OFF = (
+    "Learning is off on this server, because it takes minutes for each photo: start `interactdiff app` on a "
+    "machine of your own."
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Limits:
         pixels: of the largest picture.
         images: pictures at a time.
         queue: requests that wait; more are refused.
+        learn_steps: training steps of concepts from a photo; 0: none are learned here.
         folders: where models and adapters may lie, beside the packaged ones.
         names: models and adapters that may be used wherever they are.
         hub: whether any repository of the Hugging Face Hub may be used.
@@ -35,6 +41,7 @@ class Limits:
     pixels: int = 4 * 2**20
     images: int = 8
     queue: int = 16
+    learn_steps: int = 0
     folders: tuple[Path, ...] = ()
     names: tuple[str, ...] = ()
     hub: bool = False
@@ -64,6 +71,17 @@ class Limits:
             )
         if not 1 <= images <= self.images:
             raise SceneError(f"images: expected 1 to {self.images} on this server, got {images}")
+
+    def check_learning(self, steps: int) -> None:
+        """Refuse to learn where that is off, or for too long.
+
+        Raises:
+            SceneError: in one sentence.
+        """
+        if not self.learn_steps:
+            raise SceneError(LEARNING_OFF)
+        if not 0 <= steps <= self.learn_steps:
+            raise SceneError(f"steps: expected 1 to {self.learn_steps} to learn in, got {steps}")
 
     def check_name(self, kind: str, name: str) -> None:
         """Refuse a model or adapter that this server does not open.
@@ -108,8 +126,8 @@ def opened_picture(path: str | Path, alpha: bool = False) -> Image.Image:
             if image.width * image.height > MAX_UPLOAD_PIXELS:
                 size = f"{image.width} x {image.height}"
                 raise SceneError(f"picture: expected at most {MAX_UPLOAD_PIXELS} pixels, got {size}")
-            image.load()
-            return image.copy() if alpha else image.convert("RGB")
+            upright = ImageOps.exif_transpose(image)  # as a browser shows it
+            return upright if alpha else upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, SceneError):
             raise

@@ -7,6 +7,7 @@ import gradio as gr
 
 from interactdiff.app import theme
 from interactdiff.app.canvas import SceneCanvas
+from interactdiff.app.concept_panel import ConceptPanel
 from interactdiff.app.document import COLUMNS
 from interactdiff.app.examples import EXAMPLES
 from interactdiff.app.form import has_pictures, panel_fields, random_seed, settings_fields
@@ -54,6 +55,7 @@ class Page:
                     self._pictures()
                     self._settings(limits, model, adapters, size)
                     self._panels(limits, model, adapters, unsupported)
+                    self.concepts = ConceptPanel(limits)
                     self._files()
         self.fields |= {"prompt": self.prompt, "seed": self.seed}
         self.size = [self.fields["width"], self.fields["height"]]

@@ -15,7 +15,7 @@ from interactdiff.app.worker import Worker
 from interactdiff.models import MODEL
 
 PUBLIC = Limits(steps=100, pixels=2**20, images=4)  # for whoever comes along
-LOCAL = Limits(folders=(Path.cwd(),), hub=True)  # for oneself
+LOCAL = Limits(folders=(Path.cwd(),), hub=True, learn_steps=2000)  # for oneself
 
 
 def limits_for(host: str, share: bool) -> Limits:

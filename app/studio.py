@@ -1,7 +1,7 @@
 """What the page does: keeps canvas, text and table in step, generates, and opens earlier pictures."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from interactdiff.app.form import (
     taken_from_canvas,
     with_layout,
 )
+from interactdiff.app.learning import LearnedConcept, with_learned
 from interactdiff.app.limits import opened_picture
 from interactdiff.app.page import Page, Unsupported
 from interactdiff.app.picture_items import PlacedItem
@@ -64,6 +65,7 @@ class Studio(Page):
             api.add_to(self.blocks, worker, model, adapters)
             self._wire_forms()
             self._wire_generation()
+            self.concepts.wire(self, AT_ONCE, ONE_AT_A_TIME)
             self.blocks.load(None, js=theme.DROP)
 
     def _wire_forms(self) -> None:
@@ -96,10 +98,10 @@ class Studio(Page):
         begun = [self.job, self.seed, self.status, self.generate, self.stop]
         results = [*self.results, self.generate, self.stop, *self.errors.values()]
         begin = self.generate.click(self._begin, [self.lock, self.seed], begun, **AT_ONCE)
-        inputs = [self.job, self.canvas, self.suggested, *self.fields.values()]
+        inputs = [self.job, self.canvas, self.suggested, self.concepts.learned, *self.fields.values()]
         generation = begin.then(self._generate, inputs, results, **ONE_AT_A_TIME)
         generation.failure(self._queue_full, self.job, [self.status, self.generate, self.stop], **AT_ONCE)
-        self.stop.click(self._stopped, self.job, self.stop, **AT_ONCE)
+        self.stop.click(self.stop_job, self.job, self.stop, **AT_ONCE)
         self.blocks.unload(self._page_closed)
         shown = [self.images, self.chosen, self.view, self.token, self.step]
         for event in (self.view.input, self.token.input, self.step.release):
@@ -118,7 +120,7 @@ class Studio(Page):
             updates[self.errors[place]] = gr.update(value=theme.error_html(str(error)), visible=True)
         return updates
 
-    def _in_step(self, document: Document, prompt: str, suggested: str, source: Any = None) -> Updates:
+    def in_step(self, document: Document, prompt: str, suggested: str, source: Any = None) -> Updates:
         """Every form of a canvas but the one that it was read from; the prompt, unless the user wrote it."""
         forms: Updates = {self.canvas: document, self.text: document.to_text()}
         forms |= {self.table: document.to_table(), self.suggested: document.prompt()}
@@ -129,13 +131,13 @@ class Studio(Page):
         return {part: value for part, value in forms.items() if part is not source} | self._errors()
 
     def _canvas_edited(self, document: Document, prompt: str, suggested: str) -> Updates:
-        return self._in_step(document, prompt, suggested, self.canvas)
+        return self.in_step(document, prompt, suggested, self.canvas)
 
     def _text_edited(self, text: str, document: Document, prompt: str, suggested: str) -> Updates:
         if text == document.to_text():
             return self._errors()
         try:
-            return self._in_step(document.with_text(text), prompt, suggested)
+            return self.in_step(document.with_text(text), prompt, suggested)
         except SceneError as error:
             return self._errors("text", error)
 
@@ -143,7 +145,7 @@ class Studio(Page):
         self, table: list[list[Any]], document: Document, prompt: str, suggested: str
     ) -> Updates:
         try:
-            return self._in_step(document.with_table(table), prompt, suggested, self.table)
+            return self.in_step(document.with_table(table), prompt, suggested, self.table)
         except SceneError as error:
             return self._errors("text", error)
 
@@ -156,11 +158,15 @@ class Studio(Page):
             document, text = taken_from_canvas(spec, document, text)
         except SceneError as error:
             return self._errors("canvas", error)
-        return {self.fields[name]: text} | self._in_step(document, prompt, suggested)
+        return {self.fields[name]: text} | self.in_step(document, prompt, suggested)
 
     def _reshape(self, document: Document, width: float | None, height: float | None) -> Any:
+        return self.reshaped(document, width, height) if width and height else gr.skip()
+
+    def reshaped(self, document: Document, width: float | None, height: float | None) -> Document:
+        """The canvas in the shape of a picture of this size; as it is where that is none."""
         if not width or not height or width < 0 or height < 0:
-            return gr.skip()
+            return document
         return document.changed(aspect=min(max(width / height, 0.1), 10.0))
 
     def _example(self, name: str) -> Callable[[Document], Updates]:
@@ -196,17 +202,17 @@ class Studio(Page):
 
     def _begin(self, lock: bool, seed: float | None, request: gr.Request) -> Updates:
         """What happens at once: the rest waits for its turn at the models."""
-        job = uuid4().hex
-        self._stops[job] = str(request.session_hash), threading.Event()
         return {
-            self.job: job,
+            self.job: self.new_job(request),
             self.seed: seed if lock else random_seed(),
             self.status: theme.progress_html("Waiting for the models", 0.0),
             self.generate: gr.update(interactive=False),
             self.stop: gr.update(interactive=True),
         }
 
-    def _generate(self, job: str, document: Document, suggested: str, *values: Any) -> Iterator[Updates]:
+    def _generate(
+        self, job: str, document: Document, suggested: str, learned: Sequence[LearnedConcept], *values: Any
+    ) -> Iterator[Updates]:
         named = dict(zip(self.fields, values, strict=True))
         if (named["prompt"] or "").strip() in ("", suggested):
             named["prompt"] = document.prompt()  # the page may not have received it yet
@@ -215,10 +221,10 @@ class Studio(Page):
             self.stop: gr.update(interactive=False),
             self.preview: gr.update(value=None, visible=False),
         }
-        _, stop = self._stops.get(job, ("", threading.Event()))
+        stop = self.stop_of(job)
         images: list[StoredImage] = []
         try:
-            request = request_of(document, named)
+            request = with_learned(request_of(document, named), learned)
             self.worker.check(request)
             yield self._errors()
             for report in self.worker.generate(request, stop):
@@ -243,15 +249,32 @@ class Studio(Page):
             line = theme.progress_html("Not generated.")
             yield self._errors("model", failure) | ended | {self.status: line}
         finally:
-            self._stops.pop(job, None)
+            self.end_job(job)
 
-    def _stopped(self, job: str) -> Any:
+    # --- jobs: what runs, and what ends it ---
+
+    def new_job(self, request: gr.Request) -> str:
+        """The name of a job of the page that asks."""
+        job = uuid4().hex
+        self._stops[job] = str(request.session_hash), threading.Event()
+        return job
+
+    def stop_of(self, job: str) -> threading.Event:
+        """What ends a job."""
+        return self._stops[job][1] if job in self._stops else threading.Event()
+
+    def end_job(self, job: str) -> None:
+        """Forget a job that is over."""
+        self._stops.pop(job, None)
+
+    def stop_job(self, job: str) -> Any:
+        """End a job within a step."""
         if job in self._stops:
             self._stops[job][1].set()
         return gr.update(interactive=False)  # the last report is not to be overwritten
 
     def _queue_full(self, job: str) -> Updates:
-        self._stops.pop(job, None)
+        self.end_job(job)
         return {
             self.status: theme.progress_html("Too many are waiting: try again in a while."),
             self.generate: gr.update(interactive=True),
@@ -276,7 +299,7 @@ class Studio(Page):
 
     def _use_as_background(self, images: list[StoredImage], chosen: int, document: Document) -> Any:
         path = images[chosen].path if images else None
-        return document.changed(picture=self._served(path)) if path and path.exists() else gr.skip()
+        return document.changed(picture=self.served(path)) if path and path.exists() else gr.skip()
 
     def _while_there(self, show: Callable[[], Updates]) -> Updates:
         try:
@@ -298,7 +321,7 @@ class Studio(Page):
                 record = read_record(path)
             except NoRecordError:
                 opened_picture(path)
-                return self._errors() | {self.canvas: document.changed(picture=self._served(Path(path)))}
+                return self._errors() | {self.canvas: document.changed(picture=self.served(Path(path)))}
             try:
                 weights = {name: at for name, at in record.adapters.items() if at is not None}
                 status = self.worker.describe(record.model, weights)
@@ -325,9 +348,9 @@ class Studio(Page):
             fields |= pictures.listed([PlacedItem.restored(one.item, canvas) for one in values[name]])
         panels = {} if status is None else self._show_panels(status.unsupported)
         ready = {self.lock: True, self.status: theme.progress_html("Ready: Generate makes it.")}
-        return panels | self._in_step(canvas, record.scene.prompt, "") | fields | ready
+        return panels | self.in_step(canvas, record.scene.prompt, "") | fields | ready
 
-    def _served(self, path: Path) -> str:
+    def served(self, path: Path) -> str:
         """The address, relative to the page, of a copy that the page may show."""
         return "gradio_api/file=" + save_file_to_cache(path, cache_dir=self.blocks.GRADIO_CACHE)
 

@@ -25,9 +25,11 @@ CSS = """
 .dark .error p { color: #ff8fa3; }
 #gallery img, #preview img { image-rendering: pixelated; }
 #status { min-height: 44px; }
-#status .track { height: 6px; border-radius: 3px; overflow: hidden; background: var(--border-color-primary); }
-#status .done { height: 100%; background: var(--color-accent); transition: width 0.2s; }
-#status p { margin: 4px 0 0; color: var(--body-text-color-subdued); font-size: 14px; }
+:is(#status, #learn-status) .track {
+  height: 6px; border-radius: 3px; overflow: hidden; background: var(--border-color-primary);
+}
+:is(#status, #learn-status) .done { height: 100%; background: var(--color-accent); transition: width 0.2s; }
+:is(#status, #learn-status) p { margin: 4px 0 0; color: var(--body-text-color-subdued); font-size: 14px; }
 #lock { min-width: 90px; }
 #hint, #open p { color: var(--body-text-color-subdued); }
 body.dropping::after {

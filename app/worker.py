@@ -1,11 +1,12 @@
 """Generates what the pages ask for: one load of a model, one picture at a time, whoever asks."""
 
 import queue
+import shutil
 import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from PIL import Image
 
 from interactdiff.adapter_loading import chosen_adapters
@@ -20,13 +22,14 @@ from interactdiff.app.limits import Limits
 from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
 from interactdiff.method_specs import Cost
-from interactdiff.models import MODEL
+from interactdiff.models import MODEL, absolute_name, resolve
 from interactdiff.picture import Record, save_picture
 from interactdiff.registry import configurables, used_methods
 from interactdiff.scene import MAX_SEED, Scene
 
 PREVIEW_EVERY = 0.25  # seconds at least between two previews
 KEPT = 400  # pictures on the disk, of all pages together
+KEPT_ADAPTERS = 8  # that were learned, likewise
 
 
 class Stopped(Exception):
@@ -142,6 +145,7 @@ class Worker:
         # One thread for good: torch keeps memory for every thread that it ever ran in.
         self._thread = ThreadPoolExecutor(1, "worker")
         self._stored: OrderedDict[Path, None] = OrderedDict()
+        self._adapters: OrderedDict[str, None] = OrderedDict()
         self._closing = threading.Event()
 
     def _pipeline(
@@ -162,6 +166,23 @@ class Worker:
             pipeline.pipeline.set_progress_bar_config(disable=True)
             self._loaded = model, chosen, pipeline
         return self._loaded[2]
+
+    def without_adapters(self, model: str) -> Any:
+        """A model's diffusers pipeline in float32, with no adapter attached, for use on the worker's thread.
+
+        Raises:
+            ModelError: this server does not open it, or there is no such model.
+        """
+        self._check_names(model, {})
+        if self._loaded is not None and self._loaded[0] == model:
+            pipeline = self._loaded[2]
+            if pipeline.denoiser.dtype == torch.float32:
+                self._loaded = model, {}, pipeline.detached()
+                return pipeline.pipeline
+        self._loaded = None  # first, so that two models are never in memory
+        alone = load_pipeline(resolve("model", model), usable_device(self._device), torch.float32)
+        alone.set_progress_bar_config(disable=True)
+        return alone
 
     def describe(self, model: str, adapters: Mapping[str, str]) -> ModelStatus:
         """What a page has to know of a model.
@@ -202,11 +223,21 @@ class Worker:
         Raises:
             InteractdiffError: in one sentence, before anything is generated.
         """
-        reports: queue.Queue[Progress | BaseException | None] = queue.Queue()
+        return self.run(lambda report: self._generate(request, stop, report), stop)
+
+    def run(self, job: Callable[[Callable[[Any], None]], None], stop: threading.Event) -> Iterator[Any]:
+        """Do a job on the worker's thread, once it is its turn, and yield what it reports.
+
+        Args:
+            job: is given what reports.
+            stop: set once nobody waits for the reports any more.
+        """
+        reports: queue.Queue[Any] = queue.Queue()
 
         def run() -> None:
             try:
-                self._generate(request, stop, reports)
+                if not stop.is_set():
+                    job(reports.put)
                 reports.put(None)
             except BaseException as error:  # carried to the page that waits
                 reports.put(error)
@@ -221,11 +252,9 @@ class Worker:
             stop.set()  # the page has gone: nobody waits for the rest
 
     def _generate(
-        self, request: GenerationRequest, stop: threading.Event, reports: "queue.Queue[Any]"
+        self, request: GenerationRequest, stop: threading.Event, report: Callable[[Progress], None]
     ) -> None:
-        if stop.is_set():
-            return
-        reports.put(Progress("Loading the model", 0.0))
+        report(Progress("Loading the model", 0.0))
         self.check(request)
         used = used_methods(request.scene, request.methods)
         pipeline = self._pipeline(request.model, request.adapters, used)
@@ -239,7 +268,7 @@ class Worker:
 
             def on_step(step: int, preview: Any, number: int = number, title: str = title) -> None:
                 nonlocal last_preview
-                if stop.is_set() or self._closing.is_set():
+                if self.is_ended(stop):
                     raise Stopped
                 now = time.monotonic()
                 fraction = (number + min((step + 1) / cost.steps, 1.0)) / len(scenes)
@@ -249,7 +278,7 @@ class Worker:
                     picture = preview()
                     last_preview = time.monotonic()  # not before: a preview may take longer than a step
                 message = f"{title}step {min(step + 1, cost.steps)} of {cost.steps}"
-                reports.put(Progress(message, fraction, left, picture, tuple(images)))
+                report(Progress(message, fraction, left, picture, tuple(images)))
 
             slots = len(scene.interactions) + len(scene.entities)
             record_maps = request.record_attention and controlled and slots > 0
@@ -265,7 +294,7 @@ class Worker:
         message = f"Stopped after {len(images)} of {len(scenes)} pictures"
         if len(images) == len(scenes):
             message = "Done"
-        reports.put(Progress(message, 1.0, 0.0, None, tuple(images)))
+        report(Progress(message, 1.0, 0.0, None, tuple(images)))
 
     def store(self, image: Image.Image, record: Record) -> Path:
         """Write a picture, its record inside; the oldest ones go once there are many."""
@@ -276,6 +305,27 @@ class Worker:
             self._stored.popitem(last=False)[0].unlink(missing_ok=True)
         return path
 
+    def keep_adapter(self, folder: Path) -> str:
+        """Let requests name an adapter in the worker's folder; the oldest ones go once there are many.
+
+        Args:
+            folder: of it; an archive may lie beside it.
+
+        Returns:
+            Its name.
+        """
+        name = absolute_name(str(folder))
+        self._adapters[name] = None
+        while len(self._adapters) > KEPT_ADAPTERS:
+            oldest = Path(self._adapters.popitem(last=False)[0])
+            shutil.rmtree(oldest, ignore_errors=True)
+            oldest.with_suffix(".zip").unlink(missing_ok=True)
+        return name
+
+    def is_ended(self, stop: threading.Event | None = None) -> bool:
+        """Whether a job has to end: it was stopped, or the server is shutting down."""
+        return self._closing.is_set() or (stop is not None and stop.is_set())
+
     def close(self) -> None:
         """Generate no more, and delete every picture."""
         self._closing.set()
@@ -285,4 +335,6 @@ class Worker:
     def _check_names(self, model: str, adapters: Mapping[str, str]) -> None:
         self.limits.check_name("model", model)
         for name in adapters.values():
+            if name in self._adapters:
+                continue
             self.limits.check_name("adapter", name)

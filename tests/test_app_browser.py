@@ -329,3 +329,36 @@ def test_a_subject_from_a_picture_is_placed_and_comes_back(studio: StudioPage, t
     page.locator("#subject-list").wait_for(state="hidden")
     drop(studio, path, "image/png")
     page.locator("#subject-list", has_text="person, in the box person").wait_for()
+
+
+def test_concepts_are_learned_from_a_photo_and_used(studio: StudioPage, tmp_path: Path) -> None:
+    page = studio.page
+    picture = Image.new("RGB", (96, 96), "skyblue")
+    picture.paste("red", (20, 40, 60, 90))
+    picture.save(tmp_path / "photo.png")
+    studio.open_panel("learn")
+    page.locator("#learn-start").click()
+    page.locator("#error-learn-photo", has_text="photo: expected a picture, got none").wait_for()
+    page.locator("#learn-photo input[type=file]").set_input_files(tmp_path / "photo.png")
+    page.locator("#learn-photo img").wait_for()
+    page.locator("#learn-draw").click()
+    page.locator("#canvas .picture:visible").wait_for()
+    page.locator("#canvas .stage").scroll_into_view_if_needed()
+    studio.draw_box((0.2, 0.4), (0.65, 0.95), "ball")
+    page.locator("#learn-take").click()
+    studio.expect("learn-names", "<ball>=ball|0.2,0.4,0.65,0.95")
+    assert studio.tags() == []
+    page.locator("#learn-find:enabled").click()
+    page.locator("#learn-masks img").wait_for()
+    page.locator("#learn-start:enabled").click()
+    page.locator("#learn-status", has_text="Step ").wait_for()
+    page.locator("#learn-stop:enabled").click()
+    page.locator("#learn-status", has_text="what is learned so far is kept").wait_for()
+    page.locator("#learn-download").wait_for()
+    page.locator("#concept").wait_for()  # its panel offers what was learned
+    studio.open_panel("settings")
+    studio.fill("steps", "2")
+    page.locator("#prompt textarea").fill("a <ball> on the beach")
+    studio.generate()
+    record = read_record(download(studio, tmp_path / "picture.png"))
+    assert "concepts" in str(record.adapters["concept"])

@@ -20,6 +20,7 @@ LIMITS = {
     "pixels": "of a picture",
     "images": "pictures at a time",
     "queue": "requests that wait",
+    "learn_steps": "training steps of concepts from a photo; 0: none are learned",
 }
 
 
@@ -55,7 +56,8 @@ def add_to(commands: Commands) -> None:
         "served)",
     )
     for name, what in LIMITS.items():
-        parser.add_argument(f"--max-{name}", type=positive, metavar="N", help=f"most {what}")
+        kind = whole if name == "learn_steps" else positive
+        parser.add_argument(f"--max-{name.replace('_', '-')}", type=kind, metavar="N", help=f"most {what}")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -64,6 +66,8 @@ def _run(args: argparse.Namespace) -> None:
             raise UsageError(f"--allow: expected a folder, got {str(folder)!r}")
     if args.port is not None and not 0 < args.port < 2**16:
         raise UsageError(f"--port: expected a number from 1 to 65535, got {args.port}")
+    if args.max_learn_steps is not None and args.max_learn_steps < 0:
+        raise UsageError(f"--max-learn-steps: expected a number from 0 up, got {args.max_learn_steps}")
     quiet_libraries()
     try:
         from interactdiff.app.serve import LAUNCH, leave_on_sigterm, limits_for, make_studio

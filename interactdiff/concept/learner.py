@@ -250,15 +250,23 @@ class Learner:
             remove_checkpoint(self._folder)
 
     @torch.no_grad()
-    def samples(self, model: str | None = None) -> Image.Image:
-        """A row of pictures: the photo, each concept alone, and all together.
+    def samples(self, model: str | None = None, on_step: Callable[..., None] | None = None) -> Image.Image:
+        """A row of pictures: the photo, each concept alone, and if there are several all together.
 
         Args:
             model: the pipeline's name, of whose guidance is known what suits it.
+            on_step: called after each denoising step; what it raises ends drawing and comes through.
         """
+
+        def after_step(_: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(step)
+            return tensors
+
         guidance = model_info(model or "").guidance_scale
         panels = [(self.photo, "photo")]
-        for names in (*([name] for name in self.names), self.names):
+        together = [self.names] if len(self.names) > 1 else []
+        for names in (*([name] for name in self.names), *together):
             prompt = subset_prompt(names, self.options.prefix)
             arguments = call_arguments(self.pipeline, prompt, None, guidance)
             drawn = self.pipeline(
@@ -266,6 +274,7 @@ class Learner:
                 width=self.photo.width,
                 height=self.photo.height,
                 num_inference_steps=SAMPLE_STEPS,
+                callback_on_step_end=after_step,
                 generator=torch.Generator().manual_seed(self.options.seed),
             ).images[0]
             panels.append((drawn, prompt))
