@@ -24,6 +24,7 @@ from interactdiff.interaction.maps import AttentionMaps
 from interactdiff.method_specs import Cost
 from interactdiff.models import MODEL, absolute_name, resolve
 from interactdiff.picture import Record, save_picture
+from interactdiff.pipeline_loading import load_pipeline, usable_device
 from interactdiff.registry import configurables, used_methods
 from interactdiff.scene import MAX_SEED, Scene
 
