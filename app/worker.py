@@ -21,7 +21,7 @@ from interactdiff.adapter_loading import chosen_adapters
 from interactdiff.app.limits import Limits
 from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
-from interactdiff.models import absolute_name, resolve
+from interactdiff.models import ModelError, absolute_name, resolve
 from interactdiff.picture import Record, save_picture
 from interactdiff.pipeline_loading import load_pipeline, usable_device
 from interactdiff.registry import Cost, configurables, used_methods
@@ -337,4 +337,9 @@ class Worker:
         for name in adapters.values():
             if name in self._adapters:
                 continue
+            if name.startswith(absolute_name(str(self.folder))):
+                raise ModelError(
+                    "expected a concept that this server still has, got one that made room for later ones: "
+                    "learn it again"
+                )
             self.limits.check_name("adapter", name)
