@@ -21,7 +21,7 @@ from interactdiff.app.learning import (
     taken_boxes,
 )
 from interactdiff.app.limits import LEARNING_OFF, Limits, opened_picture
-from interactdiff.app.picture_items import UPLOAD, PictureUpload
+from interactdiff.app.uploads import UPLOAD, PictureUpload
 from interactdiff.errors import InteractdiffError, SceneError
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from interactdiff.app import theme
 from interactdiff.app.canvas_items import CanvasBox
 from interactdiff.app.document import Document
 from interactdiff.app.limits import opened_picture
+from interactdiff.app.uploads import UPLOAD, PictureUpload
 from interactdiff.errors import SceneError
 from interactdiff.method_specs import ItemSpec, load_attribute
 from interactdiff.picture import enlarged
@@ -53,28 +54,6 @@ class PlacedItem:
                 f"{name.split()[0]}, or draw the box again"
             )
         return replace(self.item, box=box.box)
-
-
-class PictureUpload(gr.Image):
-    """A picture that the user drops; the value is the file's path, which is not opened here.
-
-    Gradio would refuse a damaged file in a passing note, and not beside the field.
-    """
-
-    is_template = True  # Gradio shows it by the script of its parent
-
-    def preprocess(self, payload: Any) -> Any:
-        """The path of the uploaded file."""
-        return None if payload is None else payload.path
-
-
-UPLOAD: dict[str, Any] = {
-    "sources": ["upload"],
-    "placeholder": "Drop a picture here, or click",
-    "interactive": True,
-    "buttons": [],
-    "elem_classes": "takes-files",  # not those of the page, see theme.DROP
-}
 
 
 class PictureItems:
@@ -138,7 +117,7 @@ class PictureItems:
         emptied = [self.picture, self.mask, self.phrase, self.place]
         self.add.click(self._added, given, [*emptied, *looked, *listed], **options)
         self.gallery.select(self._selected, None, [self.selected, self.remove], **options)
-        self.remove.click(self._removed, [self.kept, self.selected, canvas], listed, **options)
+        self.remove.click(self._removed, [self.kept, self.selected], listed, **options)
 
     def choices(self, document: Document) -> Updates:
         """The phrases and places that a canvas offers."""
@@ -222,7 +201,7 @@ class PictureItems:
     def _selected(self, event: gr.SelectData) -> Updates:
         return {self.selected: int(event.index), self.remove: gr.update(interactive=True)}
 
-    def _removed(self, kept: Sequence[PlacedItem], selected: int | None, document: Document) -> Updates:
+    def _removed(self, kept: Sequence[PlacedItem], selected: int | None) -> Updates:
         left = [one for number, one in enumerate(kept) if number != selected]
         return self.listed(left)
 

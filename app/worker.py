@@ -22,7 +22,7 @@ from interactdiff.app.limits import Limits
 from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
 from interactdiff.method_specs import Cost
-from interactdiff.models import MODEL, absolute_name, resolve
+from interactdiff.models import MODEL, ModelError, absolute_name, resolve
 from interactdiff.picture import Record, save_picture
 from interactdiff.pipeline_loading import load_pipeline, usable_device
 from interactdiff.registry import configurables, used_methods
@@ -338,4 +338,9 @@ class Worker:
         for name in adapters.values():
             if name in self._adapters:
                 continue
+            if name.startswith(absolute_name(str(self.folder))):
+                raise ModelError(
+                    "expected a concept that this server still has, got one that made room for later ones: "
+                    "learn it again"
+                )
             self.limits.check_name("adapter", name)

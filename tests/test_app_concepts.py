@@ -143,7 +143,7 @@ def test_from_a_photo_to_a_picture_and_no_more_than_is_kept(worker: Worker) -> N
         pixels[prompt] = Image.open(one.path).tobytes()
     assert pixels["a <hero>"] != pixels["a person"]
     with pytest.raises(ModelError, match="expected an adapter that this server has"):
-        worker.describe("stickworld", {"concept": str(worker.folder)})
+        worker.describe("stickworld", {"concept": "/elsewhere"})
 
     stop, reports = threading.Event(), []
     for one in learn(worker, asked(30), stop):
@@ -158,6 +158,8 @@ def test_from_a_photo_to_a_picture_and_no_more_than_is_kept(worker: Worker) -> N
     assert Path(last.learned.folder, "adapter.safetensors").is_file()
     assert not Path(done.learned.folder).exists()  # only so many are kept
     assert not archive_of(done.learned).exists()
+    with pytest.raises(ModelError, match="expected a concept that this server still has"):
+        worker.describe("stickworld", {"concept": done.learned.folder})
 
     learning = learn(worker, asked(30), threading.Event())
     next(one for one in learning if one.message.startswith("Step"))

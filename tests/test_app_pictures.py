@@ -108,7 +108,7 @@ def test_subjects_are_added_placed_and_removed(fields: PictureItems, tmp_path: P
     assert added[fields.gallery]["value"][0][1] == "dog, in the box person"
     two = fields._added(str(tmp_path / "a.png"), None, "person", "", added[fields.kept], canvas, "")
     assert [item.item.phrase for item in two[fields.kept]] == ["dog", "person"]
-    left = fields._removed(two[fields.kept], 0, canvas)
+    left = fields._removed(two[fields.kept], 0)
     assert [item.item.phrase for item in left[fields.kept]] == ["person"]
 
 
