@@ -9,6 +9,7 @@ import pytest
 from browser import CHROMIUM, StudioPage, opened_browser, served_studio
 from PIL import Image
 
+from interactdiff.app.learning import parsed_concepts
 from interactdiff.cli import main
 from interactdiff.picture import read_record
 from interactdiff.scene import Scene
@@ -343,10 +344,14 @@ def test_concepts_are_learned_from_a_photo_and_used(studio: StudioPage, tmp_path
     page.locator("#learn-photo img").wait_for()
     page.locator("#learn-draw").click()
     page.locator("#canvas .picture:visible").wait_for()
-    page.locator("#canvas .stage").scroll_into_view_if_needed()
+    there = "() => Math.abs(document.querySelector('#canvas').getBoundingClientRect().top) < 2"
+    page.wait_for_function(there)  # the page scrolls to where boxes are drawn
     studio.draw_box((0.2, 0.4), (0.65, 0.95), "ball")
     page.locator("#learn-take").click()
-    studio.expect("learn-names", "<ball>=ball|0.2,0.4,0.65,0.95")
+    page.wait_for_function("() => document.querySelector('#learn-names textarea').value")
+    (concept,), boxes = parsed_concepts(studio.value("learn-names"))
+    assert (concept.token, concept.word) == ("<ball>", "ball")
+    assert boxes["<ball>"] == pytest.approx((0.2, 0.4, 0.65, 0.95), abs=0.01)
     assert studio.tags() == []
     page.locator("#learn-find:enabled").click()
     page.locator("#learn-masks img").wait_for()
