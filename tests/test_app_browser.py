@@ -21,8 +21,8 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a studio where one may wait, and a picture may take long."""
-    with served_studio("--max-queue", "1", "--max-steps", "1000") as (where, _):
+    """Of a studio where a picture may take long."""
+    with served_studio("--max-queue", "8", "--max-steps", "1000") as (where, _):
         yield where
 
 
@@ -228,21 +228,22 @@ def test_stopping_and_drawing_on(studio: StudioPage) -> None:
     assert studio.page.evaluate("() => document.querySelector('#canvas .picture').naturalWidth") == 96
 
 
-def test_a_full_queue_is_refused_in_words(browser: Any, address: str) -> None:
+def test_a_full_queue_is_refused_in_words(browser: Any) -> None:
     """Two pages beside one that draws, where one may wait."""
-    context = browser.new_context(**LAPTOP)
-    pages = [StudioPage(context.new_page(), address) for _ in range(3)]
-    for page in pages:
-        page.open_panel("settings")
-        generate_for_long(page)  # the first still draws when the last asks
-        page.page.locator("#status", has_text="step " if page is pages[0] else "a").wait_for()
-    pages[2].page.locator("#status", has_text="Too many are waiting").wait_for()
-    assert pages[2].page.locator("#generate").is_enabled()
-    pages[1].page.locator("#stop").click()
-    pages[0].page.locator("#stop").click()
-    for page in pages[:2]:
-        page.page.locator("#status", has_text="Stopped: ").wait_for()
-    context.close()
+    with served_studio("--max-queue", "1", "--max-steps", "1000", "--port", "7899") as (where, _):
+        context = browser.new_context(**LAPTOP)
+        pages = [StudioPage(context.new_page(), where) for _ in range(3)]
+        for page in pages:
+            page.open_panel("settings")
+            generate_for_long(page)  # the first still draws when the last asks
+            page.page.locator("#status", has_text="step " if page is pages[0] else "a").wait_for()
+        pages[2].page.locator("#status", has_text="Too many are waiting").wait_for()
+        assert pages[2].page.locator("#generate").is_enabled()
+        pages[1].page.locator("#stop").click()
+        pages[0].page.locator("#stop").click()
+        for page in pages[:2]:
+            page.page.locator("#status", has_text="Stopped: ").wait_for()
+        context.close()
 
 
 def test_a_scene_file_and_another_picture_can_be_dropped(studio: StudioPage, tmp_path: Path) -> None:

@@ -88,10 +88,12 @@ def test_learned_concepts_are_used_where_their_tokens_are() -> None:
     elsewhere = LearnedConcept("/elsewhere", ("<blob>",), "stickworld-dit")
     learned = (old, hero, blob, again, elsewhere)
     scene = Scene("a <blob>", (Interaction("<hero>", "riding", "bike", LEFT, RIGHT),))
-    request = with_learned(GenerationRequest(scene), learned)
+    request = with_learned(GenerationRequest(scene, model="stickworld"), learned)
     assert request.adapters == {"concept": "/again", "concept:1": "/blob"}  # the later <hero>
     assert request.methods == {"concept": {}}
-    chosen = GenerationRequest(scene, adapters={"concept": "/hero"}, methods={"concept": {}})
+    chosen = GenerationRequest(
+        scene, model="stickworld", adapters={"concept": "/hero"}, methods={"concept": {}}
+    )
     assert with_learned(chosen, learned).adapters == {"concept": "/hero", "concept:1": "/blob"}
     plain = GenerationRequest(Scene("a hero"))
     assert with_learned(plain, learned) == plain
@@ -135,7 +137,7 @@ def test_from_a_photo_to_a_picture_and_no_more_than_is_kept(worker: Worker) -> N
     pixels = {}
     for prompt in ("a <hero>", "a person"):
         scene = Scene(prompt, seed=1, steps=2, width=96, height=96)
-        request = with_learned(GenerationRequest(scene), (done.learned,))
+        request = with_learned(GenerationRequest(scene, model="stickworld"), (done.learned,))
         (one,) = list(worker.generate(request, threading.Event()))[-1].images
         expected = {"concept": done.learned.folder} if prompt == "a <hero>" else {}
         adapters = read_record(one.path).adapters

@@ -219,7 +219,7 @@ def test_a_model_that_fails_leaves_page_and_server_running(
     values = {name: getattr(field, "value", None) for name, field in studio.fields.items()} | {"steps": 1}
     with monkeypatch.context() as failed:
         failed.setattr(ScenePipeline, "generate", failing)
-        *_, last = studio._generate("job", Document(), "", *values.values())
+        *_, last = studio._generate("job", Document(), "", (), *values.values())
         assert "The model failed: RuntimeError: too &lt;large&gt;" in last[studio.errors["model"]]["value"]
         assert last[studio.generate]["interactive"]
         with pytest.raises(gr.Error, match="The model failed: RuntimeError: too <large>"):
@@ -227,7 +227,7 @@ def test_a_model_that_fails_leaves_page_and_server_running(
         failed.setattr(ScenePipeline, "unsupported", failing)
         updates = studio._model_chosen("stickworld", None, Document())
         assert "The model failed" in updates[studio.errors["model"]]["value"]
-    *_, last = studio._generate("job", Document(), "", *values.values())
+    *_, last = studio._generate("job", Document(), "", (), *values.values())
     assert len(last[studio.images]) == 1
 
 
