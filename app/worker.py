@@ -340,7 +340,7 @@ class Worker:
                 continue
             if name.startswith(absolute_name(str(self.folder))):
                 raise ModelError(
-                    "expected a concept that this server still has, got one that made room for later ones: "
+                    "expected a concept that this server still has, got one that was deleted for newer ones: "
                     "learn it again"
                 )
             self.limits.check_name("adapter", name)

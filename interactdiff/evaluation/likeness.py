@@ -33,7 +33,7 @@ from interactdiff.stickworld.world import BACKGROUNDS, HELD_OUT, OBJECTS, WorldE
 
 PERSON = "person"
 _TRIES = 20_000  # scenes among which one is looked for
-_STRIP = 0.08  # of the height, at the top and at the bottom: where backgrounds are told apart
+_STRIP = 0.08  # of the height, at the top and at the bottom: backgrounds differ there
 
 
 @dataclass(frozen=True)

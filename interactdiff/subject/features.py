@@ -73,8 +73,8 @@ class Reference:
 class FeatureCache:
     """Features by what they depend on, within a limit of memory.
 
-    Those of other runs make room for those of the run under way, oldest first. Where that is not enough,
-    further ones are not kept: they are computed when they are needed.
+    Features of other runs are evicted before those of the run under way, oldest first. Where that is not
+    enough, further ones are not kept: they are computed when they are needed.
 
     Args:
         limit: bytes.
@@ -99,14 +99,14 @@ class FeatureCache:
         self._kept.move_to_end(run)
         return times.get(time)
 
-    def room(self, run: Hashable) -> float:
+    def available_bytes(self, run: Hashable) -> float:
         """Bytes that there are for a run."""
         return self.limit - sum(map(size_of, self._kept.get(run, {}).values()))
 
     def put(self, run: Hashable, time: Hashable, features: Features) -> None:
-        """Keep features, if there is room."""
+        """Keep features, within the limit."""
         size = size_of(features)
-        if size > self.room(run) or time in self._kept.get(run, {}):
+        if size > self.available_bytes(run) or time in self._kept.get(run, {}):
             return
         times = self._kept.setdefault(run, {})
         self._kept.move_to_end(run)

@@ -130,10 +130,10 @@ class ReferenceRunner:
         found = {time: self.cache.get(run, place(time)) for time in now}
         missing = [time for time, kept in found.items() if kept is None]
         if missing:
-            room = int(self.cache.room(run) // self._bytes(reference)) - len(missing)
+            fitting = int(self.cache.available_bytes(run) // self._bytes(reference)) - len(missing)
             more = [time for time in dict.fromkeys(ahead) if time not in found]
             more = [time for time in more if self.cache.get(run, place(time)) is None]
-            more = more[: max(min(self.rows_at_once - len(missing), room), 0)]
+            more = more[: max(min(self.rows_at_once - len(missing), fitting), 0)]
             times = [*missing, *more]
             for time, made in zip(times, self._run(call, passes, reference, times, gap, shift), strict=True):
                 self.cache.put(run, place(time), made)
