@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make test-lowest: each makes .venv if missing, installs pinned versions once, and runs.
+# make demo | make test | make lint | make test-lowest | make test-bits: each makes .venv if missing, installs pinned versions once, and runs.
 SHELL := bash
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
@@ -16,7 +16,11 @@ LOWEST := $(VENV)-lowest
 LOWEST_TESTS := $(addprefix tests/test_,packaged.py attach.py clear.py generate_dit.py published.py \
 	variants.py training_config.py training_runs.py doctor.py)
 
-.PHONY: demo test test-lowest lint
+# Quantised bases and the optimizers of other packages, which every start of diffusers would import: apart.
+BITS := build/bits
+BITS_TESTS := $(addprefix tests/test_training_,quantization.py objectives.py)
+
+.PHONY: demo test test-lowest test-bits lint
 demo: $(VENV)/installed
 	$(BIN)/interactdiff demo
 
@@ -25,6 +29,9 @@ test: $(VENV)/installed-dev
 
 test-lowest: $(LOWEST)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(LOWEST_TESTS)
+
+test-bits: $(VENV)/installed-dev $(BITS)/installed
+	PYTHONPATH=$(BITS) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(BITS_TESTS)
 
 # pyright sees the package as it installs: app/, pipelines/ and training/ are in it.
 # Gradio's stubs of components are not ours.
@@ -53,6 +60,11 @@ $(LOWEST)/installed: constraints-lowest.txt pyproject.toml
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-lowest.txt setuptools
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-lowest.txt \
 		--no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(BITS)/installed: | $(BIN)/pip
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(BITS) \
+		torchao==0.18.0 bitsandbytes==0.50.2 prodigyopt==1.1.2
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

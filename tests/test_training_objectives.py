@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import EMAModel
 
 from interactdiff.data.converters.base import Options
 from interactdiff.data.converters.run import run as convert
@@ -17,6 +18,7 @@ from interactdiff.data.mixture import Mixture
 from interactdiff.data.reading import Records
 from interactdiff.errors import RecipeError
 from interactdiff.scene import Entity, Interaction
+from interactdiff.training.checkpoints import TrainingState, read_checkpoint
 from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import DropsConfig, InteractionConfig
 from interactdiff.training.interaction_data import Variation, inside_boxes, items_of, without_actions
@@ -159,3 +161,43 @@ def test_an_optimizer_without_its_package_is_one_sentence(
     config = checked(InteractionConfig, values)
     with pytest.raises(RecipeError, match=f"expected the package {package} for {name}, got none"):
         make_optimizers([torch.nn.Parameter(torch.zeros(2))], config)
+
+
+@pytest.mark.parametrize(("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_an_optimizer_of_another_package_goes_on_where_it_was(
+    name: str, package: str, tmp_path: Path
+) -> None:
+    """With states of 8 bits, which weights of 4,096 values and more have, and others."""
+    pytest.importorskip(package)
+    values = load_config(CONFIGS / "smoke.yaml", [f"optimizer={name}", "learning_rate=0.5"])
+
+    def started() -> tuple[torch.nn.Module, TrainingState]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 4))
+        optimizers = make_optimizers([*model.parameters()], checked(InteractionConfig, values))
+        return model, TrainingState(model, optimizers, [], EMAModel([]))
+
+    def trained(model: torch.nn.Module, state: TrainingState, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+            losses.append((loss := (model(x) - 1).square().mean()).item())
+            loss.backward()
+            for optimizer in state.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return losses
+
+    model, state = started()
+    trained(model, state, range(4))
+    state.save(tmp_path, "a run", 4, {})
+    unbroken = trained(model, state, range(4, 8))
+    again, other = started()
+    other.load(read_checkpoint(tmp_path))
+    kinds = [
+        {one.dtype for one in values.values() if torch.is_tensor(one)}
+        for values in other.optimizers[0].state.values()
+    ]
+    assert (torch.uint8 in kinds[0]) == (name == "adamw8bit")
+    assert trained(again, other, range(4, 8)) == unbroken
+    assert unbroken[-1] < unbroken[0]

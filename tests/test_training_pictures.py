@@ -295,10 +295,18 @@ def test_launch_commands_say_how_many_processes(words: list[str], count: int | N
     )
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharded_weights_are_refused(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP, which lacks the adapter's weights"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed, which takes no weights that are single numbers"),
+    ],
+)
+def test_sharded_weights_are_refused(
+    variable: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(RecipeError, match=r"expected DDP \(distributed_type: MULTI_GPU\), got "):
+    with pytest.raises(RecipeError, match=rf"expected DDP \(distributed_type: MULTI_GPU\), got {reason}"):
         make_recipe(config_of(tmp_path, tmp_path, tmp_path))
 
 

@@ -31,7 +31,7 @@ def test_what_is_counted_without_storage_is_what_is_kept(
     pipe: Any = request.getfixturevalue(fixture)
     pipe.save_pretrained(tmp_path)
     sizes: dict[str, Any] = {"max_interactions": 3, "hidden": 16}
-    _, on_meta, counted = counted_on_meta(str(tmp_path), (32, 48), 2, torch.float32, None, sizes)
+    _, _, on_meta, counted = counted_on_meta(str(tmp_path), (32, 48), 2, torch.float32, None, sizes)
     base = frozen_base(pipe, LossConfig())
     adapter = InteractionAdapter.for_denoiser(base.denoiser, **sizes).train()
     assert on_meta == sum(p.numel() for p in adapter.parameters())

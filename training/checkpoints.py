@@ -220,9 +220,8 @@ class TrainingState:
     def _optimizer_tensors(optimizers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
         for n, optimizer in enumerate(optimizers):
             for index, state in optimizer["state"].items():
-                for name, value in state.items():
-                    if torch.is_tensor(value):
-                        yield f"optimizer.{n}.{index}.{name}", value
+                for name, value in _flat(state):
+                    yield f"optimizer.{n}.{index}.{name}", value
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -270,7 +269,11 @@ class TrainingState:
             if kind == "optimizer":
                 number, index, name = rest.split(".", 2)
                 if int(number) == n:
-                    states.setdefault(int(index), {})[name] = tensor
+                    *inside, last = name.split("/")
+                    state = states.setdefault(int(index), {})
+                    for group in inside:
+                        state = state.setdefault(group, {})
+                    state[last] = tensor
         groups = [
             {
                 key: tuple(value) if isinstance(mine.get(key), tuple) else value
@@ -283,7 +286,7 @@ class TrainingState:
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
-                    state[name] = put(torch.empty_like(parameter), value)
+                    state[name] = put(torch.empty_like(parameter, dtype=value.dtype), value)
 
     @staticmethod
     def _load_random(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -316,10 +319,23 @@ def _check_fits(
             raise RecipeError(f"expected {what}'s {name} to be {wanted} in {checkpoint.folder}, got {got}")
 
 
+def _flat(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """An optimizer's tensors, also those in dictionaries, such as bitsandbytes has: "group/name"."""
+    for name, value in state.items():
+        if torch.is_tensor(value):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", tensor) for inner, tensor in _flat(value))
+
+
 def _without_tensors(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's state without its tensors, which are in a file of their own."""
     states = {
-        str(index): {name: value for name, value in state.items() if not torch.is_tensor(value)}
+        str(index): {
+            name: value
+            for name, value in state.items()
+            if not torch.is_tensor(value) and not isinstance(value, Mapping)
+        }
         for index, state in optimizer["state"].items()
     }
     return {"state": states, "param_groups": [_plain(group) for group in optimizer["param_groups"]]}

@@ -53,6 +53,8 @@ class DistillPicturesConfig(PicturesConfig):
     def _is_whole(self) -> "DistillPicturesConfig":
         if self.shard:
             raise ValueError("shard: expected false for layers that stand in for the base's, got true")
+        if (kind := self.base_quantization) != "none":
+            raise ValueError(f"base_quantization: expected none for layers that are trained, got {kind!r}")
         return self
 
 

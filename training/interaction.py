@@ -179,6 +179,6 @@ class InteractionRecipe(PictureRecipe[InteractionConfig]):
             "Steps": f"{self.step} of {config.global_batch} examples",
             "Resolution": f"{config.resolution} px" + (", square crops" if config.square else ""),
             "Optimizer": f"{config.optimizer}, {config.learning_rate:g}, {config.lr_scheduler}",
-            "Precision": f"base in {str(self.dtype).removeprefix('torch.')}, adapter in float32",
+            "Precision": f"base in {self.precision}, adapter in float32",
             "Started": self.started_from(),
         }

@@ -10,7 +10,10 @@ from interactdiff.errors import RecipeError
 
 _FLAGS = ("--num_processes", "--num-processes")
 _FILES = ("--config_file", "--config-file")
-_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": ("FSDP", "lacks the adapter's weights where they act, inside the base"),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "takes no weights that are single numbers, as gates are"),
+}
 
 
 def world_size() -> int:
@@ -71,9 +74,9 @@ def check_strategy() -> None:
     Raises:
         RecipeError: accelerate was asked to shard weights.
     """
-    for variable, name in _SHARDING.items():
+    for variable, (name, why) in _SHARDING.items():
         if os.environ.get(variable, "").lower() == "true":
             raise RecipeError(
-                f"expected DDP (distributed_type: MULTI_GPU), got {name}, which would lack the adapter's "
-                "weights where they act, inside the base: shard=true shares them out"
+                f"expected DDP (distributed_type: MULTI_GPU), got {name}, which {why}: shard=true spares "
+                "what ZeRO-2 spares"
             )

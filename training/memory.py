@@ -18,6 +18,7 @@ from interactdiff.models import resolve
 from interactdiff.training.frozen_bases import FluxBase, FrozenBase, frozen_base
 from interactdiff.training.pictures_config import LossConfig
 from interactdiff.training.published_shapes import PUBLISHED
+from interactdiff.training.quantization import quantized_layers
 
 
 class BarePipeline(DiffusionPipeline):
@@ -199,8 +200,8 @@ def bare_pipeline(base: str) -> tuple[BarePipeline, int, int]:
 def counted_on_meta(
     base: str, sides: tuple[int, int], batch_size: int, dtype: torch.dtype, text_tokens: int | None,
     sizes: dict[str, Any],
-) -> tuple[int, int, Activations]:  # fmt: skip
-    """Parameters of a base's denoiser and of an adapter for it, and what a batch keeps.
+) -> tuple[int, int, int, Activations]:  # fmt: skip
+    """Parameters of a base's denoiser, those that a quantisation takes, and an adapter's; what a batch keeps.
 
     Args:
         base: see `bare_pipeline`.
@@ -217,6 +218,7 @@ def counted_on_meta(
         adapter = InteractionAdapter.for_denoiser(frozen.denoiser, **sizes).train()
         latents = torch.zeros(batch_size, channels, *(side // pixels for side in sides), dtype=dtype)
     counts = [sum(p.numel() for p in part.parameters()) for part in (frozen.denoiser, adapter)]
+    quantized = sum(layer.weight.numel() for _, _, layer in quantized_layers(frozen.denoiser))
     for part in (frozen.denoiser, adapter):
         part.to(dtype)
-    return counts[0], counts[1], count_activations(frozen, adapter, latents)
+    return counts[0], quantized, counts[1], count_activations(frozen, adapter, latents)

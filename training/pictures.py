@@ -23,6 +23,7 @@ from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.training.frozen_bases import frozen_base
 from interactdiff.training.interaction_data import PictureData, Varied, WordsDone
 from interactdiff.training.pictures_config import TRANSFORMER_LOSS, UNET_LOSS, PicturesConfig
+from interactdiff.training.quantization import check_quantization, quantize
 from interactdiff.training.recipe import Recipe
 
 P = TypeVar("P", bound=PicturesConfig)
@@ -47,6 +48,7 @@ class PictureRecipe(Recipe[P]):
 
     def build(self) -> nn.Module:
         config = self.config
+        check_quantization(config.base_quantization)
         chosen = config.base_dtype
         self.dtype = _DTYPES[config.mixed_precision] if chosen == "auto" else getattr(torch, chosen)
         self.pipe: Any = load_pipeline(resolve("model", config.base), torch.device("cpu"), self.dtype)
@@ -154,6 +156,8 @@ class PictureRecipe(Recipe[P]):
             pass
         if base.long_encoder is not None:
             base.drop(base.long_encoder)
+        if (kind := self.config.base_quantization) != "none":
+            quantize(base.denoiser, kind, self.device)
         base.denoiser.to(self.device)
         self.cache_more(adapter, done)
         base.drop(*base.encoders)
@@ -176,8 +180,14 @@ class PictureRecipe(Recipe[P]):
             f"{config.steps} steps are {config.steps * config.global_batch / count:.1f} epochs; adapter "
             f"{self.started_from()}, {sum(p.numel() for p in adapter.parameters()) / 1e6:.1f} M parameters"
             f"{', sharded' * (config.shard and self.processes.count > 1)}; "
-            f"base {config.base} in {str(self.dtype).removeprefix('torch.')}"
+            f"base {config.base} in {self.precision}"
         )
+
+    @property
+    def precision(self) -> str:
+        """Of the base, in words."""
+        kind = self.config.base_quantization
+        return str(self.dtype).removeprefix("torch.") + (f" with layers in {kind}" if kind != "none" else "")
 
     def started_from(self) -> str:
         """Where the adapter's weights come from, in words."""

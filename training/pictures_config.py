@@ -22,6 +22,7 @@ from interactdiff.training.config import (
     nothing,
 )
 from interactdiff.training.launch import world_size
+from interactdiff.training.quantization import BYTES
 
 DTYPES = ("float32", "float16", "bfloat16")
 DENSITIES = ("uniform", "logit_normal", "mode")
@@ -122,6 +123,8 @@ class PicturesConfig(RecipeConfig):
         base: packaged name, pipeline folder or Hub id: Stable Diffusion 1.x and 2.x, SDXL, Stable
             Diffusion 3 and 3.5, Flux.
         base_dtype: of the frozen base; "auto" goes by `mixed_precision`.
+        base_quantization: "int8", "fp8" or "nf4" for the linear layers in its denoiser's blocks, see
+            `quantization.quantize`; or "none".
         data: one data set or several; a path stands for one.
         cache: folder of latents and text states.
         resolution: pixels, see `interactdiff.data.framing.Framing`.
@@ -154,6 +157,9 @@ class PicturesConfig(RecipeConfig):
 
     base: Location
     base_dtype: Annotated[str, choice("auto", *DTYPES)] = "auto"
+    base_quantization: Annotated[
+        str, choice("none", *BYTES, aliases={None: "none", False: "none", "null": "none"})
+    ] = "none"
     data: Annotated[list[SourceConfig], BeforeValidator(_sources)]
     cache: Location
     resolution: Count

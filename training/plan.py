@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from interactdiff.training import quantization
 from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.launch import world_size
 from interactdiff.training.memory import Activations, counted_on_meta
@@ -62,12 +63,16 @@ def plan_of(config: InteractionConfig) -> Plan:
     of_base = dtype if config.base_dtype == "auto" else getattr(torch, config.base_dtype)
     sizes = {} if config.init_from else config.adapter.model_dump(exclude_unset=True)
     options = tuple(sorted(sizes.items())), config.resolution, config.batch_size, dtype, config.text_tokens
-    base, adapter, activations = _counted(config.base, *options)
+    base, quantized, adapter, activations = _counted(config.base, *options)
+    kind = config.base_quantization
+    quantized = 0 if kind == "none" else quantized
+    weights = (base - quantized) * BYTES[of_base] + quantized * quantization.BYTES.get(kind, 0)
+    word = _word(of_base) if kind == "none" else f"{_word(of_base)}, its blocks {kind}"
     kept = activations.checkpointed if config.gradient_checkpointing else activations.kept
     count = config.processes or world_size()
     share = 1 / count if config.shard else 1.0  # that stays; a step needs whole weights and gradients besides
     parts: dict[str, float] = {
-        f"base, frozen, {_word(of_base)}": base * BYTES[of_base],
+        f"base, frozen, {word}": weights,
         "adapter, float32": adapter * 4 * (1 + share if share < 1 else 1),
         "its gradients": adapter * 4,
         f"states of {config.optimizer}": adapter * OPTIMIZER_BYTES[config.optimizer] * share,
@@ -92,7 +97,7 @@ def _counted(
     batch: int,
     dtype: torch.dtype,
     tokens: int | None,
-) -> tuple[int, int, Activations]:
+) -> tuple[int, int, int, Activations]:
     return counted_on_meta(base, (side, side), batch, dtype, tokens, dict(sizes))
 
 
@@ -103,8 +108,8 @@ def _word(dtype: torch.dtype) -> str:
 def smaller(config: InteractionConfig) -> Iterator[tuple[str, InteractionConfig]]:
     """What takes less and less memory: the changes so far as `--set` takes them, and the configuration.
 
-    First what leaves the result as it is, then what does not: no average of the weights, 8-bit states, fewer
-    pixels.
+    First what leaves the result as it is, then what does not: a base in 8 bits, no average of the weights,
+    8-bit states, a base in 4 bits, fewer pixels.
     """
     changes: dict[str, Any] = {}
 
@@ -122,10 +127,14 @@ def smaller(config: InteractionConfig) -> Iterator[tuple[str, InteractionConfig]
         factor = next(n for n in range(2, batch + 1) if batch % n == 0)
         batch, parts = batch // factor, parts * factor
         yield changed(batch_size=batch, accumulate=parts)
+    if config.base_quantization == "none":
+        yield changed(base_quantization="int8")
     if config.ema_decay:
         yield changed(ema_decay=0)
     if OPTIMIZER_BYTES[config.optimizer] > OPTIMIZER_BYTES["adamw8bit"] and not changes.get("shard"):
         yield changed(optimizer="adamw8bit")
+    if config.base_quantization != "nf4":
+        yield changed(base_quantization="nf4")
     for resolution in (768, 512, LEAST_RESOLUTION):
         if resolution < config.resolution:
             yield changed(resolution=resolution)
