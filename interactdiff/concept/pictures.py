@@ -1,6 +1,7 @@
 """Pictures of masks over their photo."""
 
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 import torch
@@ -32,15 +33,16 @@ def masks_picture(photo: Image.Image, masks: ConceptMasks) -> Image.Image:
 
 def side_by_side(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
     """Pictures in a row, each with a line of words under it; small ones are enlarged, so that words fit."""
+    font = ImageFont.load_default(14)
     panels = [(_legible(picture), words) for picture, words in panels]
-    width = sum(picture.width for picture, _ in panels) + GAP * (len(panels) - 1)
+    widths = [max(picture.width, ceil(font.getlength(words)) + 4) for picture, words in panels]
     height = max(picture.height for picture, _ in panels)
-    sheet = Image.new("RGB", (width, height + LABEL), "white")
+    sheet = Image.new("RGB", (sum(widths) + GAP * (len(panels) - 1), height + LABEL), "white")
     draw, left = ImageDraw.Draw(sheet), 0
-    for picture, words in panels:
+    for (picture, words), width in zip(panels, widths, strict=True):
         sheet.paste(picture, (left, 0))
-        draw.text((left + 2, height + 3), words, fill="black", font=ImageFont.load_default(14))
-        left += picture.width + GAP
+        draw.text((left + 2, height + 3), words, fill="black", font=font)
+        left += width + GAP
     return sheet
 
 
