@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from interactdiff.adapter import SiteInputs
 from interactdiff.bench.interaction import BASES as INTERACTION_BASES
 from interactdiff.bench.interaction import BenchBase
-from interactdiff.bench.memory import peak_memory
+from interactdiff.bench.memory import filled, peak_memory
 from interactdiff.concept.adapter import ConceptAdapter
 from interactdiff.concept.capture import AttentionCapture, Layers
 from interactdiff.concept.config import ConceptConfig
@@ -74,11 +74,7 @@ class ConceptBench:
         with torch.device("meta"):
             unet = UNet2DConditionModel(**self.base.unet)
         nn.Module.to(unet, self.dtype)
-        unet.to_empty(device=self.device)
-        with torch.no_grad():
-            for parameter in unet.parameters():
-                parameter.uniform_(-0.03, 0.03)
-        self.unet: Any = unet.eval().requires_grad_(False)
+        self.unet: Any = filled(unet.to_empty(device=self.device)).eval().requires_grad_(False)
         chosen = text_projections(unet, "kv", True)
         shapes: Any = {f"{site.path}.{at}": tuple(projection_weight(site, at).shape) for site, at in chosen}
         self.adapter = ConceptAdapter(ConceptConfig(), shapes).to(self.device).train()

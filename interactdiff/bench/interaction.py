@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from interactdiff.bench.memory import peak_memory
+from interactdiff.bench.memory import filled, peak_memory
 from interactdiff.handle import Handle, attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.scene import Interaction
@@ -225,10 +225,8 @@ def gated_unet(base: BenchBase, device: torch.device, dtype: torch.dtype) -> UNe
     with torch.device("meta"):
         unet = UNet2DConditionModel(**base.unet, attention_type="gated-text-image")
     nn.Module.to(unet, dtype)
-    unet.to_empty(device=device)
+    filled(unet.to_empty(device=device))
     with torch.no_grad():
-        for parameter in unet.parameters():
-            parameter.uniform_(-0.03, 0.03)
         for module in unet.modules():
             if isinstance(module, GatedSelfAttentionDense):
                 for gate in (module.alpha_attn, module.alpha_dense):

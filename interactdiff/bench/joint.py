@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from interactdiff.bench.interaction import SCENE
-from interactdiff.bench.memory import peak_memory
+from interactdiff.bench.memory import filled, peak_memory
 from interactdiff.clear import linearize
 from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
@@ -47,9 +47,9 @@ class JointBench:
 
     def __init__(self, shapes: JointShapes, grid: int, window: int):
         self.shapes, self.window = shapes, window
-        self.transformer = _transformer(shapes)
+        self.transformer = flux_transformer(shapes)
         self.adapter = InteractionAdapter.for_transformer(self.transformer)
-        _fill(self.adapter.to(shapes.device, shapes.dtype).eval())
+        filled(self.adapter.to(shapes.device, shapes.dtype).eval())
         places = torch.cartesian_prod(*(torch.arange(grid, device=shapes.device),) * 2)
         self.features = torch.randn(self.adapter.config.feature_dim, device=shapes.device)
         text = (1, shapes.text)
@@ -124,17 +124,11 @@ def _seconds(step: Any) -> float:
     return time.perf_counter() - start
 
 
-def _transformer(shapes: JointShapes) -> FluxTransformer2DModel:
+def flux_transformer(shapes: JointShapes) -> FluxTransformer2DModel:
+    """With random weights."""
     make: Any = FluxTransformer2DModel
     joint, single = shapes.blocks
     with torch.device("meta"):
         transformer = make(num_attention_heads=shapes.heads, num_layers=joint, num_single_layers=single)
     nn.Module.to(transformer, shapes.dtype)
-    return _fill(transformer.to_empty(device=shapes.device)).eval()
-
-
-@torch.no_grad()
-def _fill(module: Any) -> Any:
-    for parameter in module.parameters():
-        parameter.uniform_(-0.03, 0.03)
-    return module
+    return filled(transformer.to_empty(device=shapes.device)).eval()

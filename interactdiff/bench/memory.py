@@ -1,4 +1,4 @@
-"""Peak memory of what a function allocates."""
+"""Peak memory of what a function allocates, and weights to fill models with."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -32,3 +32,11 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
         now += size
         peak = max(peak, now)
     return peak / 1e6
+
+
+@torch.no_grad()
+def filled(module: Any) -> Any:
+    """A module, its weights random and small."""
+    for parameter in module.parameters():
+        parameter.uniform_(-0.03, 0.03)
+    return module

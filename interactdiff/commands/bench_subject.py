@@ -1,4 +1,4 @@
-"""interactdiff bench subject: what a reference costs in a U-Net, at true sizes with random weights."""
+"""interactdiff bench subject: what a reference costs in a step, at true sizes with random weights."""
 
 import argparse
 from typing import Any
@@ -12,17 +12,18 @@ from interactdiff.commands.bench_arguments import (
     write_json,
 )
 
-BASES = ("sd15", "sdxl")
+BASES = ("sd15", "sdxl", "flux")
+FLUX_BLOCKS, FLUX_GRID = (1, 2), 32  # as 19 and 38 of them; 512 px
 
 
 def add_to(kinds: Commands) -> None:
     """Add `bench subject`."""
     subject = kinds.add_parser(
         "subject",
-        help="one guided denoising step of a U-Net, with and without a reference",
-        description="One guided denoising step at true shapes with random weights: the U-Net alone, with "
-        "kept features of a reference, with the reference run at each step, and with a dense mask over all "
-        "of its tokens; in turn within one process, medians.",
+        help="one denoising step, with and without a reference",
+        description="One denoising step at true shapes with random weights, guided in U-Nets, of one joint "
+        "and two single blocks in Flux: alone, with kept features of a reference, with the reference run at "
+        "each step, and with a dense mask over all of its tokens; in turn within one process, medians.",
     )
     subject.set_defaults(run=_run)
     subject.add_argument("--base", nargs="+", choices=BASES, default=["sd15"], help="default: sd15")
@@ -40,14 +41,21 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"--foreground: expected a share above 0 and up to 1, got {args.foreground}")
     quiet_libraries()
     from interactdiff.bench.interaction import BASES
-    from interactdiff.bench.subject import bench_subject
+    from interactdiff.bench.joint import JointShapes
+    from interactdiff.bench.subject import UNetSubjectBench, bench_subject
+    from interactdiff.bench.subject_flux import FluxSubjectBench
     from interactdiff.pipeline_loading import DTYPES
 
     device = chosen_device(args.device)
     rows: list[dict[str, Any]] = []
     for base in args.base:
         for dtype in args.dtype:
-            measured = bench_subject(BASES[base], args.foreground, device, DTYPES[dtype], args.rounds)
+            if base == "flux":
+                shapes = JointShapes(blocks=FLUX_BLOCKS, device=device, dtype=DTYPES[dtype])
+                bench = FluxSubjectBench(shapes, FLUX_GRID, args.foreground)
+            else:
+                bench = UNetSubjectBench(BASES[base], args.foreground, device, DTYPES[dtype])
+            measured = bench_subject(bench, args.foreground, args.rounds)
             named = {"base": base, "dtype": dtype, "device": device.type, "rounds": args.rounds}
             rows.append({**named, **measured})
             print(_shown(rows[-1]), flush=True)
@@ -56,12 +64,12 @@ def _run(args: argparse.Namespace) -> None:
 
 def _shown(row: dict[str, Any]) -> str:
     lines = [
-        f"{row['base']} {row['dtype']} {row['device']}, one guided step, a foreground of "
+        f"{row['base']} {row['dtype']} {row['device']}, one step, a foreground of "
         f"{100 * row['foreground']:.0f} %, medians of {row['rounds']} rounds",
         f"{'':34}{'seconds':>9}{'over plain':>12}{'peak MB':>9}",
     ]
     for way, title in (
-        ("plain", "U-Net alone"),
+        ("plain", "denoiser alone"),
         ("cached", "kept features"),
         ("fresh", "the reference run at each step"),
         ("naive", "dense mask, run at each step"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -319,5 +320,8 @@ class SD3Passes(Passes):
 
 def _padded(pipeline: Any, prompt: str) -> dict[str, int]:
     """To how many tokens the pipeline pads a prompt, as an argument of its `encode_prompt`."""
+    name = "max_sequence_length"
+    if name not in signature(pipeline.encode_prompt).parameters:
+        return {}
     arguments = call_arguments(pipeline, prompt)
-    return {name: arguments[name] for name in ("max_sequence_length",) if name in arguments}
+    return {name: arguments[name]} if name in arguments else {}
