@@ -31,22 +31,26 @@ def test_what_is_counted_without_storage_is_what_is_kept(
     pipe: Any = request.getfixturevalue(fixture)
     pipe.save_pretrained(tmp_path)
     sizes: dict[str, Any] = {"max_interactions": 3, "hidden": 16}
-    _, _, on_meta, counted = counted_on_meta(str(tmp_path), (32, 48), 2, torch.float32, None, sizes)
+    made = counted_on_meta(str(tmp_path), (32, 48), 2, torch.float32, None, sizes)
+    encoders = [one for name, one in pipe.components.items() if name.startswith("text_encoder") and one]
+    assert made.encoders == sum(p.numel() for one in encoders for p in one.parameters())
     base = frozen_base(pipe, LossConfig())
     adapter = InteractionAdapter.for_denoiser(base.denoiser, **sizes).train()
-    assert on_meta == sum(p.numel() for p in adapter.parameters())
-    channels = bare_pipeline(str(tmp_path))[1]
+    assert made.adapter == sum(p.numel() for p in adapter.parameters())
+    channels = bare_pipeline(str(tmp_path)).channels
     kept = count_activations(base, adapter, torch.zeros(2, channels, 16, 24))
-    assert kept == counted
+    assert kept == made.activations
     assert 0 < kept.checkpointed < kept.kept
     assert not base.denoiser.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize(
-    ("name", "base", "adapter", "gigabytes"),
-    [("sd15", 859.5, 211.0, 0.29), ("sd35", 2243.2, 89.5, 0.72)],
+    ("name", "base", "adapter", "gigabytes", "encoders"),
+    [("sd15", 859.5, 211.0, 0.29, 0.123), ("sd35", 2243.2, 89.5, 0.72, 0.123 + 0.695 + 4.762)],
 )
-def test_published_bases_have_their_sizes(name: str, base: float, adapter: float, gigabytes: float) -> None:
+def test_published_bases_have_their_sizes(
+    name: str, base: float, adapter: float, gigabytes: float, encoders: float
+) -> None:
     config = config_of(f"{name}_interaction", "batch_size=1", "ema_decay=0")
     made = plan_of(config)
     assert f"{base:,.0f} M parameters; adapter: {adapter:,.1f} M" in made.about
@@ -54,7 +58,9 @@ def test_published_bases_have_their_sizes(name: str, base: float, adapter: float
     assert activations / 1e9 == pytest.approx(1.15 * gigabytes, abs=0.03)
     # bf16 base; float32 adapter, gradients and two moments, and the copy that autocast makes
     weights = base * 2e-3 + adapter * (4 + 4 + 8 + 2) * 1e-3
-    assert made.total == pytest.approx(weights + activations / 1e9 + 1.0, rel=1e-3)
+    assert sum(made.parts.values()) / 1e9 == pytest.approx(weights + activations / 1e9, rel=1e-3)
+    assert made.encoders / 1e9 == pytest.approx(2 * encoders, rel=1e-3)
+    assert made.total == 1.0 + max(sum(made.parts.values()), made.encoders) / 1e9
 
 
 def test_what_would_fit_is_named(pipe: Any, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Frozen bases whose layers are kept in 8 or 4 bits."""
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import pytest
 import torch
 from tiny_training import config_of, exported_world
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from interactdiff.errors import RecipeError
 from interactdiff.training.config import checked
+from interactdiff.training.frozen_bases import FrozenBase
+from interactdiff.training.interaction import InteractionRecipe
 from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.plan import plan_of
 from interactdiff.training.quantization import BYTES, check_quantization, quantize, quantized_layers
@@ -60,8 +65,11 @@ def test_layers_of_blocks_compute_nearly_the_same_in_fewer_bits(
     quantize(module, kind, CPU)
     assert module.embedder is embedder
     assert not any(p.requires_grad for p in module.parameters())
-    got = module(x)
+    saved: list[int] = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        got = module(x)
     assert got.dtype == dtype
+    assert 128 * 256 not in saved, "a widened weight is kept for the backward pass"
     (theirs,) = torch.autograd.grad(got.float().square().mean(), x)
     for one, other in ((got, wanted), (theirs, gradient)):
         far = ((one - other).float().norm() / other.float().norm()).item()
@@ -118,3 +126,25 @@ def test_layers_that_are_trained_are_not_quantized() -> None:
         load_config(CONFIGS / "flux_clear.yaml", ["base_quantization=int8"])
     with pytest.raises(RecipeError, match="base_quantization: expected none, int8, fp8 or nf4, got 'int9'"):
         load_config(CONFIGS / "smoke.yaml", ["base_quantization=int9"])
+
+
+def test_the_largest_text_encoder_has_gone_when_the_denoiser_comes(
+    flux_pipe: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flux_pipe.save_pretrained(tmp_path / "base")
+    encoders: list[Any] = []
+    drop, cache_more = FrozenBase.drop, InteractionRecipe.cache_more
+
+    def dropping(base: FrozenBase, *names: str) -> None:
+        encoders.extend(weakref.ref(base.encoders[name]) for name in names)
+        drop(base, *names)
+
+    def caching(recipe: InteractionRecipe, *args: Any) -> None:
+        gc.collect()
+        assert [one() for one in encoders] == [None]
+        cache_more(recipe, *args)
+
+    monkeypatch.setattr(FrozenBase, "drop", dropping)
+    monkeypatch.setattr(InteractionRecipe, "cache_more", caching)
+    make_recipe(config_of(tmp_path / "base", pictures, tmp_path))
+    assert len(encoders) == 2

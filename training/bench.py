@@ -167,7 +167,7 @@ class TrainBench:
         self, base: TrainingBase, resolution: int, batch_size: int, device: torch.device, dtype: torch.dtype
     ):
         self.device, self.dtype = device, dtype
-        pipe, self.channels, self.pixels = bare_pipeline(base.id)
+        pipe, self.channels, self.pixels, _ = bare_pipeline(base.id)
         denoiser: Any = denoiser_of(pipe)
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -62,6 +62,11 @@ class FrozenBase:
         found = {name: getattr(self.pipe, name, None) for name in ENCODERS}
         return {name: part for name, part in found.items() if part is not None}
 
+    def encoders_to(self, device: torch.device) -> None:
+        """Move the text encoders."""
+        for part in self.encoders.values():
+            part.to(device)
+
     def drop(self, *names: str) -> None:
         """Let go of text encoders; states come from the cache."""
         self.pipe.register_modules(**{name: None for name in names if name in self.encoders})

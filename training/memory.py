@@ -1,13 +1,14 @@
 """What a training step keeps for its backward pass, counted on modules without storage (the meta device)."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
@@ -15,7 +16,7 @@ from interactdiff.errors import RecipeError
 from interactdiff.handle import attach
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.models import resolve
-from interactdiff.training.frozen_bases import FluxBase, FrozenBase, frozen_base
+from interactdiff.training.frozen_bases import ENCODERS, FluxBase, FrozenBase, frozen_base
 from interactdiff.training.pictures_config import LossConfig
 from interactdiff.training.published_shapes import PUBLISHED
 from interactdiff.training.quantization import quantized_layers
@@ -159,14 +160,27 @@ def _as(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
 
 
-def bare_pipeline(base: str) -> tuple[BarePipeline, int, int]:
-    """A base's denoiser without storage, and its scheduler, from their configurations alone.
+class BareBase(NamedTuple):
+    """A base without storage.
+
+    Attributes:
+        pipe: its denoiser and scheduler.
+        channels: of its latents.
+        pixels: that a latent's side stands for.
+        encoders: parameters of its text encoders.
+    """
+
+    pipe: BarePipeline
+    channels: int
+    pixels: int
+    encoders: int
+
+
+def bare_pipeline(base: str) -> BareBase:
+    """A base from its parts' configurations alone.
 
     Args:
         base: packaged name, pipeline folder or Hub id, of which only small JSON files are read.
-
-    Returns:
-        The pipeline, the channels of its latents, and how many pixels a latent's side stands for.
 
     Raises:
         RecipeError: there are no such files.
@@ -175,7 +189,8 @@ def bare_pipeline(base: str) -> tuple[BarePipeline, int, int]:
         with torch.device("meta"):
             denoiser = known.denoiser(**known.options)
         name = "unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer"
-        return BarePipeline(known.scheduler(), **{name: denoiser}), known.channels, 8
+        bare = BarePipeline(known.scheduler(), **{name: denoiser})
+        return BareBase(bare, known.channels, 8, known.encoders)
     where = resolve("model", base)
     try:
         index: Any = DiffusionPipeline.load_config(where)
@@ -184,24 +199,49 @@ def bare_pipeline(base: str) -> tuple[BarePipeline, int, int]:
         configs = {part: kind.load_config(where, subfolder=part) for part, kind in kinds.items()}
         with torch.device("meta"):
             denoiser = kinds[name].from_config(configs[name])
+            encoders = [_encoder(where, index[part][1], part) for part in ENCODERS if index.get(part, [0])[0]]
     except (OSError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise RecipeError(f"expected the configuration files of a pipeline at {base}, got {reason}") from None
     scheduler = kinds["scheduler"].from_config(configs["scheduler"])
     vae: dict[str, Any] = dict(configs["vae"])
     blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
-    return (
+    return BareBase(
         BarePipeline(scheduler, **{name: denoiser}),
         vae["latent_channels"],
         2 ** (len(blocks) - 1),
+        sum(parameter.numel() for encoder in encoders for parameter in encoder.parameters()),
     )
+
+
+def _encoder(where: str, kind: str, part: str) -> nn.Module:
+    encoder: Any = getattr(transformers, kind)
+    return encoder(encoder.config_class.from_pretrained(where, subfolder=part))
+
+
+class Counted(NamedTuple):
+    """Parameters, and what a batch keeps.
+
+    Attributes:
+        base: parameters of the base's denoiser.
+        quantized: those of them that a quantisation takes.
+        encoders: of the base's text encoders.
+        adapter: of the adapter.
+        activations: of a batch.
+    """
+
+    base: int
+    quantized: int
+    encoders: int
+    adapter: int
+    activations: Activations
 
 
 def counted_on_meta(
     base: str, sides: tuple[int, int], batch_size: int, dtype: torch.dtype, text_tokens: int | None,
     sizes: dict[str, Any],
-) -> tuple[int, int, int, Activations]:  # fmt: skip
-    """Parameters of a base's denoiser, those that a quantisation takes, and an adapter's; what a batch keeps.
+) -> Counted:  # fmt: skip
+    """Count a base, an adapter for it, and what a batch keeps.
 
     Args:
         base: see `bare_pipeline`.
@@ -211,7 +251,7 @@ def counted_on_meta(
         text_tokens: of T5's captions.
         sizes: of the adapter.
     """
-    pipe, channels, pixels = bare_pipeline(base)
+    pipe, channels, pixels, encoders = bare_pipeline(base)
     frozen = frozen_base(pipe, LossConfig(), text_tokens)
     frozen.denoiser.requires_grad_(False)
     with torch.device("meta"):
@@ -221,4 +261,4 @@ def counted_on_meta(
     quantized = sum(layer.weight.numel() for _, _, layer in quantized_layers(frozen.denoiser))
     for part in (frozen.denoiser, adapter):
         part.to(dtype)
-    return counts[0], quantized, counts[1], count_activations(frozen, adapter, latents)
+    return Counted(counts[0], quantized, encoders, counts[1], count_activations(frozen, adapter, latents))

@@ -129,11 +129,10 @@ class PictureRecipe(Recipe[P]):
     def _cache(self, adapter: nn.Module) -> None:
         """Make what is missing in the caches, and let go of the text encoders.
 
-        The denoiser stays off the device until the largest encoder has left it.
+        The autoencoder is on the device alone; the denoiser comes when the largest encoder has left it.
         """
         base, data, pipe = self.base, self.data, self.pipe
-        parts = {"vae": pipe.vae, **base.encoders}
-        keys = {name: weights_key(part) for name, part in parts.items()}
+        keys = {name: weights_key(part) for name, part in {"vae": pipe.vae, **base.encoders}.items()}
         of_encoders = " ".join(keys[name] for name in base.encoders)
         self.latents = data.latent_caches(keys["vae"])
         length = base.padded_length(0)
@@ -147,11 +146,12 @@ class PictureRecipe(Recipe[P]):
         if not done:
             captions += self.captions()
         rank, count = self.processes.rank, self.processes.count
-        for part in parts.values():
-            part.to(self.device)
+        pipe.vae.to(self.device)
         for one in self.latents:
-            for _ in one.build(vae_mean(pipe.vae), rank, count):
+            for _ in one.build(vae_mean(pipe.vae), rank, count, self._pictures_at_once):
                 pass
+        pipe.vae.cpu()
+        base.encoders_to(self.device)
         for _ in self.texts.build(captions, base.encode_texts(self.device), rank, count):
             pass
         if base.long_encoder is not None:
@@ -161,11 +161,15 @@ class PictureRecipe(Recipe[P]):
         base.denoiser.to(self.device)
         self.cache_more(adapter, done)
         base.drop(*base.encoders)
-        pipe.vae.cpu()
         self.accelerator.wait_for_everyone()
         for one in (self.texts, *more.values()):
             one.refresh()
         self.processes.on_main(noted.note)
+
+    @property
+    def _pictures_at_once(self) -> int:
+        """That the autoencoder encodes, in float32: 8 of 512 x 512 pixels, or as many pixels."""
+        return max(1, 8 * 512**2 // self.config.resolution**2)
 
     def drawn_of_rows(self) -> str:
         """What decides, beside the rows, which captions and phrases may be drawn."""

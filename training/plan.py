@@ -10,7 +10,7 @@ import torch
 from interactdiff.training import quantization
 from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.launch import world_size
-from interactdiff.training.memory import Activations, counted_on_meta
+from interactdiff.training.memory import Counted, counted_on_meta
 
 GB = 1e9
 CARDS = (8.0, 12.0, 16.0, 24.0, 40.0, 48.0, 80.0)
@@ -28,30 +28,34 @@ class Plan:
     """What a training takes on each card.
 
     Attributes:
-        parts: what it is, and how many bytes.
+        parts: what a step takes, and how many bytes.
+        encoders: bytes of the text encoders, which are there before the first step alone.
         about: what was counted.
     """
 
     parts: dict[str, float]
+    encoders: float
     about: str
 
     @property
     def total(self) -> float:
-        """GB of all."""
-        return sum(self.parts.values()) / GB + OVERHEAD
+        """GB at the most."""
+        return max(sum(self.parts.values()), self.encoders) / GB + OVERHEAD
 
     def __str__(self) -> str:
         """A table."""
         rows = {name: value / GB for name, value in self.parts.items()} | {"CUDA itself": OVERHEAD}
         lines = [f"  {name:48}{value:7.2f} GB" for name, value in rows.items()]
-        return "\n".join([self.about, *lines, f"  {'in all':48}{self.total:7.2f} GB"])
+        step = sum(rows.values())
+        before = f"  {'before that: text encoders, CUDA itself':48}{self.encoders / GB + OVERHEAD:7.2f} GB"
+        return "\n".join([self.about, *lines, f"  {'in all':48}{step:7.2f} GB", before])
 
 
 def plan_of(config: InteractionConfig) -> Plan:
     """Count a configuration.
 
-    The base's denoiser is on the card, its autoencoder and text encoders are not: what they give is cached.
-    Not in it: what drawing samples takes, which happens between steps.
+    In a step the base's denoiser is on the card; its text encoders are there before, to fill the cache. Not
+    in it: what its autoencoder takes for encoding pictures and drawing samples.
 
     Raises:
         RecipeError: the base's configuration files are not there.
@@ -63,9 +67,10 @@ def plan_of(config: InteractionConfig) -> Plan:
     of_base = dtype if config.base_dtype == "auto" else getattr(torch, config.base_dtype)
     sizes = {} if config.init_from else config.adapter.model_dump(exclude_unset=True)
     options = tuple(sorted(sizes.items())), config.resolution, config.batch_size, dtype, config.text_tokens
-    base, quantized, adapter, activations = _counted(config.base, *options)
+    counted = _counted(config.base, *options)
+    base, adapter, activations = counted.base, counted.adapter, counted.activations
     kind = config.base_quantization
-    quantized = 0 if kind == "none" else quantized
+    quantized = 0 if kind == "none" else counted.quantized
     weights = (base - quantized) * BYTES[of_base] + quantized * quantization.BYTES.get(kind, 0)
     word = _word(of_base) if kind == "none" else f"{_word(of_base)}, its blocks {kind}"
     kept = activations.checkpointed if config.gradient_checkpointing else activations.kept
@@ -86,7 +91,7 @@ def plan_of(config: InteractionConfig) -> Plan:
     how = "checkpointed" if config.gradient_checkpointing else "all kept"
     parts[f"activations of {config.batch_size} x {config.resolution} px, {how}"] = FRAGMENTATION * kept
     about = f"{config.base}: {base / 1e6:,.0f} M parameters; adapter: {adapter / 1e6:,.1f} M"
-    return Plan(parts, about)
+    return Plan(parts, counted.encoders * BYTES[of_base], about)
 
 
 @lru_cache(maxsize=32)
@@ -97,7 +102,7 @@ def _counted(
     batch: int,
     dtype: torch.dtype,
     tokens: int | None,
-) -> tuple[int, int, int, Activations]:
+) -> Counted:
     return counted_on_meta(base, (side, side), batch, dtype, tokens, dict(sizes))
 
 

@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from interactdiff.errors import RecipeError
 
@@ -73,4 +74,27 @@ def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Module:
 
     holder = nn.Sequential(layer.to(device))
     quantize_(holder, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+    holder[0].__class__ = WeightOnlyLinear
     return holder[0]
+
+
+class WeightOnlyLinear(nn.Linear):
+    """A frozen layer of torchao's, whose widened weights are not kept for the backward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As that of a linear layer."""
+        return _WeightOnly.apply(input, self.weight, self.bias)
+
+
+class _WeightOnly(torch.autograd.Function):
+    """x W^T + b; its backward pass widens W again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        return (gradient @ ctx.weight.dequantize().to(gradient.dtype)).to(ctx.dtype), None, None
