@@ -40,8 +40,10 @@ from interactdiff.training.world_data import (
     CAPTIONS,
     CaptionedLatents,
     SizeConfig,
+    as_images,
     cached_captions,
     cached_renders,
+    scene_seeds,
 )
 
 
@@ -211,10 +213,18 @@ def test_captions_are_those_of_the_renders_and_kept(tmp_path: Path) -> None:
 def test_sizes_come_as_often_as_their_shares(folder: Path, tmp_path: Path) -> None:
     vae = make_recipe(recipe_configs(folder)["stickworld_vae"] | {"output_dir": str(tmp_path)}).model.eval()
     sizes = {
-        64: {"renders": 4, "batch_size": 3, "share": 0.75},
+        64: {"renders": 4, "batch_size": 3, "share": 0.75, "most": 1},
         128: {"renders": 2, "batch_size": 1, "share": 0.25},
     }
     data = CaptionedLatents(tmp_path, vae, {size: SizeConfig(**one) for size, one in sizes.items()})
+    seeds = scene_seeds(4, 1)
+    assert [len(sample_scene(seed).things) for seed in seeds] == [1] * 4
+    assert [seed for seed in range(seeds[-1] + 1) if len(sample_scene(seed).things) == 1] == seeds
+    for row, seed in enumerate(seeds):
+        name = sample_scene(seed).things[0].name
+        assert all(name in text or "someone" in text for text in data.captions[64][row])
+        pixels = as_images(render(sample_scene(seed), 64).image[None])
+        assert torch.allclose(data.latents[64][row].float(), vae.encode(pixels).latents[0], atol=1e-2)
     rng = random.Random(0)
     shapes = Counter(tuple(data.batch(rng, 0.5)[0].shape) for _ in range(200))
     assert shapes.keys() == {(3, 4, 8, 8), (1, 4, 16, 16)}

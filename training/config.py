@@ -134,6 +134,7 @@ Limit = Annotated[
 Share = Annotated[float, number("a number from 0 to 1", 0, 1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Location = Annotated[str, BeforeValidator(_location)]
+OptionalCount = Annotated[Count | None, BeforeValidator(nothing)]
 OptionalLocation = Annotated[Location | None, BeforeValidator(nothing)]
 OptionalText = Annotated[str | None, BeforeValidator(nothing)]
 MeanAndDeviation = Annotated[tuple[Number, Rate] | None, BeforeValidator(_pair)]

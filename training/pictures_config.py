@@ -11,6 +11,7 @@ from interactdiff.training.config import (
     Keys,
     Location,
     Number,
+    OptionalCount,
     OptionalLocation,
     OptionalText,
     Positive,
@@ -27,7 +28,6 @@ from interactdiff.training.quantization import BYTES
 DTYPES = ("float32", "float16", "bfloat16")
 DENSITIES = ("uniform", "logit_normal", "mode")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
-OptionalCount = Annotated[Count | None, BeforeValidator(nothing)]
 OptionalPositive = Annotated[Positive | None, BeforeValidator(nothing)]
 PositiveOrAuto = Annotated[
     Positive | None, BeforeValidator(lambda value: None if value in ("auto", None) else value)

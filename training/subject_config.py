@@ -5,8 +5,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from interactdiff.subject.encoder import LAYERS
-from interactdiff.training.config import Keys, OptionalLocation, Rate, Share, refusal
-from interactdiff.training.pictures_config import OptionalCount, PicturesConfig
+from interactdiff.training.config import Keys, OptionalCount, OptionalLocation, Rate, Share, refusal
+from interactdiff.training.pictures_config import PicturesConfig
 
 
 def _layers(value: Any) -> Any:

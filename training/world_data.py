@@ -1,6 +1,7 @@
 """Renders of stickworld, their captions and their latents for the recipes: made once and kept on disk."""
 
 import hashlib
+import itertools
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -20,18 +21,18 @@ from interactdiff.stickworld.captions import caption
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE, render
 from interactdiff.stickworld.world import WorldScene
-from interactdiff.training.config import Count, Keys, Share, refusal
+from interactdiff.training.config import Count, Keys, OptionalCount, Share, refusal
 
 _CHUNK = 500
 CAPTIONS = 4  # wordings of each scene
 
 
-def _render_chunk(first: int, last: int, size: int) -> np.ndarray:
-    return np.stack([render(sample_scene(seed), size).image for seed in range(first, last)])
+def _render_chunk(seeds: Sequence[int], size: int) -> np.ndarray:
+    return np.stack([render(sample_scene(seed), size).image for seed in seeds])
 
 
-def _caption_chunk(first: int, last: int) -> list[str]:
-    return ["\t".join(_captions(seed)) for seed in range(first, last)]
+def _caption_chunk(seeds: Sequence[int]) -> list[str]:
+    return ["\t".join(_captions(seed)) for seed in seeds]
 
 
 def _captions(seed: int) -> list[str]:
@@ -48,40 +49,48 @@ def varied_caption(scene: WorldScene, rng: random.Random) -> str:
     return caption(scene, rng, verbs=verbs, colours=colours, place=place).text
 
 
-def _in_chunks(count: int, make: Callable[..., Any], *arguments: Any) -> list[tuple[int, int, Any]]:
-    """What `make(first, last, ...)` returns for each chunk, by as many processes as there are cores."""
-    firsts = range(0, count, _CHUNK)
-    lasts = [min(first + _CHUNK, count) for first in firsts]
-    if len(lasts) == 1:
-        return [(0, count, make(0, count, *arguments))]
+def _in_chunks(seeds: Sequence[int], make: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `make(seeds, ...)` returns for each chunk, by as many processes as there are cores."""
+    chunks = [seeds[first : first + _CHUNK] for first in range(0, len(seeds), _CHUNK)]
+    if len(chunks) == 1:
+        return [make(seeds, *arguments)]
     # Fresh processes: a fork of one that runs torch's threads may hang.
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(lasts)), get_context("spawn")) as pool:
-        chunks = pool.map(make, firsts, lasts, *([argument] * len(lasts) for argument in arguments))
-        return list(zip(firsts, lasts, chunks, strict=True))
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(chunks)), get_context("spawn")) as pool:
+        return list(pool.map(make, chunks, *([argument] * len(chunks) for argument in arguments)))
 
 
-def _scene_chunk(first: int, last: int) -> list[WorldScene]:
-    return [sample_scene(seed) for seed in range(first, last)]
+def _scene_chunk(seeds: Sequence[int]) -> list[WorldScene]:
+    return [sample_scene(seed) for seed in seeds]
 
 
 def scenes(count: int) -> list[WorldScene]:
     """Scenes 0 to `count` - 1."""
-    return [scene for _, _, chunk in _in_chunks(count, _scene_chunk) for scene in chunk]
+    return [scene for chunk in _in_chunks(range(count), _scene_chunk) for scene in chunk]
 
 
-def cached_renders(folder: Path, count: int, size: int = SIZE) -> np.ndarray:
-    """Renders of scenes 0 to `count` - 1, kept in `folder`; drawn anew when the world looks different.
+def scene_seeds(count: int, most: int | None = None) -> Sequence[int]:
+    """The first seeds whose scenes have at most so many persons and objects; None: any."""
+    if most is None:
+        return range(count)
+    fitting = (seed for seed in itertools.count() if len(sample_scene(seed).things) <= most)
+    return list(itertools.islice(fitting, count))
+
+
+def cached_renders(folder: Path, count: int, size: int = SIZE, most: int | None = None) -> np.ndarray:
+    """Renders of the scenes of `scene_seeds`, kept in `folder`; drawn anew when the world looks different.
 
     Args:
         folder: where the cache is kept.
         count: how many scenes.
         size: S, height and width in pixels.
+        most: persons and objects of a scene.
 
     Returns:
         [count, S, S, 3] uint8, mapped read-only from disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    look = hashlib.sha256(_render_chunk(0, min(count, 32), size).tobytes()).hexdigest()[:12]
+    seeds = scene_seeds(count, most)
+    look = hashlib.sha256(_render_chunk(seeds[:32], size).tobytes()).hexdigest()[:12]
     path = folder / f"renders-{count}-{size}-{look}.npy"
     if not path.exists():
 
@@ -91,21 +100,24 @@ def cached_renders(folder: Path, count: int, size: int = SIZE) -> np.ndarray:
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash in mapped memory
                 with aside.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
-            for first, last, chunk in _in_chunks(count, _render_chunk, size):
-                store[first:last] = chunk
+            first = 0
+            for chunk in _in_chunks(seeds, _render_chunk, size):
+                store[first : first + len(chunk)] = chunk
+                first += len(chunk)
             store.flush()
 
         write_aside(path, write)
     return np.load(path, mmap_mode="r")
 
 
-def cached_captions(folder: Path, count: int) -> list[list[str]]:
-    """`CAPTIONS` wordings of each of the scenes 0 to `count` - 1, kept in `folder`."""
+def cached_captions(folder: Path, count: int, most: int | None = None) -> list[list[str]]:
+    """`CAPTIONS` wordings of each of the scenes of `scene_seeds`, kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    wording = hashlib.sha256("\n".join(_caption_chunk(0, min(count, 64))).encode()).hexdigest()[:12]
+    seeds = scene_seeds(count, most)
+    wording = hashlib.sha256("\n".join(_caption_chunk(seeds[:64])).encode()).hexdigest()[:12]
     path = folder / f"captions-{count}-{wording}.txt"
     if not path.exists():
-        lines = [line for _, _, chunk in _in_chunks(count, _caption_chunk) for line in chunk]
+        lines = [line for chunk in _in_chunks(seeds, _caption_chunk) for line in chunk]
         write_aside(path, lambda aside: aside.write_text("\n".join(lines), encoding="utf-8"))
     return [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")]
 
@@ -137,11 +149,13 @@ class SizeConfig(Keys):
         renders: how many there are.
         batch_size: of a step.
         share: of the steps.
+        most: persons and objects of a scene; null: any number. Few are large, and learnt sooner.
     """
 
     renders: Count
     batch_size: Count
     share: Share
+    most: OptionalCount = None
 
 
 def _add_up(sizes: dict[int, SizeConfig]) -> dict[int, SizeConfig]:
@@ -166,17 +180,22 @@ class CaptionedLatents:
     def __init__(self, folder: Path, vae: Any, sizes: Mapping[int, SizeConfig]):
         self.sizes = sizes
         self.latents = {
-            size: cached_latents(folder, vae, cached_renders(folder, one.renders, size))
+            size: cached_latents(folder, vae, cached_renders(folder, one.renders, size, one.most))
             for size, one in sizes.items()
         }
-        self.captions = cached_captions(folder, max(one.renders for one in sizes.values()))
+        counts: dict[int | None, int] = {}
+        for one in sizes.values():
+            counts[one.most] = max(one.renders, counts.get(one.most, 0))
+        made = {most: cached_captions(folder, count, most) for most, count in counts.items()}
+        self.captions = {size: made[one.most] for size, one in sizes.items()}
 
     def batch(self, rng: random.Random, empty: float) -> tuple[Tensor, list[str]]:
         """[B, C, H, W] latents of one size, and their captions, each empty with probability `empty`."""
         (size,) = rng.choices(list(self.sizes), [one.share for one in self.sizes.values()])
         latents, count = self.latents[size], self.sizes[size].batch_size
         chosen = [rng.randrange(len(latents)) for _ in range(count)]
-        texts = ["" if rng.random() < empty else rng.choice(self.captions[index]) for index in chosen]
+        captions = self.captions[size]
+        texts = ["" if rng.random() < empty else rng.choice(captions[index]) for index in chosen]
         return latents[chosen].float(), texts
 
 
