@@ -20,6 +20,7 @@ from interactdiff.data.mixture import MixedLatents, Mixture
 from interactdiff.data.order import Draw, GlobalBatches, Order, mixed
 from interactdiff.data.reading import Records
 from interactdiff.data.texts import TextCache
+from interactdiff.errors import DataError
 from interactdiff.files import write_aside
 from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.training.interaction_config import DropsConfig
@@ -162,9 +163,22 @@ class VariedExamples(Dataset):
             "states": self.texts.get(prompt),
         }
 
+    def __getitems__(self, draws: Sequence[Draw]) -> list[dict[str, Any]]:
+        """The examples of several draws, as a loader reads them.
+
+        Where one cannot be made, the only example has an `error`, which is its sentence: torch would add the
+        worker's traceback to an error.
+        """
+        try:
+            return [self[draw] for draw in draws]
+        except (DataError, OSError) as error:
+            return [{"error": str(error)}]
+
 
 def collate_varied(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of examples: tensors stacked, those of `states` by name."""
+    """A batch of examples: tensors stacked, those of `states` by name; only `error` where there is one."""
+    if "error" in examples[0]:
+        return examples[0]
     batch = collate(examples)
     for name, value in batch.items():
         if isinstance(value, list) and torch.is_tensor(value[0]):
@@ -225,7 +239,11 @@ class PictureData:
         texts: TextCache,
         objective: Objective,
     ) -> Iterator[dict[str, Any]]:
-        """This process's batches from a step on, without an end."""
+        """This process's batches from a step on, without an end.
+
+        Raises:
+            DataError: an example cannot be made.
+        """
         config = self.config
         mixed_latents = MixedLatents(self.records, latents)
         examples = Examples(self.records, self.framing, self.order, config.flip, mixed_latents)  # type: ignore[arg-type]
@@ -236,6 +254,8 @@ class PictureData:
             collate_fn=collate_varied,
         )
         for batch in loader:
+            if "error" in batch:
+                raise DataError(batch["error"])
             for name in self.bad.count(batch):
                 print(f"interactdiff: {name}: replaced by another picture")
             yield batch

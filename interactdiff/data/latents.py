@@ -8,7 +8,6 @@ another name, so what is there is right or is not there.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from interactdiff.data.examples import pixels_of
 from interactdiff.data.framing import Framing, Placement
+from interactdiff.data.kept import Kept
 from interactdiff.data.reading import Records
 from interactdiff.data.records import FileRange, ImageRecord, Inline
 from interactdiff.errors import DataError
@@ -80,7 +80,7 @@ class LatentCache:
         self.flip, self.dtype = flip, dtype
         self.key = f"{_RULE} {key} {framing} {flip} {dtype}"
         self._keys: dict[int, str] = {}
-        self._open = lru_cache(maxsize=64)(self._opened)
+        self._open = Kept(self._opened, 64)
 
     @property
     def _noted(self) -> Path:

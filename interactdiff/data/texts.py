@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from interactdiff.data.framing import NO_PHRASES, Framing
+from interactdiff.data.kept import Kept
 from interactdiff.data.reading import Records
 from interactdiff.data.records import ImageRecord
 from interactdiff.data.words import swap_sides
@@ -40,7 +40,7 @@ class TextCache:
         self.folder, self.dtype = folder, dtype
         self.key = hashlib.sha256(f"{key} {dtype}".encode()).hexdigest()[:16]
         self.files: dict[str, Path] = {}
-        self._open = lru_cache(maxsize=64)(_opened)
+        self._open = Kept(_opened, 64)
         self.refresh()
 
     def refresh(self) -> None:

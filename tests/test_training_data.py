@@ -1,0 +1,78 @@
+"""What recipes on pictures read: by workers of any kind, and what is said where it cannot be read."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_files import make_folder
+from torch.utils.data import DataLoader
+
+from interactdiff.data.examples import Examples, collate, make_order
+from interactdiff.data.framing import Framing
+from interactdiff.data.latents import LatentCache
+from interactdiff.data.order import GlobalBatches
+from interactdiff.data.reading import Records
+from interactdiff.data.texts import TextCache
+from interactdiff.errors import DataError
+from interactdiff.training.bench import Loading
+from interactdiff.training.objectives import Flow
+from interactdiff.training.pictures_config import LossConfig
+
+FRAMING = Framing(resolution=32, multiple=16)
+
+
+def encode(pixels: torch.Tensor) -> torch.Tensor:
+    """Latents that differ from picture to picture."""
+    return pixels[..., ::8, ::8].repeat(1, 2, 1, 1)[:, :4]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_spawned_workers_read_what_the_process_itself_reads(tmp_path: Path) -> None:
+    """As on macOS and Windows, and from Python 3.14 on."""
+    make_folder(tmp_path / "rows", 8)
+    records = Records.open(tmp_path / "rows")
+    order = make_order(records, FRAMING, 2, 0)
+    latents = LatentCache(tmp_path / "latents", records, FRAMING, "none")
+    list(latents.build(encode))
+    examples = Examples(records, FRAMING, order, latents=latents)
+    batches = [[examples[draw] for draw in order.batch(step)] for step in range(2)]  # opens files
+    loader = DataLoader(
+        examples,
+        batch_sampler=GlobalBatches(order),  # type: ignore[arg-type]
+        num_workers=1,
+        collate_fn=collate,
+        multiprocessing_context="spawn",
+    )
+    for made, here in zip(loader, batches, strict=False):
+        assert made["name"] == [one["name"] for one in here]
+        assert torch.equal(made["latents"], torch.stack([one["latents"] for one in here]))
+
+
+def test_caches_of_texts_go_to_other_processes(tmp_path: Path) -> None:
+    cache = TextCache(tmp_path, "none", torch.float32)
+    list(cache.build(["a", "bc"], lambda texts: {one: {"states": torch.ones(len(one))} for one in texts}))
+    here = cache.get("bc")["states"]
+    assert torch.equal(pickle.loads(pickle.dumps(cache)).get("bc")["states"], here)
+
+
+def read(folder: Path, workers: int) -> Iterator[dict[str, Any]]:
+    """The batches of a training on twelve pictures."""
+    if not (folder / "rows").exists():
+        make_folder(folder / "rows", 12)
+    shapes = (4, 4, 4), {"states": (1, 8)}
+    loading = Loading(folder / "cache", folder / "rows", 32, *shapes, batch_size=2, workers=workers)
+    return loading.batches(Flow({}, LossConfig()))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_is_its_sentence_from_workers_too(tmp_path: Path, workers: int) -> None:
+    next(read(tmp_path, 0))
+    batches = read(tmp_path, workers)
+    rows = tmp_path / "rows/metadata.jsonl"
+    rows.write_text("x" * rows.stat().st_size)
+    with pytest.raises(DataError) as raised:
+        next(batches)
+    assert str(raised.value) == "expected JSON, got 'xxxxxxxxxxxx' (Expecting value)"
