@@ -95,6 +95,47 @@ def test_rows_stay_unread_where_no_picture_has_changed(
     assert read == []
 
 
+def test_what_is_kept_of_rows_follows_captions_and_pictures(tmp_path: Path) -> None:
+    rows = make_folder(tmp_path / "rows", 2, sizes=[(64, 48)])
+    del rows[0]["prompt"]
+    write_rows(tmp_path / "rows", rows)
+    (tmp_path / "rows/0000.txt").write_text("one")
+    (tmp_path / "rows/0001.txt").write_text("of a row that has its own")
+
+    def opened() -> Records:
+        return Records.open(tmp_path / "rows", cache=tmp_path / "cache")
+
+    first = opened()
+    (tmp_path / "rows/0001.txt").write_text("changed")
+    assert opened().digest == first.digest
+    (tmp_path / "rows/0000.txt").write_text("two")
+    assert opened().digest != first.digest
+    noise(48, 64).save(tmp_path / "rows/0001.png")
+    assert list(opened().widths) == [64, 48]
+    assert list(opened().heights) == [48, 64]
+
+    (tmp_path / "rows/metadata.jsonl").unlink()
+    loose = opened()
+    assert opened().digest == loose.digest
+    (tmp_path / "rows/0001.txt").write_text("changed once more")
+    assert opened().digest != loose.digest
+
+
+def test_weights_have_one_key_in_every_folder(tmp_path: Path, pipe: Any) -> None:
+    for part in (pipe.vae, pipe.text_encoder):
+        keys = set()
+        for name in ("a", "b"):
+            part.save_pretrained(tmp_path / type(part).__name__ / name)
+            loaded = type(part).from_pretrained(tmp_path / type(part).__name__ / name)
+            if hasattr(loaded.config, "transformers_version"):
+                loaded.config.transformers_version = name
+            keys.add(weights_key(loaded))
+        assert len(keys) == 1
+    own = weights_key(pipe.vae)
+    pipe.vae.register_to_config(scaling_factor=0.5)
+    assert weights_key(pipe.vae) != own
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_processes_share_the_work_and_take_it_up_again(tmp_path: Path, pipe: Any) -> None:
     rows = make_folder(tmp_path / "rows", 10)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_files import make_folder
+from data_files import make_folder, write_rows
 from torch.utils.data import DataLoader
 
 from interactdiff.data.examples import Examples, collate, make_order
@@ -65,6 +65,16 @@ def read(folder: Path, workers: int) -> Iterator[dict[str, Any]]:
     shapes = (4, 4, 4), {"states": (1, 8)}
     loading = Loading(folder / "cache", folder / "rows", 32, *shapes, batch_size=2, workers=workers)
     return loading.batches(Flow({}, LossConfig()))
+
+
+def test_captions_beside_pictures_may_change_between_two_trainings(tmp_path: Path) -> None:
+    rows = make_folder(tmp_path / "rows", 12)
+    write_rows(tmp_path / "rows", [{"file_name": one["file_name"]} for one in rows])
+    for caption in ("before", "after"):
+        for one in rows:
+            (tmp_path / "rows" / one["file_name"]).with_suffix(".txt").write_text(caption)
+        batches = read(tmp_path, 0)
+        assert {one for _ in range(10) for one in next(batches)["prompts"]} <= {caption, ""}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

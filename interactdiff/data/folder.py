@@ -45,6 +45,17 @@ class MetadataFolder:
             if record is not None:
                 yield offset, record
 
+    def stamped(self) -> Iterator[Path]:
+        """The pictures that rows name, and the caption files of rows without a caption."""
+        for _, _, values in json_lines(self.folder / METADATA, self.name, Problems()):
+            try:
+                check_relative(name := values["file_name"], self.folder)
+                yield self.folder / name
+                if "prompt" not in values and not values.get("prompts"):
+                    yield (self.folder / name).with_suffix(".txt")
+            except (DataError, TypeError, KeyError, ValueError):  # a mistake, which `scan` reports
+                continue
+
     def record(self, position: int, line: int) -> ImageRecord:
         """The record at a position that `scan` gave.
 
@@ -116,10 +127,7 @@ class LooseFolder:
         self.folder, self.form = folder, form
         self.name = str(folder)
         self.names = sorted(picture_names(folder))
-        beside = (folder / name for name in self.names)
-        self.files = [
-            f for p in beside for f in (p.with_suffix(".json"), p.with_suffix(".txt")) if is_file(f)
-        ]
+        self.files: list[Path] = []
         self.ignored: dict[str, int] = {}
 
     def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
@@ -128,6 +136,12 @@ class LooseFolder:
             record = self._record(position, problems)
             if record is not None:
                 yield position, record
+
+    def stamped(self) -> Iterator[Path]:
+        """The pictures, of which PNGs may hold their rows, their scene files and their caption files."""
+        for name in self.names:
+            path = self.folder / name
+            yield from (path, path.with_suffix(".json"), path.with_suffix(".txt"))
 
     def record(self, position: int, line: int) -> ImageRecord:
         """The record at a position that `scan` gave.

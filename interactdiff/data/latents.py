@@ -20,7 +20,7 @@ from interactdiff.data.examples import pixels_of
 from interactdiff.data.framing import Framing, Placement
 from interactdiff.data.kept import Kept
 from interactdiff.data.reading import Records
-from interactdiff.data.records import FileRange, ImageRecord, Inline
+from interactdiff.data.records import FileRange, ImageRecord
 from interactdiff.errors import DataError
 from interactdiff.files import write_aside
 
@@ -32,10 +32,15 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def weights_key(module: nn.Module) -> str:
-    """SHA-256 of a module's configuration and weights, in hexadecimal: the same on every device."""
+    """SHA-256 of a module's configuration and weights, in hexadecimal.
+
+    The same on every device, in every folder that the weights are loaded from, and by every version of the
+    library that saved them.
+    """
     config: Any = getattr(module, "config", {})
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    made_of = hashlib.sha256(json.dumps(values, default=str, sort_keys=True).encode())
+    own = {name: value for name, value in values.items() if name[0] != "_" and name != "transformers_version"}
+    made_of = hashlib.sha256(json.dumps(own, default=str, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         made_of.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         made_of.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -88,22 +93,17 @@ class LatentCache:
         return self.folder / f"keys-{made_of.hexdigest()[:16]}.json"
 
     def _recall(self) -> None:
-        """Take the noted keys of blocks of which no picture has changed since: rows stay unread."""
+        """Take the blocks' noted keys, so that rows stay unread; the records' digest says that they hold."""
         try:
             noted = json.loads(self._noted.read_text(encoding="utf-8"))
-            for block, (key, pictures) in enumerate(noted):
-                if all(_stamp(self.records, _named(*where)) == stamp for *where, stamp in pictures):
-                    self._keys[block] = key
-        except (OSError, ValueError, TypeError, KeyError):
+            if len(noted) == self._blocks:
+                self._keys = dict(enumerate(map(str, noted)))
+        except (OSError, ValueError, TypeError):
             return
 
     def _note_keys(self) -> None:
-        """Keep the keys of all blocks, with what they were made of."""
-        noted = []
-        for block in range(self._blocks):
-            records = [self.records[index] for index in self._indices(block)]
-            pictures = [[*_where(one), _stamp(self.records, one)] for one in records]
-            noted.append([self._block_key(block), pictures])
+        """Keep the keys of all blocks."""
+        noted = [self._block_key(block) for block in range(self._blocks)]
         write_aside(self._noted, lambda aside: aside.write_text(json.dumps(noted), encoding="utf-8"))
 
     def build(self, encode: Encode, rank: int = 0, world_size: int = 1, batch_size: int = 8) -> Iterator[int]:
@@ -234,19 +234,6 @@ class LatentCache:
 
 def _name(index: int, flipped: bool) -> str:
     return f"{index}.flipped" if flipped else str(index)
-
-
-def _where(record: ImageRecord) -> tuple[str, str | None, int]:
-    """A picture's name, its file and where it begins there; no file for one that is in a table."""
-    stored = record.stored
-    if isinstance(stored, FileRange):
-        return record.name, str(stored.path), stored.offset
-    return record.name, None, 0
-
-
-def _named(name: str, path: str | None, offset: int) -> ImageRecord:
-    """A record of which nothing is known but what `_where` gave."""
-    return ImageRecord(name, Inline(b"") if path is None else FileRange(Path(path), offset), ())
 
 
 def _stamp(records: Records, record: ImageRecord) -> str:

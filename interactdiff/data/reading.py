@@ -1,8 +1,9 @@
 """Data opened: which form a path has, rows streamed from it, and rows by their number."""
 
 import hashlib
+import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -21,11 +22,17 @@ from interactdiff.errors import DataError
 from interactdiff.files import write_aside
 from interactdiff.scene_checks import shown
 
-_INDEX_FORMAT = b"1"
+_INDEX_FORMAT = b"2"
 
 
 class Source(Protocol):
-    """A reader of one form of data."""
+    """A reader of one form of data.
+
+    Attributes:
+        name: what messages call it.
+        files: those whose contents are the rows.
+        ignored: keys of scene files, and in how many rows they stand.
+    """
 
     name: str
     files: list[Path]
@@ -33,6 +40,10 @@ class Source(Protocol):
 
     def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
         """All records with their positions, streamed; mistakes go to `problems`."""
+        ...
+
+    def stamped(self) -> Iterable[Path]:
+        """Files of which size and time say whether they changed; some may not be there."""
         ...
 
     def record(self, position: int, line: int) -> ImageRecord:
@@ -172,7 +183,7 @@ class Records(Sequence[ImageRecord]):
         widths: [N] uint32, of the picture as shown, in pixels; 0 where it is not there.
         heights: [N] uint32.
         weights: [N] uint16, how often it comes in an epoch.
-        digest: changes with the rows, but not with the pictures.
+        digest: changes with the rows, the captions beside pictures, and the size or time of a picture's file.
     """
 
     FIELDS = ("positions", "lines", "widths", "heights", "weights")
@@ -280,17 +291,18 @@ def add_repeated(source: Source, positions: Sequence[int], names: Names, problem
 
 
 def _digest(source: Source, form: str) -> str:
-    """A hash of the rows; of large files their size stands for their contents."""
+    """A hash of all that records are made of."""
     made_of = hashlib.sha256(_INDEX_FORMAT + form.encode())
     made_of.update(getattr(source, "fingerprint", source.name).encode())
-    if isinstance(source, LooseFolder):  # a PNG may hold its own row
-        for name in source.names:
-            stat = (source.folder / name).stat()
-            made_of.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
     for file in source.files:
-        large = file.suffix in (".tar", ".parquet")
-        said = str(file.stat().st_size) if large else file_hash(file)
-        made_of.update(f"{file.name} {said}".encode())
+        made_of.update(f"{file.name} {file_hash(file)}".encode())
+    for file in source.stamped():
+        try:
+            stat = os.stat(file)
+            said = f"{stat.st_size} {stat.st_mtime_ns}"
+        except (OSError, ValueError):  # not there, or no name of a file
+            said = "missing"
+        made_of.update(f"{file} {said}\n".encode(errors="replace"))
     return made_of.hexdigest()
 
 

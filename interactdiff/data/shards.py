@@ -52,7 +52,7 @@ class Shards:
         self.names = [name for name in listed if _split_of(name) == self.split]
         self.index = index
         self.name = str(folder)
-        self.files = [folder / name for name in self.names] + ([folder / INDEX] if index is not None else [])
+        self.files = [] if index is None else [folder / INDEX]
         self.ignored: dict[str, int] = {}
         if index is None:
             self.examples = [_scanned(folder / name) for name in self.names]
@@ -67,6 +67,11 @@ class Shards:
                 record = self._record(shard, number, problems)
                 if record is not None:
                     yield shard << _NUMBER_BITS | number, record
+
+    def stamped(self) -> Iterator[Path]:
+        """The shards, where no index has their checksums."""
+        if self.index is None:
+            yield from (self.folder / name for name in self.names)
 
     def record(self, position: int, line: int) -> ImageRecord:
         """The record at a position that `scan` gave.

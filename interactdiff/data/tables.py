@@ -59,6 +59,7 @@ class Table:
         datasets = library()
         self.name, self.form = path, form
         self.files: list[Path] = []
+        self.tables: list[Path] = []
         self.ignored: dict[str, int] = {}
         if Path(path).exists():
             there = parquet_files(Path(path))
@@ -67,11 +68,11 @@ class Table:
                 raise DataError(
                     f"expected a split in the names of files in {path} for {shown(split)}, got none"
                 )
-            self.files = there[chosen_split(split, named, Path(path)) if named else None]
+            self.tables = there[chosen_split(split, named, Path(path)) if named else None]
         try:
-            if self.files:
+            if self.tables:
                 rows = datasets.load_dataset(
-                    "parquet", data_files=[str(f) for f in self.files], split="train"
+                    "parquet", data_files=[str(f) for f in self.tables], split="train"
                 )
             else:
                 rows = datasets.load_dataset(path, split=split or "train")
@@ -98,6 +99,10 @@ class Table:
             record = self._record(number, values, problems)
             if record is not None:
                 yield number, record
+
+    def stamped(self) -> list[Path]:
+        """The parquet files; of a data set on the Hub none."""
+        return self.tables
 
     def record(self, position: int, line: int) -> ImageRecord:
         """The record at a position that `scan` gave."""
