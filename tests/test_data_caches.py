@@ -1,6 +1,10 @@
 """Latents and text states on disk: what they are, when they are made anew, and by how many processes."""
 
 import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from interactdiff.data.latents import LatentCache, vae_mean, weights_key
 from interactdiff.data.order import GlobalBatches
 from interactdiff.data.texts import TextCache, phrases_of, texts_of
 from interactdiff.errors import DataError
+from interactdiff.files import write_aside
 from interactdiff.interaction.phrases import pipeline_phrases
 
 FRAMING = Framing(resolution=32, multiple=16)
@@ -188,6 +193,60 @@ def test_a_damaged_file_of_latents_is_named(tmp_path: Path, pipe: Any) -> None:
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError, match="expected a whole file of latents at"):
         cache_of(tmp_path, pipe.vae).get(0, False)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes meanwhile, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, pipe: Any) -> None:
+    make_folder(tmp_path / "rows", 4)
+    cache, texts = cache_of(tmp_path, pipe.vae), TextCache(tmp_path / "texts", "none")
+    with files_of_at_most(200):
+        with pytest.raises(DataError, match=r"^expected room for a cache in .*/latents, got .*too large"):
+            list(cache.build(vae_mean(pipe.vae)))
+        with pytest.raises(DataError, match=r"^expected room for a cache in .*/texts, got .*too large"):
+            list(texts.build(["a"], states_of(pipe)))
+    with (
+        files_of_at_most(10),
+        pytest.raises(DataError, match=r"^expected room for a cache in .*/kept, got File too large"),
+    ):
+        Records.open(tmp_path / "rows", cache=tmp_path / "kept")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob(".aside-*"))
+    assert list(cache.build(vae_mean(pipe.vae))) == [4]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process to kill it")
+def test_what_killed_processes_left_is_removed(tmp_path: Path, pipe: Any) -> None:
+    make_folder(tmp_path / "rows", 4)
+    cache, texts = cache_of(tmp_path, pipe.vae), TextCache(tmp_path / "texts", "none")
+    for folder in (cache.folder, texts.folder):
+        folder.mkdir()
+        if (child := os.fork()) == 0:
+            write_aside(folder / "a.safetensors", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        os.waitpid(child, 0)
+        (folder / ".aside-older.safetensors").touch()  # by a version that did not say which process writes
+        os.utime(folder / ".aside-older.safetensors", (0, 0))
+        (folder / ".aside-elsewhere.safetensors").touch()
+        assert len(list(folder.glob(".aside-*"))) == 3
+
+    def build(aside: Path) -> None:
+        list(cache.build(vae_mean(pipe.vae)))
+        list(texts.build(["a"], states_of(pipe)))
+        assert aside.exists()  # of a process that runs
+
+    write_aside(cache.folder / "b.safetensors", build)
+    for folder in (cache.folder, texts.folder):
+        assert [path.name for path in folder.glob(".aside-*")] == [".aside-elsewhere.safetensors"]
 
 
 def states_of(pipe: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from interactdiff.data.cache_files import write_cache
 from interactdiff.data.examples import BadPictures, Examples, Latents, collate
 from interactdiff.data.framing import Framing
 from interactdiff.data.latents import LatentCache
@@ -21,7 +22,6 @@ from interactdiff.data.order import Draw, GlobalBatches, Order, mixed
 from interactdiff.data.reading import Records
 from interactdiff.data.texts import TextCache
 from interactdiff.errors import DataError
-from interactdiff.files import write_aside
 from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.training.interaction_config import DropsConfig
 from interactdiff.training.objectives import Objective
@@ -287,7 +287,7 @@ class WordsDone:
     def note(self) -> None:
         """Note it, once all processes have built the caches."""
         counts = {name: len(cache.files) for name, cache in self.caches.items()}
-        write_aside(self.file, lambda aside: aside.write_text(json.dumps(counts), encoding="utf-8"))
+        write_cache(self.file, lambda aside: aside.write_text(json.dumps(counts), encoding="utf-8"))
 
 
 class CachedFeatures:

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from interactdiff.checkpoint import save_tensors
+from interactdiff.data.cache_files import write_cache
 from interactdiff.data.examples import pixels_of
 from interactdiff.data.framing import Framing, Placement
 from interactdiff.data.kept import Kept
 from interactdiff.data.reading import Records
 from interactdiff.data.records import FileRange, ImageRecord
 from interactdiff.errors import DataError
-from interactdiff.files import write_aside
+from interactdiff.files import remove_stale_asides
 
 BLOCK = 256  # records in a file
 BAD = "bad.jsonl"
@@ -104,7 +105,7 @@ class LatentCache:
     def _note_keys(self) -> None:
         """Keep the keys of all blocks."""
         noted = [self._block_key(block) for block in range(self._blocks)]
-        write_aside(self._noted, lambda aside: aside.write_text(json.dumps(noted), encoding="utf-8"))
+        write_cache(self._noted, lambda aside: aside.write_text(json.dumps(noted), encoding="utf-8"))
 
     def build(self, encode: Encode, rank: int = 0, world_size: int = 1, batch_size: int = 8) -> Iterator[int]:
         """Compute what is missing; blocks are dealt to the processes in turn.
@@ -122,9 +123,9 @@ class LatentCache:
             After each block: the records that are done.
 
         Raises:
-            OSError: the disk fills up.
+            DataError: the disk is full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_asides(self.folder)
         self._recall()
         if rank == 0 and len(self._keys) < self._blocks:
             self._note_keys()
@@ -132,7 +133,7 @@ class LatentCache:
             if not (path := self._path(block)).is_file():
                 tensors, bad = self._encoded(block, encode, batch_size)
                 meta = {"bad": json.dumps(bad)}
-                write_aside(path, lambda aside, t=tensors, m=meta: save_file(t, aside, m))
+                write_cache(path, lambda aside, t=tensors, m=meta: save_tensors(aside, t, m))
                 self._note(bad)
             yield min(len(self.records), (block + 1) * BLOCK)
 

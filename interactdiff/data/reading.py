@@ -11,6 +11,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from interactdiff.data.boxes import FORMS
+from interactdiff.data.cache_files import write_cache
 from interactdiff.data.folder import METADATA, LooseFolder, MetadataFolder, picture_names
 from interactdiff.data.pictures import PictureInfo
 from interactdiff.data.problems import Problem, Problems
@@ -19,7 +20,6 @@ from interactdiff.data.rows import is_file
 from interactdiff.data.shards import INDEX, Shards, chosen_split, file_hash
 from interactdiff.data.tables import Table, parquet_files
 from interactdiff.errors import DataError
-from interactdiff.files import write_aside
 from interactdiff.scene_checks import shown
 
 _INDEX_FORMAT = b"2"
@@ -216,7 +216,8 @@ class Records(Sequence[ImageRecord]):
             need_pictures: likewise; without, only what is there is checked.
 
         Raises:
-            DataError: a row has a mistake, a header cannot be read, or there is no row.
+            DataError: a row has a mistake, a header cannot be read, there is no row, or `cache` cannot be
+                written to.
         """
         source = open_source(path, split, form, columns, need_pictures)
         digest = _digest(source, form)
@@ -225,9 +226,8 @@ class Records(Sequence[ImageRecord]):
             return cls(source, digest, found)
         found = _scanned(source, need_pictures)
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {**found}
-            write_aside(kept, lambda aside: np.savez(aside, **arrays))
+            write_cache(kept, lambda aside: np.savez(aside, **arrays))
         return cls(source, digest, found)
 
     def __len__(self) -> int:

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from interactdiff.checkpoint import save_tensors
+from interactdiff.data.cache_files import write_cache
 from interactdiff.data.framing import NO_PHRASES, Framing
 from interactdiff.data.kept import Kept
 from interactdiff.data.reading import Records
 from interactdiff.data.records import ImageRecord
 from interactdiff.data.words import swap_sides
 from interactdiff.errors import DataError
-from interactdiff.files import write_aside
+from interactdiff.files import remove_stale_asides
 from interactdiff.scene_checks import shown
 
 EncodeTexts = Callable[[Sequence[str]], Mapping[str, Mapping[str, Tensor]]]
@@ -78,9 +79,9 @@ class TextCache:
             After each file: how many texts are done.
 
         Raises:
-            OSError: the disk fills up.
+            DataError: the disk is full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_asides(self.folder)
         mine = [text for text in self.missing(texts) if int(_hash(text), 16) % world_size == rank]
         for first in range(0, len(mine), _CHUNK):
             chunk = mine[first : first + _CHUNK]
@@ -98,7 +99,7 @@ class TextCache:
             contents = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
             path = self.folder / f"texts-{self.key}-{contents}.safetensors"
             meta = {"texts": json.dumps(hashes), "names": json.dumps(names)}
-            write_aside(path, lambda aside, t=tensors, m=meta: save_file(t, aside, m))
+            write_cache(path, lambda aside, t=tensors, m=meta: save_tensors(aside, t, m))
             self.files |= dict.fromkeys(hashes, path)
             yield first + len(chunk)
 
