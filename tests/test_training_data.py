@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 import torch
 from data_files import make_folder, write_rows
+from tiny_training import config_of
 from torch.utils.data import DataLoader
 
-from interactdiff.data.examples import Examples, collate, make_order
+from interactdiff.data.examples import BadPictures, Examples, collate, make_order
 from interactdiff.data.framing import Framing
 from interactdiff.data.latents import LatentCache
 from interactdiff.data.order import GlobalBatches
 from interactdiff.data.reading import Records
 from interactdiff.data.texts import TextCache
 from interactdiff.errors import DataError
+from interactdiff.training import interaction_data
 from interactdiff.training.bench import Loading
 from interactdiff.training.objectives import Flow
 from interactdiff.training.pictures_config import LossConfig
+from interactdiff.training.run import make_recipe
 
 FRAMING = Framing(resolution=32, multiple=16)
 
@@ -75,6 +78,31 @@ def test_captions_beside_pictures_may_change_between_two_trainings(tmp_path: Pat
             (tmp_path / "rows" / one["file_name"]).with_suffix(".txt").write_text(caption)
         batches = read(tmp_path, 0)
         assert {one for _ in range(10) for one in next(batches)["prompts"]} <= {caption, ""}
+
+
+def test_broken_pictures_are_counted_before_the_first_step(
+    pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, also by a start on caches, whether or not a step of this process draws them."""
+    pipe.save_pretrained(tmp_path / "base")
+    make_folder(tmp_path / "rows", 12)
+    for name in ("0004.png", "0007.png"):
+        path = tmp_path / "rows" / name
+        path.write_bytes(path.read_bytes()[:-300])  # it ends early, after its header
+    config = config_of(tmp_path / "base", tmp_path / "rows", tmp_path, steps=1)
+    reason = "expected a whole picture, got a file that ends early"
+    named = f"0004.png: {reason}; 0007.png: {reason}"
+    with pytest.raises(DataError) as raised:
+        make_recipe(config)
+    expected = f"expected at most 0.1% of 12 pictures that cannot be read, got 2: {named}"
+    assert str(raised.value) == expected
+    monkeypatch.setattr(interaction_data, "BadPictures", lambda count: BadPictures(count, max_share=0.5))
+    recipe: Any = make_recipe(config)
+    said = capsys.readouterr().err
+    assert f"2 of 12 pictures cannot be read, others stand in for them: {named} (all in" in said
+    drawn = [name for step in range(6) for name in recipe.batch(step)["name"]]
+    assert not {"0004.png", "0007.png"} & {*drawn}
+    assert "replaced by another picture" not in capsys.readouterr().err  # they are known
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,6 +230,20 @@ class PictureData:
         # files are named by what is in them, so the data sets share a folder
         return [LatentCache(folder, part, self.framing, key, flip) for part in self.parts]
 
+    def unreadable(self, latents: Sequence[LatentCache]) -> list[str]:
+        """The pictures that could not be read when latents were cached, by any process, and why.
+
+        Args:
+            latents: built, for each data set.
+
+        Raises:
+            DataError: they are too many.
+        """
+        parts = zip(self.parts, latents, strict=True)
+        return self.bad.add(
+            f"{part[index].name}: {reason}" for part, cache in parts for index, reason in cache.bad().items()
+        )
+
     def batches(
         self,
         step: int,
@@ -257,7 +272,7 @@ class PictureData:
             if "error" in batch:
                 raise DataError(batch["error"])
             for name in self.bad.count(batch):
-                print(f"interactdiff: {name}: replaced by another picture")
+                print(f"interactdiff: {name}: replaced by another picture", file=sys.stderr)
             yield batch
 
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from interactdiff.data.latents import vae_mean, weights_key
+from interactdiff.data.latents import BAD, vae_mean, weights_key
+from interactdiff.data.problems import SHOWN
 from interactdiff.data.reading import Records
 from interactdiff.data.texts import TextCache
 from interactdiff.errors import RecipeError
@@ -66,6 +67,7 @@ class PictureRecipe(Recipe[P]):
             self.shown = self.data.records if validation is None else Records.open(validation)
         self.check_data()
         self._cache(adapter)
+        self._check_pictures()
         if config.gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
         if self.in_unet:
@@ -166,6 +168,21 @@ class PictureRecipe(Recipe[P]):
         for one in (self.texts, *more.values()):
             one.refresh()
         self.processes.on_main(noted.note)
+
+    def _check_pictures(self) -> None:
+        """Name the pictures that cannot be read.
+
+        Raises:
+            DataError: they are too many; in every process.
+        """
+        bad = self.data.unreadable(self.latents)
+        if bad and self.processes.is_main:
+            more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+            count = f"{len(bad)} of {len(self.data.records)} pictures"
+            listed = f"{'; '.join(bad[:SHOWN])}{more} (all in {self.latents[0].folder / BAD})"
+            print(
+                f"interactdiff: {count} cannot be read, others stand in for them: {listed}", file=sys.stderr
+            )
 
     def drawn_of_rows(self) -> str:
         """What decides, beside the rows, which captions and phrases may be drawn."""

@@ -14,7 +14,7 @@ A recipe's loop, on any number of processes:
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -162,16 +162,23 @@ class BadPictures:
         self.names: dict[str, int] = {}
 
     def count(self, batch: dict[str, Any]) -> list[str]:
-        """Take a batch.
+        """Take the bad pictures of a batch, see `add`."""
+        return self.add(name for names in batch["bad"] for name in names)
+
+    def add(self, names: Iterable[str]) -> list[str]:
+        """Take pictures that could not be read.
+
+        Args:
+            names: of each its name and the reason, as examples have them in `bad`.
 
         Returns:
-            The pictures that were bad in it for the first time, for the log.
+            Those that were not known before.
 
         Raises:
             DataError: too many pictures of the data set are bad; names the first of them.
         """
         new = []
-        for name in (name for names in batch["bad"] for name in names):
+        for name in names:
             new += [] if name in self.names else [name]
             self.names[name] = self.names.get(name, 0) + 1
         if len(self.names) > self.max_share * self.total:

@@ -141,6 +141,17 @@ class LatentCache:
         """How many blocks are not there yet."""
         return sum(not self._path(block).is_file() for block in range(self._blocks))
 
+    def bad(self) -> dict[int, str]:
+        """The records whose pictures could not be read, and why, once all is built.
+
+        Raises:
+            DataError: a file is not there, or damaged.
+        """
+        found: dict[int, str] = {}
+        for block in range(self._blocks):
+            found |= {int(index): reason for index, reason in _bad(self._open(block)).items()}
+        return found
+
     def get(self, index: int, flipped: bool) -> Tensor:
         """The latents [C, h, w] of a record, in the dtype that they are kept in.
 
@@ -150,8 +161,8 @@ class LatentCache:
         file = self._open(index // BLOCK)
         name = _name(index, flipped)
         if name not in file.keys():  # noqa: SIM118 - no mapping
-            bad = json.loads((file.metadata() or {}).get("bad", "{}"))
-            raise DataError(bad.get(str(index), f"expected cached latents of record {index}, got none"))
+            missing = f"expected cached latents of record {index}, got none"
+            raise DataError(_bad(file).get(str(index), missing))
         return file.get_tensor(name)
 
     @property
@@ -231,6 +242,11 @@ class LatentCache:
                 for index, reason in bad.items():
                     row = {"record": int(index), "name": self.records[int(index)].name, "reason": reason}
                     file.write(json.dumps(row) + "\n")
+
+
+def _bad(file: Any) -> dict[str, str]:
+    """The records of a file whose pictures could not be read, and why."""
+    return json.loads((file.metadata() or {}).get("bad", "{}"))
 
 
 def _name(index: int, flipped: bool) -> str:
