@@ -240,5 +240,24 @@ def test_parquet_without_datasets_is_refused_in_words(
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"interactdiff\[data\] for parquet, got no datasets"):
+    needed = r"interactdiff\[data\] for parquet, got no datasets"
+    with pytest.raises(DataError, match=f"^expected the packages of {needed}"):
         list(read_folder(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=f"expected a folder at data/peple, got none; for .* Hub: .*{needed}"):
+        list(read_folder("data/peple"))
+
+
+def test_a_mistyped_folder_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose name might be a Hub id."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "data/people", 1)
+    expected = (
+        r"a folder or a data set of the Hub at data/peple, got no such folder, and from the Hub \w+Error:"
+    )
+    with pytest.raises(DataError, match=f"^expected {expected}"):
+        list(read_folder("data/peple"))
+    for name, got in (("peple", "folder"), ("./data/peple", "folder"), ("data/people.parquet", "file")):
+        with pytest.raises(DataError, match=f"parquet files, got '.*': no such {got}"):
+            list(read_folder(name))
+    assert len(list(read_folder("data/people"))) == 1

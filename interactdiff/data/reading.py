@@ -86,12 +86,12 @@ def open_source(
     if form not in FORMS:
         raise DataError(f"expected boxes in {', '.join(FORMS)}, got {shown(form)}")
     folder = Path(path)
-    if folder.suffix == ".parquet" or (
-        not folder.exists() and str(path).count("/") == 1 and str(path)[0] not in "./~"
-    ):
+    is_parquet, exists = folder.suffix == ".parquet", folder.exists()
+    is_hub_id = not is_parquet and str(path).count("/") == 1 and str(path)[0] not in "./~"
+    if (is_parquet and exists) or (is_hub_id and not exists):
         return Table(str(path), split, columns, form)
     if not folder.is_dir():
-        got = "a file" if folder.exists() else "no such folder"
+        got = "a file" if exists else f"no such {'file' if is_parquet else 'folder'}"
         raise DataError(f"expected a folder of pictures, shards or parquet files, got {str(folder)!r}: {got}")
     if (folder / METADATA).is_file():
         others = [one for one in folder.rglob(METADATA) if one.parent != folder]
