@@ -44,6 +44,16 @@ def test_shards_hold_what_the_folder_holds(packed: Path, tmp_path: Path) -> None
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_subjects_go_with_their_pictures(tmp_path: Path) -> None:
+    make_folder(tmp_path / "rows", 2)
+    dog = {"phrase": "dog", "image": "0001.png"}
+    write_rows(tmp_path / "rows", [{"file_name": "0000.png", "prompt": "a dog", "subjects": [dog]}])
+    write_shards(read_folder(tmp_path / "rows"), tmp_path / "shards", "train")
+    ((there,), (here,)) = read_folder(tmp_path / "rows"), read_folder(tmp_path / "shards")
+    assert len(here.items) == 1
+    assert here.items == there.items
+
+
 def test_webdataset_reads_them(packed: Path, tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     stream = webdataset.WebDataset([str(p) for p in sorted(packed.glob("*.tar"))], shardshuffle=False)

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from interactdiff.data.cache_files import write_cache
-from interactdiff.data.examples import BadPictures, Examples, Latents, collate
+from interactdiff.data.examples import BadPictures, Examples, Latents, collate, make_order
 from interactdiff.data.framing import Framing
 from interactdiff.data.latents import LatentCache
 from interactdiff.data.mixture import MixedLatents, Mixture
-from interactdiff.data.order import Draw, GlobalBatches, Order, mixed
+from interactdiff.data.order import Draw, GlobalBatches, mixed
 from interactdiff.data.reading import Records
-from interactdiff.data.texts import TextCache
+from interactdiff.data.texts import TextCache, captions_of
 from interactdiff.errors import DataError
 from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.training.interaction_config import DropsConfig
@@ -115,19 +115,12 @@ class Variation:
         return x0, y0, x1, y1
 
 
-def captions_of(records: Records | Mixture, framing: Framing, flip: float, slots: int) -> Iterator[str]:
-    """Every caption that training may draw of records, with and without actions."""
+def varied_captions(records: Records | Mixture, framing: Framing, flip: bool, slots: int) -> Iterator[str]:
+    """Every caption that `Variation` may make of records: with and without actions, and none."""
     yield ""
-    for number in range(len(records)):
-        record = records[number]
-        sides = int(records.widths[number]), int(records.heights[number])
-        for flipped in {False, flip > 0 and record.may_flip}:
-            placement = framing.place(*sides, record.items, flipped)
-            items = framing.items(placement, record.items)
-            for prompt in record.prompts:
-                whole = placement.prompt(prompt, record.items, items)
-                yield whole
-                yield without_actions(whole, items_of(items, slots))
+    for caption, items in captions_of(records, framing, flip):
+        yield caption
+        yield without_actions(caption, items_of(items, slots))
 
 
 class VariedExamples(Dataset):
@@ -211,16 +204,7 @@ class PictureData:
             for one in config.data
         ]
         self.records = Mixture(self.parts, [one.weight for one in config.data])
-        sides = zip(self.records.widths.tolist(), self.records.heights.tolist(), strict=True)
-        self.buckets = [self.framing.bucket(*one) for one in sides]
-        shards = self.records.shards
-        self.order = Order(
-            self.buckets,
-            config.global_batch,
-            config.seed,
-            self.records.weights,
-            shards if shards.any() else None,
-        )
+        self.order = make_order(self.records, self.framing, config.global_batch, config.seed)
         self.bad = BadPictures(len(self.records))
 
     def latent_caches(self, key: str) -> list[LatentCache]:
@@ -261,7 +245,7 @@ class PictureData:
         """
         config = self.config
         mixed_latents = MixedLatents(self.records, latents)
-        examples = Examples(self.records, self.framing, self.order, config.flip, mixed_latents)  # type: ignore[arg-type]
+        examples = Examples(self.records, self.framing, self.order, config.flip, mixed_latents)
         loader = DataLoader(
             VariedExamples(examples, variation, texts, objective),
             batch_sampler=GlobalBatches(self.order, step, rank, processes, config.accumulate),  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from interactdiff.data.latents import BAD, vae_mean, weights_key
 from interactdiff.data.problems import SHOWN
 from interactdiff.data.reading import Records
-from interactdiff.data.texts import TextCache
+from interactdiff.data.texts import TextCache, captions_of
 from interactdiff.errors import RecipeError
 from interactdiff.models import resolve
 from interactdiff.pipeline_loading import load_pipeline
@@ -103,9 +103,11 @@ class PictureRecipe(Recipe[P]):
     def vary(self) -> Varied:
         """What draws what an example is trained without."""
 
-    @abstractmethod
     def captions(self) -> Iterator[str]:
-        """Every caption that may be drawn of the data."""
+        """Every caption that may be drawn of the data, and none."""
+        yield ""
+        for caption, _ in captions_of(self.data.records, self.data.framing, self.config.flip > 0):
+            yield caption
 
     @abstractmethod
     def condition(self, batch: dict[str, Any]) -> None:
@@ -192,7 +194,7 @@ class PictureRecipe(Recipe[P]):
         config, data = self.config, self.data
         count = int(data.records.weights.sum())
         return (
-            f"interactdiff: {len(data.records)} pictures in {len(set(data.buckets))} sizes; steps of "
+            f"interactdiff: {len(data.records)} pictures in {len(data.order.buckets)} sizes; steps of "
             f"{config.batch_size} x {config.accumulate} x {self.processes.count} = {config.global_batch}; "
             f"{config.steps} steps are {config.steps * config.global_batch / count:.1f} epochs; adapter "
             f"{self.started_from()}, {sum(p.numel() for p in adapter.parameters()) / 1e6:.1f} M parameters"

@@ -15,7 +15,7 @@ A recipe's loop, on any number of processes:
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -28,12 +28,15 @@ from interactdiff.data.reading import Records
 from interactdiff.data.records import ImageRecord
 from interactdiff.errors import DataError
 
+if TYPE_CHECKING:
+    from interactdiff.data.mixture import Mixture
+
 MAX_BAD_SHARE = 0.001
 _ATTEMPTS = 8  # of finding another picture of the bucket
 
 
 class Latents(Protocol):
-    """Latents that were computed before (`caches.LatentCache`)."""
+    """Latents that were computed before (`latents.LatentCache`)."""
 
     def get(self, index: int, flipped: bool) -> Tensor:
         """The latents [C, h, w] of a record.
@@ -44,7 +47,7 @@ class Latents(Protocol):
         ...
 
 
-def make_order(records: Records, framing: Framing, batch_size: int, seed: int) -> Order:
+def make_order(records: "Records | Mixture", framing: Framing, batch_size: int, seed: int) -> Order:
     """The order of a data set, by its buckets, weights and shards."""
     sides = zip(records.widths.tolist(), records.heights.tolist(), strict=True)
     buckets = np.fromiter((framing.bucket(width, height) for width, height in sides), np.uint16, len(records))
@@ -75,7 +78,7 @@ class Examples(Dataset):
 
     def __init__(
         self,
-        records: Records,
+        records: "Records | Mixture",
         framing: Framing,
         order: Order,
         flip: float = 0.5,

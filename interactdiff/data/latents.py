@@ -48,7 +48,6 @@ def weights_key(module: nn.Module) -> str:
     return made_of.hexdigest()
 
 
-@torch.no_grad()
 def vae_mean(vae: Any) -> Encode:
     """The mean of a VAE's posterior, scaled as its configuration says (factor and shift)."""
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
@@ -136,10 +135,6 @@ class LatentCache:
                 write_cache(path, lambda aside, t=tensors, m=meta: save_tensors(aside, t, m))
                 self._note(bad)
             yield min(len(self.records), (block + 1) * BLOCK)
-
-    def missing(self) -> int:
-        """How many blocks are not there yet."""
-        return sum(not self._path(block).is_file() for block in range(self._blocks))
 
     def bad(self) -> dict[int, str]:
         """The records whose pictures could not be read, and why, once all is built.

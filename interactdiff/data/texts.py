@@ -12,8 +12,9 @@ from torch import Tensor
 
 from interactdiff.checkpoint import save_tensors
 from interactdiff.data.cache_files import write_cache
-from interactdiff.data.framing import NO_PHRASES, Framing
+from interactdiff.data.framing import Framing, phrases_of_item
 from interactdiff.data.kept import Kept
+from interactdiff.data.mixture import Mixture
 from interactdiff.data.reading import Records
 from interactdiff.data.records import ImageRecord
 from interactdiff.data.words import swap_sides
@@ -116,8 +117,13 @@ class TextCache:
         return {name: file.get_tensor(prefix + name) for name in names}
 
 
-def texts_of(records: Records, framing: Framing, flip: bool = True) -> Iterator[str]:
-    """Every caption that training may draw: mirrored, and without the clauses that a crop takes."""
+def captions_of(
+    records: Records | Mixture, framing: Framing, flip: bool = True
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Every caption that training may draw, with the items that it sees.
+
+    Mirrored too, and without the clauses of items that a crop takes.
+    """
     for number in range(len(records)):
         record = records[number]
         sides = int(records.widths[number]), int(records.heights[number])
@@ -125,7 +131,7 @@ def texts_of(records: Records, framing: Framing, flip: bool = True) -> Iterator[
             placement = framing.place(*sides, record.items, flipped)
             items = framing.items(placement, record.items)
             for prompt in record.prompts:
-                yield placement.prompt(prompt, record.items, items)
+                yield placement.prompt(prompt, record.items, items), items
 
 
 def phrases_of(records: Sequence[ImageRecord], flip: bool = True) -> Iterator[str]:
@@ -133,11 +139,10 @@ def phrases_of(records: Sequence[ImageRecord], flip: bool = True) -> Iterator[st
     for number in range(len(records)):
         record = records[number]
         for item in record.items:
-            for name, value in vars(item).items():
-                if isinstance(value, str) and name not in NO_PHRASES:
-                    yield value
-                    if flip and record.may_flip:
-                        yield swap_sides(value)
+            for _, phrase in phrases_of_item(item):
+                yield phrase
+                if flip and record.may_flip:
+                    yield swap_sides(phrase)
 
 
 def _hash(text: str) -> str:
