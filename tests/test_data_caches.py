@@ -118,18 +118,19 @@ def test_what_is_kept_of_rows_follows_captions_and_pictures(tmp_path: Path) -> N
 
     first = opened()
     (tmp_path / "rows/0001.txt").write_text("changed")
-    assert opened().digest == first.digest
+    assert opened().files_digest == first.files_digest
     (tmp_path / "rows/0000.txt").write_text("two")
-    assert opened().digest != first.digest
+    assert opened().files_digest != first.files_digest
     noise(48, 64).save(tmp_path / "rows/0001.png")
     assert list(opened().widths) == [64, 48]
+    assert opened().digest == first.digest  # of the rows alone
     assert list(opened().heights) == [48, 64]
 
     (tmp_path / "rows/metadata.jsonl").unlink()
     loose = opened()
-    assert opened().digest == loose.digest
+    assert opened().files_digest == loose.files_digest
     (tmp_path / "rows/0001.txt").write_text("changed once more")
-    assert opened().digest != loose.digest
+    assert opened().files_digest != loose.files_digest
 
 
 def test_weights_have_one_key_in_every_folder(tmp_path: Path, pipe: Any) -> None:

@@ -272,7 +272,7 @@ class WordsDone:
     def __init__(self, data: PictureData, how: str, caches: Mapping[str, TextCache]):
         self.caches = caches
         keys = {name: cache.key for name, cache in caches.items()}
-        made_of = f"{[part.digest for part in data.parts]} {how} {keys}"
+        made_of = f"{[part.files_digest for part in data.parts]} {how} {keys}"
         self.file = data.cache / f"words-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
 
     def recalled(self) -> bool:

@@ -89,11 +89,11 @@ class LatentCache:
 
     @property
     def _noted(self) -> Path:
-        made_of = hashlib.sha256(f"{self.key} {self.records.digest} {BLOCK}".encode())
+        made_of = hashlib.sha256(f"{self.key} {self.records.files_digest} {BLOCK}".encode())
         return self.folder / f"keys-{made_of.hexdigest()[:16]}.json"
 
     def _recall(self) -> None:
-        """Take the blocks' noted keys, so that rows stay unread; the records' digest says that they hold."""
+        """Take the blocks' noted keys, so that rows stay unread; the digest in the name vouches for them."""
         try:
             noted = json.loads(self._noted.read_text(encoding="utf-8"))
             if len(noted) == self._blocks:
@@ -255,7 +255,7 @@ def _stamp(records: Records, record: ImageRecord) -> str:
     """
     stored = record.stored
     if not isinstance(stored, FileRange):
-        return f"{record.name} {records.digest}"
+        return f"{record.name} {records.files_digest}"
     index = getattr(records.source, "index", None)
     if index is not None:
         return f"{record.name} {index[stored.path.name]['sha256']}"

@@ -183,13 +183,14 @@ class Records(Sequence[ImageRecord]):
         widths: [N] uint32, of the picture as shown, in pixels; 0 where it is not there.
         heights: [N] uint32.
         weights: [N] uint16, how often it comes in an epoch.
-        digest: changes with the rows, the captions beside pictures, and the size or time of a picture's file.
+        digest: changes with the rows.
+        files_digest: changes also with captions beside pictures, and with size or time of a picture's file.
     """
 
     FIELDS = ("positions", "lines", "widths", "heights", "weights")
 
-    def __init__(self, source: Source, digest: str, columns: dict[str, np.ndarray]):
-        self.source, self.digest = source, digest
+    def __init__(self, source: Source, digests: tuple[str, str], columns: dict[str, np.ndarray]):
+        self.source, (self.digest, self.files_digest) = source, digests
         self.positions, self.lines, self.widths, self.heights, self.weights = (
             columns[n] for n in self.FIELDS
         )
@@ -220,15 +221,15 @@ class Records(Sequence[ImageRecord]):
                 written to.
         """
         source = open_source(path, split, form, columns, need_pictures)
-        digest = _digest(source, form)
-        kept = None if cache is None else Path(cache) / f"records-{digest[:16]}.npz"
+        digests = _digests(source, form)
+        kept = None if cache is None else Path(cache) / f"records-{digests[1][:16]}.npz"
         if kept is not None and (found := _load(kept)) is not None:
-            return cls(source, digest, found)
+            return cls(source, digests, found)
         found = _scanned(source, need_pictures)
         if kept is not None:
             arrays: dict[str, Any] = {**found}
             write_cache(kept, lambda aside: np.savez(aside, **arrays))
-        return cls(source, digest, found)
+        return cls(source, digests, found)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -290,12 +291,13 @@ def add_repeated(source: Source, positions: Sequence[int], names: Names, problem
         problems.add(Problem("repeated", source.name, text, line, field="file_name"))
 
 
-def _digest(source: Source, form: str) -> str:
-    """A hash of all that records are made of."""
+def _digests(source: Source, form: str) -> tuple[str, str]:
+    """`digest` and `files_digest` of `Records`: one hash where rows are in no file of their own."""
     made_of = hashlib.sha256(_INDEX_FORMAT + form.encode())
     made_of.update(getattr(source, "fingerprint", source.name).encode())
     for file in source.files:
         made_of.update(f"{file.name} {file_hash(file)}".encode())
+    rows = made_of.hexdigest()
     for file in source.stamped():
         try:
             stat = os.stat(file)
@@ -303,7 +305,8 @@ def _digest(source: Source, form: str) -> str:
         except (OSError, ValueError):  # not there, or no name of a file
             said = "missing"
         made_of.update(f"{file} {said}\n".encode(errors="replace"))
-    return made_of.hexdigest()
+    files = made_of.hexdigest()
+    return (rows if source.files else files), files
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
