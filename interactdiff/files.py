@@ -1,9 +1,17 @@
 """Files are written aside and renamed: a reader sees the old file or the whole new one, never a half."""
 
 import os
+import platform
+import re
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from zlib import crc32
+
+_ASIDE = re.compile(r"\.aside-([0-9a-f]{8})-(\d+)-")  # the machine and the process that writes
+_DAY = 24 * 60 * 60  # seconds
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -12,7 +20,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the folder cannot be written to, or `write` failed.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".aside-", suffix=path.suffix)
+    prefix = f".aside-{_machine()}-{os.getpid()}-"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
     os.close(handle)
     aside = Path(name)
     try:
@@ -23,6 +32,26 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def remove_stale_asides(folder: Path) -> None:
+    """Remove what processes that were killed left unfinished in a folder.
+
+    Files of running processes stay. Whether a process of another machine runs is not known, so its files go
+    after a day without a change.
+    """
+    import psutil
+
+    for path in folder.glob(".aside-*"):
+        matched = _ASIDE.match(path.name)
+        with suppress(OSError):  # such as a file that has just been finished
+            ended = matched and matched[1] == _machine() and not psutil.pid_exists(int(matched[2]))
+            if ended or time.time() - path.stat().st_mtime > _DAY:
+                path.unlink()
+
+
+def _machine() -> str:
+    return f"{crc32(platform.node().encode()):08x}"
 
 
 def why_unwritable(path: Path) -> str | None:

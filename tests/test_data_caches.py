@@ -1,6 +1,10 @@
 """Latents and text states on disk: what they are, when they are made anew, and by how many processes."""
 
 import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,9 @@ from interactdiff.data.examples import Examples, collate, make_order, pixels_of
 from interactdiff.data.framing import Framing
 from interactdiff.data.latents import LatentCache, vae_mean, weights_key
 from interactdiff.data.order import GlobalBatches
-from interactdiff.data.texts import TextCache, phrases_of, texts_of
+from interactdiff.data.texts import TextCache, captions_of, phrases_of
 from interactdiff.errors import DataError
+from interactdiff.files import write_aside
 from interactdiff.interaction.phrases import pipeline_phrases
 
 FRAMING = Framing(resolution=32, multiple=16)
@@ -33,6 +38,13 @@ def cache_of(folder: Path, vae: Any, **options: Any) -> LatentCache:
     return LatentCache(folder / "latents", records, FRAMING, weights_key(vae), dtype=torch.float32, **options)
 
 
+def built(cache: LatentCache, encode: Any, *ranks: int) -> int:
+    """Build what is missing: the number of files."""
+    before = set(cache.folder.glob("latents-*"))
+    list(cache.build(encode, *ranks))
+    return len(set(cache.folder.glob("latents-*")) - before)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_cached_latents_are_those_of_the_pictures(tmp_path: Path, pipe: Any) -> None:
     rows = make_folder(tmp_path / "rows", 10)
@@ -40,7 +52,6 @@ def test_cached_latents_are_those_of_the_pictures(tmp_path: Path, pipe: Any) -> 
     write_rows(tmp_path / "rows", rows)
     vae = pipe.vae
     cache, encode = cache_of(tmp_path, vae), vae_mean(vae)
-    assert cache.missing() == 3
     assert list(cache.build(encode, batch_size=3)) == [4, 8, 10]
     records = cache.records
     for number in range(10):
@@ -95,29 +106,69 @@ def test_rows_stay_unread_where_no_picture_has_changed(
     assert read == []
 
 
+def test_what_is_kept_of_rows_follows_captions_and_pictures(tmp_path: Path) -> None:
+    rows = make_folder(tmp_path / "rows", 2, sizes=[(64, 48)])
+    del rows[0]["prompt"]
+    write_rows(tmp_path / "rows", rows)
+    (tmp_path / "rows/0000.txt").write_text("one")
+    (tmp_path / "rows/0001.txt").write_text("of a row that has its own")
+
+    def opened() -> Records:
+        return Records.open(tmp_path / "rows", cache=tmp_path / "cache")
+
+    first = opened()
+    (tmp_path / "rows/0001.txt").write_text("changed")
+    assert opened().files_digest == first.files_digest
+    (tmp_path / "rows/0000.txt").write_text("two")
+    assert opened().files_digest != first.files_digest
+    noise(48, 64).save(tmp_path / "rows/0001.png")
+    assert list(opened().widths) == [64, 48]
+    assert opened().digest == first.digest  # of the rows alone
+    assert list(opened().heights) == [48, 64]
+
+    (tmp_path / "rows/metadata.jsonl").unlink()
+    loose = opened()
+    assert opened().files_digest == loose.files_digest
+    (tmp_path / "rows/0001.txt").write_text("changed once more")
+    assert opened().files_digest != loose.files_digest
+
+
+def test_weights_have_one_key_in_every_folder(tmp_path: Path, pipe: Any) -> None:
+    for part in (pipe.vae, pipe.text_encoder):
+        keys = set()
+        for name in ("a", "b"):
+            part.save_pretrained(tmp_path / type(part).__name__ / name)
+            loaded = type(part).from_pretrained(tmp_path / type(part).__name__ / name)
+            if hasattr(loaded.config, "transformers_version"):
+                loaded.config.transformers_version = name
+            keys.add(weights_key(loaded))
+        assert len(keys) == 1
+    own = weights_key(pipe.vae)
+    pipe.vae.register_to_config(scaling_factor=0.5)
+    assert weights_key(pipe.vae) != own
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_processes_share_the_work_and_take_it_up_again(tmp_path: Path, pipe: Any) -> None:
     rows = make_folder(tmp_path / "rows", 10)
     cache, encode = cache_of(tmp_path, pipe.vae), vae_mean(pipe.vae)
     next(iter(cache.build(encode, 0, 2)))  # stopped after a block
-    assert cache.missing() == 2
     before = {path: path.stat().st_mtime_ns for path in cache.folder.iterdir()}
-    for rank in range(2):
-        list(cache.build(encode, rank, 2))
-    assert cache.missing() == 0
+    assert [built(cache, encode, rank, 2) for rank in range(2)] == [1, 1]
+    assert built(cache, encode) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     rows[0]["prompt"] = "another caption"
     write_rows(tmp_path / "rows", rows)
-    assert cache_of(tmp_path, pipe.vae).missing() == 0
+    assert built(cache_of(tmp_path, pipe.vae), encode) == 0
     rows[0]["interactions"][0]["subject_box"] = [0.2, 0.1, 0.6, 1.0]  # same crop: nothing is cut off
     write_rows(tmp_path / "rows", rows)
-    assert cache_of(tmp_path, pipe.vae).missing() == 0
+    assert built(cache_of(tmp_path, pipe.vae), encode) == 0
     noise(64, 64, seed=99).save(tmp_path / "rows" / "0005.png")
-    assert cache_of(tmp_path, pipe.vae).missing() == 1
-    assert cache_of(tmp_path, pipe.vae, flip=False).missing() == 3
+    assert built(cache_of(tmp_path, pipe.vae), encode) == 1
+    assert built(cache_of(tmp_path, pipe.vae, flip=False), encode) == 3
     with torch.no_grad():
         pipe.vae.decoder.conv_in.bias.add_(1e-3)
-    assert cache_of(tmp_path, pipe.vae).missing() == 3
+    assert built(cache_of(tmp_path, pipe.vae), encode) == 3
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -149,6 +200,60 @@ def test_a_damaged_file_of_latents_is_named(tmp_path: Path, pipe: Any) -> None:
         cache_of(tmp_path, pipe.vae).get(0, False)
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes meanwhile, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, pipe: Any) -> None:
+    make_folder(tmp_path / "rows", 4)
+    cache, texts = cache_of(tmp_path, pipe.vae), TextCache(tmp_path / "texts", "none")
+    with files_of_at_most(200):
+        with pytest.raises(DataError, match=r"^expected room for a cache in .*/latents, got .*too large"):
+            list(cache.build(vae_mean(pipe.vae)))
+        with pytest.raises(DataError, match=r"^expected room for a cache in .*/texts, got .*too large"):
+            list(texts.build(["a"], states_of(pipe)))
+    with (
+        files_of_at_most(10),
+        pytest.raises(DataError, match=r"^expected room for a cache in .*/kept, got File too large"),
+    ):
+        Records.open(tmp_path / "rows", cache=tmp_path / "kept")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob(".aside-*"))
+    assert list(cache.build(vae_mean(pipe.vae))) == [4]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process to kill it")
+def test_what_killed_processes_left_is_removed(tmp_path: Path, pipe: Any) -> None:
+    make_folder(tmp_path / "rows", 4)
+    cache, texts = cache_of(tmp_path, pipe.vae), TextCache(tmp_path / "texts", "none")
+    for folder in (cache.folder, texts.folder):
+        folder.mkdir()
+        if (child := os.fork()) == 0:
+            write_aside(folder / "a.safetensors", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        os.waitpid(child, 0)
+        (folder / ".aside-older.safetensors").touch()  # by a version that did not say which process writes
+        os.utime(folder / ".aside-older.safetensors", (0, 0))
+        (folder / ".aside-elsewhere.safetensors").touch()
+        assert len(list(folder.glob(".aside-*"))) == 3
+
+    def build(aside: Path) -> None:
+        list(cache.build(vae_mean(pipe.vae)))
+        list(texts.build(["a"], states_of(pipe)))
+        assert aside.exists()  # of a process that runs
+
+    write_aside(cache.folder / "b.safetensors", build)
+    for folder in (cache.folder, texts.folder):
+        assert [path.name for path in folder.glob(".aside-*")] == [".aside-elsewhere.safetensors"]
+
+
 def states_of(pipe: Any) -> Any:
     """Unpadded states of a text encoder, and its pooled output."""
 
@@ -168,7 +273,7 @@ def test_states_are_kept_once_a_distinct_text(tmp_path: Path, pipe: Any) -> None
         one["prompt"] = "on the left" if number % 2 else f"number {number}"
     write_rows(tmp_path / "rows", rows)
     records = Records.open(tmp_path / "rows")
-    texts = list(texts_of(records, FRAMING))
+    texts = [caption for caption, _ in captions_of(records, FRAMING)]
     assert set(texts) == {"on the left", "on the right", *(f"number {n}" for n in range(0, 20, 2))}
     key, encode = weights_key(pipe.text_encoder), states_of(pipe)
     caches = [TextCache(tmp_path / "texts", key, torch.float32) for _ in range(2)]
@@ -210,7 +315,7 @@ def test_every_caption_of_training_is_known_before(tmp_path: Path) -> None:
         one.pop("entities", None)
     write_rows(tmp_path / "rows", rows)
     records, framing = Records.open(tmp_path / "rows"), Framing(32, 16, square=True)
-    known = set(texts_of(records, framing))
+    known = {caption for caption, _ in captions_of(records, framing)}
     order = make_order(records, framing, 4, 0)
     examples = Examples(records, framing, order)
     drawn = {examples[draw]["prompt"] for step in range(order.steps_before(3)) for draw in order.batch(step)}

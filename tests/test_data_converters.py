@@ -248,6 +248,28 @@ def test_layoutsam_and_eligen(tmp_path: Path) -> None:
     assert notes["empty masks"] == 1
 
 
+def test_boxes_follow_the_orientation_of_pictures_in_files_and_in_parquet(tmp_path: Path) -> None:
+    """A picture that is stored lying and shown upright, with boxes of what is stored."""
+    datasets = pytest.importorskip("datasets")
+    picture = noise(100, 50)
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    row = {"file_name": "a.jpg", "width": 100, "height": 50, "global_caption": "a scene"}
+    row |= {"bbox_list": "[[10, 5, 60, 45]]", "region_captions": "['a red ball']"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    stored = {"bytes": (tmp_path / "a.jpg").read_bytes(), "path": "a.jpg"}
+    datasets.Dataset.from_list([row | {"image": stored}]).to_parquet(tmp_path / "rows.parquet")
+    for form in ("jsonl", "parquet"):
+        run("layoutsam", str(tmp_path / f"rows.{form}"), tmp_path / form, Options())
+        (record,) = read_folder(tmp_path / form)
+        assert record.entities[0].box == pytest.approx((0.1, 0.1, 0.9, 0.6))
+    rows = [row | {"image": stored, "width": 99}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="expected a picture of the rows to have the size of its annotation"):
+        run("layoutsam", str(tmp_path / "other.parquet"), tmp_path / "other", Options())
+
+
 def test_label_studio_and_cvat(tmp_path: Path) -> None:
     noise(100, 50).save(tmp_path / "a.jpg")
 

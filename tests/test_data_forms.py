@@ -1,6 +1,5 @@
 """The forms that rows of data come in, and that they survive the way there and back."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,8 @@ from data_files import make_folder, noise, write_rows
 
 from interactdiff import Scene
 from interactdiff.data import read_folder
-from interactdiff.data import rows as rows_module
 from interactdiff.data.checking import check
 from interactdiff.errors import DataError
-from interactdiff.method_specs import ItemSpec
 from interactdiff.picture import Record, save_picture
 from interactdiff.scene_items import Entity, Interaction
 
@@ -76,31 +73,3 @@ def test_items_of_other_methods_are_read(tmp_path: Path, badge: Any) -> None:
     write_rows(tmp_path, [{"file_name": "0000.png", "prompt": "", "badges": badges}])
     with pytest.raises(DataError, match="line 1, badge 2, label: expected a phrase"):
         list(read_folder(tmp_path))
-
-
-@dataclass(frozen=True)
-class Pictured:
-    """An item with a picture of its own."""
-
-    phrase: str
-    reference: str
-    box: Any = None
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Pictured":
-        return cls(**values)
-
-
-def test_reference_pictures_are_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_folder(tmp_path, 2)
-    spec = ItemSpec(Pictured, "subjects", "", "")
-    monkeypatch.setattr(rows_module, "item_specs", lambda: {"subjects": spec})
-    dog = {"phrase": "dog", "reference": "0001.png"}
-    write_rows(tmp_path, [{"file_name": "0000.png", "prompt": "", "subjects": [dog]}])
-    (record,) = read_folder(tmp_path)
-    assert record.items == (Pictured("dog", str(tmp_path / "0001.png")),)
-    for name, expected in (("no.png", "a reference picture in"), ("../a.png", "a path inside")):
-        dog["reference"] = name
-        write_rows(tmp_path, [{"file_name": "0000.png", "prompt": "", "subjects": [dog]}])
-        with pytest.raises(DataError, match=f"line 1, pictured 1, reference: expected {expected}"):
-            list(read_folder(tmp_path))

@@ -10,6 +10,7 @@ import pytest
 from data_files import make_folder, make_links, noise, row, write_rows
 from PIL import Image
 
+from interactdiff.data import folder as folder_module
 from interactdiff.data import read_folder
 from interactdiff.data.checking import CheckOptions, check
 from interactdiff.data.framing import Framing
@@ -166,6 +167,27 @@ def test_all_mistakes_of_a_file_are_collected(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match=r"\(and 89 more; interactdiff data check"):
         list(read_folder(tmp_path))
+
+
+def test_missing_pictures_are_looked_for_in_one_list_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hints stand where they are shown: many wrong rows take no longer than their reading."""
+    rows = make_folder(tmp_path, 3)
+    names = ["images/0001.png", "0002.JPG", "000x.png", *(f"none-{n}.png" for n in range(60))]
+    write_rows(tmp_path, [{**rows[0], "file_name": name} for name in names])
+    listed: list[Path] = []
+    compared: list[str] = []
+    own_names, own_nearest = folder_module.picture_names, folder_module.nearest
+    monkeypatch.setattr(folder_module, "picture_names", lambda f: (listed.append(f), own_names(f))[1])
+    monkeypatch.setattr(folder_module, "nearest", lambda n, k: (compared.append(n), own_nearest(n, k))[1])
+    problems = Problems()
+    assert list(MetadataFolder(tmp_path).scan(problems)) == []
+    assert len(problems) == 63
+    hints = [str(one).partition(" (did you mean ")[2] for one in problems.first]
+    assert hints[:4] == ["'0001.png'?)", "'0002.png'?)", "'0002.png'?)", ""]
+    assert len(listed) == 1
+    assert compared == names[2:20]
 
 
 def test_a_picture_twice_in_a_split_and_in_both_splits(tmp_path: Path) -> None:

@@ -44,6 +44,16 @@ def test_shards_hold_what_the_folder_holds(packed: Path, tmp_path: Path) -> None
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_subjects_go_with_their_pictures(tmp_path: Path) -> None:
+    make_folder(tmp_path / "rows", 2)
+    dog = {"phrase": "dog", "image": "0001.png"}
+    write_rows(tmp_path / "rows", [{"file_name": "0000.png", "prompt": "a dog", "subjects": [dog]}])
+    write_shards(read_folder(tmp_path / "rows"), tmp_path / "shards", "train")
+    ((there,), (here,)) = read_folder(tmp_path / "rows"), read_folder(tmp_path / "shards")
+    assert len(here.items) == 1
+    assert here.items == there.items
+
+
 def test_webdataset_reads_them(packed: Path, tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     stream = webdataset.WebDataset([str(p) for p in sorted(packed.glob("*.tar"))], shardshuffle=False)
@@ -240,5 +250,24 @@ def test_parquet_without_datasets_is_refused_in_words(
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"interactdiff\[data\] for parquet, got no datasets"):
+    needed = r"interactdiff\[data\] for parquet, got no datasets"
+    with pytest.raises(DataError, match=f"^expected the packages of {needed}"):
         list(read_folder(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=f"expected a folder at data/peple, got none; for .* Hub: .*{needed}"):
+        list(read_folder("data/peple"))
+
+
+def test_a_mistyped_folder_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose name might be a Hub id."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "data/people", 1)
+    expected = (
+        r"a folder or a data set of the Hub at data/peple, got no such folder, and from the Hub \w+Error:"
+    )
+    with pytest.raises(DataError, match=f"^expected {expected}"):
+        list(read_folder("data/peple"))
+    for name, got in (("peple", "folder"), ("./data/peple", "folder"), ("data/people.parquet", "file")):
+        with pytest.raises(DataError, match=f"parquet files, got '.*': no such {got}"):
+            list(read_folder(name))
+    assert len(list(read_folder("data/people"))) == 1

@@ -26,7 +26,7 @@ from interactdiff.sites import denoiser_of
 from interactdiff.training.config import checked
 from interactdiff.training.frozen_bases import FrozenBase, frozen_base
 from interactdiff.training.interaction_config import DropsConfig, InteractionConfig
-from interactdiff.training.interaction_data import PictureData, Variation, WordsDone, captions_of
+from interactdiff.training.interaction_data import PictureData, Variation, WordsDone, varied_captions
 from interactdiff.training.memory import bare_pipeline
 from interactdiff.training.pictures_config import LossConfig
 from interactdiff.training.run import load_config
@@ -127,7 +127,7 @@ class Loading:
         slots = 30
         words = WordsDone(data, f"{data.framing} {slots}", {"texts": texts, "phrases": phrases})
         if not words.recalled():
-            captions = list(captions_of(data.records, data.framing, 0.5, slots))
+            captions = list(varied_captions(data.records, data.framing, True, slots))
             named = {name: torch.zeros(shape) for name, shape in self.states.items()}
             for cache, found, made in (
                 (texts, captions, named),

@@ -4,8 +4,8 @@ As `distill`, whose pictures the base draws itself; here they are read, and a st
 processes.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
-from interactdiff.data.texts import texts_of
 from interactdiff.errors import RecipeError
 from interactdiff.handle import attach
 from interactdiff.training.config import Keys, Rate, Share
@@ -113,11 +112,6 @@ class DistillPicturesRecipe(PictureRecipe[DistillPicturesConfig]):
     def vary(self) -> CaptionVariation:
         """Drops captions."""
         return CaptionVariation(self.config.drops.caption)
-
-    def captions(self) -> Iterator[str]:
-        """Every caption, and none."""
-        yield ""
-        yield from texts_of(cast(Any, self.data.records), self.data.framing, self.config.flip > 0)
 
     def condition(self, batch: dict[str, Any]) -> None:
         """The windows act in every call; DDP learns that a step begins."""

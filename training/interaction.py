@@ -20,9 +20,9 @@ from interactdiff.training.interaction_config import OF_A_TRANSFORMER, OF_A_UNET
 from interactdiff.training.interaction_data import (
     CachedFeatures,
     Variation,
-    captions_of,
     feature_encoder,
     items_of,
+    varied_captions,
 )
 from interactdiff.training.model_card import push, write_card
 from interactdiff.training.pictures import PictureRecipe
@@ -79,7 +79,7 @@ class InteractionRecipe(PictureRecipe[InteractionConfig]):
 
     def captions(self) -> Iterator[str]:
         """Every caption, with and without actions."""
-        return captions_of(self.data.records, self.data.framing, self.config.flip, self.slots)
+        return varied_captions(self.data.records, self.data.framing, self.config.flip > 0, self.slots)
 
     def drawn_of_rows(self) -> str:
         """What decides, beside the rows, which captions and phrases may be drawn."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from interactdiff.data.examples import BadPictures, Examples, Latents, collate
+from interactdiff.data.cache_files import write_cache
+from interactdiff.data.examples import BadPictures, Examples, Latents, collate, make_order
 from interactdiff.data.framing import Framing
 from interactdiff.data.latents import LatentCache
 from interactdiff.data.mixture import MixedLatents, Mixture
-from interactdiff.data.order import Draw, GlobalBatches, Order, mixed
+from interactdiff.data.order import Draw, GlobalBatches, mixed
 from interactdiff.data.reading import Records
-from interactdiff.data.texts import TextCache
-from interactdiff.files import write_aside
+from interactdiff.data.texts import TextCache, captions_of
+from interactdiff.errors import DataError
 from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.training.interaction_config import DropsConfig
 from interactdiff.training.objectives import Objective
@@ -113,19 +115,12 @@ class Variation:
         return x0, y0, x1, y1
 
 
-def captions_of(records: Records | Mixture, framing: Framing, flip: float, slots: int) -> Iterator[str]:
-    """Every caption that training may draw of records, with and without actions."""
+def varied_captions(records: Records | Mixture, framing: Framing, flip: bool, slots: int) -> Iterator[str]:
+    """Every caption that `Variation` may make of records: with and without actions, and none."""
     yield ""
-    for number in range(len(records)):
-        record = records[number]
-        sides = int(records.widths[number]), int(records.heights[number])
-        for flipped in {False, flip > 0 and record.may_flip}:
-            placement = framing.place(*sides, record.items, flipped)
-            items = framing.items(placement, record.items)
-            for prompt in record.prompts:
-                whole = placement.prompt(prompt, record.items, items)
-                yield whole
-                yield without_actions(whole, items_of(items, slots))
+    for caption, items in captions_of(records, framing, flip):
+        yield caption
+        yield without_actions(caption, items_of(items, slots))
 
 
 class VariedExamples(Dataset):
@@ -162,9 +157,22 @@ class VariedExamples(Dataset):
             "states": self.texts.get(prompt),
         }
 
+    def __getitems__(self, draws: Sequence[Draw]) -> list[dict[str, Any]]:
+        """The examples of several draws, as a loader reads them.
+
+        Where one cannot be made, the only example has an `error`, which is its sentence: torch would add the
+        worker's traceback to an error.
+        """
+        try:
+            return [self[draw] for draw in draws]
+        except (DataError, OSError) as error:
+            return [{"error": str(error)}]
+
 
 def collate_varied(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of examples: tensors stacked, those of `states` by name."""
+    """A batch of examples: tensors stacked, those of `states` by name; only `error` where there is one."""
+    if "error" in examples[0]:
+        return examples[0]
     batch = collate(examples)
     for name, value in batch.items():
         if isinstance(value, list) and torch.is_tensor(value[0]):
@@ -196,16 +204,7 @@ class PictureData:
             for one in config.data
         ]
         self.records = Mixture(self.parts, [one.weight for one in config.data])
-        sides = zip(self.records.widths.tolist(), self.records.heights.tolist(), strict=True)
-        self.buckets = [self.framing.bucket(*one) for one in sides]
-        shards = self.records.shards
-        self.order = Order(
-            self.buckets,
-            config.global_batch,
-            config.seed,
-            self.records.weights,
-            shards if shards.any() else None,
-        )
+        self.order = make_order(self.records, self.framing, config.global_batch, config.seed)
         self.bad = BadPictures(len(self.records))
 
     def latent_caches(self, key: str) -> list[LatentCache]:
@@ -214,6 +213,20 @@ class PictureData:
         flip = self.config.flip > 0
         # files are named by what is in them, so the data sets share a folder
         return [LatentCache(folder, part, self.framing, key, flip) for part in self.parts]
+
+    def unreadable(self, latents: Sequence[LatentCache]) -> list[str]:
+        """The pictures that could not be read when latents were cached, by any process, and why.
+
+        Args:
+            latents: built, for each data set.
+
+        Raises:
+            DataError: they are too many.
+        """
+        parts = zip(self.parts, latents, strict=True)
+        return self.bad.add(
+            f"{part[index].name}: {reason}" for part, cache in parts for index, reason in cache.bad().items()
+        )
 
     def batches(
         self,
@@ -225,10 +238,14 @@ class PictureData:
         texts: TextCache,
         objective: Objective,
     ) -> Iterator[dict[str, Any]]:
-        """This process's batches from a step on, without an end."""
+        """This process's batches from a step on, without an end.
+
+        Raises:
+            DataError: an example cannot be made.
+        """
         config = self.config
         mixed_latents = MixedLatents(self.records, latents)
-        examples = Examples(self.records, self.framing, self.order, config.flip, mixed_latents)  # type: ignore[arg-type]
+        examples = Examples(self.records, self.framing, self.order, config.flip, mixed_latents)
         loader = DataLoader(
             VariedExamples(examples, variation, texts, objective),
             batch_sampler=GlobalBatches(self.order, step, rank, processes, config.accumulate),  # type: ignore[arg-type]
@@ -236,8 +253,10 @@ class PictureData:
             collate_fn=collate_varied,
         )
         for batch in loader:
+            if "error" in batch:
+                raise DataError(batch["error"])
             for name in self.bad.count(batch):
-                print(f"interactdiff: {name}: replaced by another picture")
+                print(f"interactdiff: {name}: replaced by another picture", file=sys.stderr)
             yield batch
 
 
@@ -253,7 +272,7 @@ class WordsDone:
     def __init__(self, data: PictureData, how: str, caches: Mapping[str, TextCache]):
         self.caches = caches
         keys = {name: cache.key for name, cache in caches.items()}
-        made_of = f"{[part.digest for part in data.parts]} {how} {keys}"
+        made_of = f"{[part.files_digest for part in data.parts]} {how} {keys}"
         self.file = data.cache / f"words-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
 
     def recalled(self) -> bool:
@@ -267,7 +286,7 @@ class WordsDone:
     def note(self) -> None:
         """Note it, once all processes have built the caches."""
         counts = {name: len(cache.files) for name, cache in self.caches.items()}
-        write_aside(self.file, lambda aside: aside.write_text(json.dumps(counts), encoding="utf-8"))
+        write_cache(self.file, lambda aside: aside.write_text(json.dumps(counts), encoding="utf-8"))
 
 
 class CachedFeatures:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from interactdiff.data.latents import vae_mean, weights_key
+from interactdiff.data.latents import BAD, vae_mean, weights_key
+from interactdiff.data.problems import SHOWN
 from interactdiff.data.reading import Records
-from interactdiff.data.texts import TextCache
+from interactdiff.data.texts import TextCache, captions_of
 from interactdiff.errors import RecipeError
 from interactdiff.models import resolve
 from interactdiff.pipeline_loading import load_pipeline
@@ -66,6 +67,7 @@ class PictureRecipe(Recipe[P]):
             self.shown = self.data.records if validation is None else Records.open(validation)
         self.check_data()
         self._cache(adapter)
+        self._check_pictures()
         if config.gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
         if self.in_unet:
@@ -101,9 +103,11 @@ class PictureRecipe(Recipe[P]):
     def vary(self) -> Varied:
         """What draws what an example is trained without."""
 
-    @abstractmethod
     def captions(self) -> Iterator[str]:
-        """Every caption that may be drawn of the data."""
+        """Every caption that may be drawn of the data, and none."""
+        yield ""
+        for caption, _ in captions_of(self.data.records, self.data.framing, self.config.flip > 0):
+            yield caption
 
     @abstractmethod
     def condition(self, batch: dict[str, Any]) -> None:
@@ -171,6 +175,21 @@ class PictureRecipe(Recipe[P]):
         """That the autoencoder encodes, in float32: 8 of 512 x 512 pixels, or as many pixels."""
         return max(1, 8 * 512**2 // self.config.resolution**2)
 
+    def _check_pictures(self) -> None:
+        """Name the pictures that cannot be read.
+
+        Raises:
+            DataError: they are too many; in every process.
+        """
+        bad = self.data.unreadable(self.latents)
+        if bad and self.processes.is_main:
+            more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+            count = f"{len(bad)} of {len(self.data.records)} pictures"
+            listed = f"{'; '.join(bad[:SHOWN])}{more} (all in {self.latents[0].folder / BAD})"
+            print(
+                f"interactdiff: {count} cannot be read, others stand in for them: {listed}", file=sys.stderr
+            )
+
     def drawn_of_rows(self) -> str:
         """What decides, beside the rows, which captions and phrases may be drawn."""
         return f"{self.data.framing} {self.config.flip > 0}"
@@ -179,7 +198,7 @@ class PictureRecipe(Recipe[P]):
         config, data = self.config, self.data
         count = int(data.records.weights.sum())
         return (
-            f"interactdiff: {len(data.records)} pictures in {len(set(data.buckets))} sizes; steps of "
+            f"interactdiff: {len(data.records)} pictures in {len(data.order.buckets)} sizes; steps of "
             f"{config.batch_size} x {config.accumulate} x {self.processes.count} = {config.global_batch}; "
             f"{config.steps} steps are {config.steps * config.global_batch / count:.1f} epochs; adapter "
             f"{self.started_from()}, {sum(p.numel() for p in adapter.parameters()) / 1e6:.1f} M parameters"

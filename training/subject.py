@@ -6,7 +6,7 @@ place are not learnt.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from interactdiff import attach
-from interactdiff.data.texts import texts_of
 from interactdiff.errors import RecipeError
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.config import CLIP_LARGE
@@ -158,11 +157,6 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
     def vary(self) -> SubjectVariation:
         """Draws which subject of a picture is seen."""
         return SubjectVariation(self.config.drops, self.config.reference, self.side)
-
-    def captions(self) -> Iterator[str]:
-        """Every caption, and none."""
-        yield ""
-        yield from texts_of(cast(Any, self.data.records), self.data.framing, self.config.flip > 0)
 
     def condition(self, batch: dict[str, Any]) -> None:
         """Tokens of the batch's references, by the adapter as accelerate wraps it."""

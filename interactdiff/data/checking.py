@@ -13,7 +13,7 @@ import numpy as np
 
 from interactdiff.data.boxes import area, box_fields
 from interactdiff.data.folder import MetadataFolder, picture_names
-from interactdiff.data.framing import NO_PHRASES, Framing
+from interactdiff.data.framing import Framing, phrases_of_item
 from interactdiff.data.pictures import PictureInfo, open_picture, picture_info
 from interactdiff.data.problems import Problem, Problems
 from interactdiff.data.reading import Names, Source, add_repeated, open_source, splits
@@ -263,13 +263,6 @@ class _SplitChecker:
                 if Names.hash(name) not in hashes:
                     text = f"{shown(name)} has no row, training does not see it"
                     self.report.warnings.add(Problem("without a row", self.source.name, text))
-
-
-def phrases_of_item(item: Any) -> Iterator[tuple[str, str]]:
-    """The phrases of an item, with the names of their fields."""
-    for name, value in vars(item).items():
-        if isinstance(value, str) and name not in NO_PHRASES:
-            yield name, value
 
 
 def _numbered(record: ImageRecord) -> Iterator[tuple[Any, str]]:

@@ -14,8 +14,8 @@ A recipe's loop, on any number of processes:
 """
 
 import random
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -28,12 +28,15 @@ from interactdiff.data.reading import Records
 from interactdiff.data.records import ImageRecord
 from interactdiff.errors import DataError
 
+if TYPE_CHECKING:
+    from interactdiff.data.mixture import Mixture
+
 MAX_BAD_SHARE = 0.001
 _ATTEMPTS = 8  # of finding another picture of the bucket
 
 
 class Latents(Protocol):
-    """Latents that were computed before (`caches.LatentCache`)."""
+    """Latents that were computed before (`latents.LatentCache`)."""
 
     def get(self, index: int, flipped: bool) -> Tensor:
         """The latents [C, h, w] of a record.
@@ -44,7 +47,7 @@ class Latents(Protocol):
         ...
 
 
-def make_order(records: Records, framing: Framing, batch_size: int, seed: int) -> Order:
+def make_order(records: "Records | Mixture", framing: Framing, batch_size: int, seed: int) -> Order:
     """The order of a data set, by its buckets, weights and shards."""
     sides = zip(records.widths.tolist(), records.heights.tolist(), strict=True)
     buckets = np.fromiter((framing.bucket(width, height) for width, height in sides), np.uint16, len(records))
@@ -75,7 +78,7 @@ class Examples(Dataset):
 
     def __init__(
         self,
-        records: Records,
+        records: "Records | Mixture",
         framing: Framing,
         order: Order,
         flip: float = 0.5,
@@ -162,16 +165,23 @@ class BadPictures:
         self.names: dict[str, int] = {}
 
     def count(self, batch: dict[str, Any]) -> list[str]:
-        """Take a batch.
+        """Take the bad pictures of a batch, see `add`."""
+        return self.add(name for names in batch["bad"] for name in names)
+
+    def add(self, names: Iterable[str]) -> list[str]:
+        """Take pictures that could not be read.
+
+        Args:
+            names: of each its name and the reason, as examples have them in `bad`.
 
         Returns:
-            The pictures that were bad in it for the first time, for the log.
+            Those that were not known before.
 
         Raises:
             DataError: too many pictures of the data set are bad; names the first of them.
         """
         new = []
-        for name in (name for names in batch["bad"] for name in names):
+        for name in names:
             new += [] if name in self.names else [name]
             self.names[name] = self.names.get(name, 0) + 1
         if len(self.names) > self.max_share * self.total:

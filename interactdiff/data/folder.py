@@ -7,7 +7,7 @@ from typing import Any
 
 from interactdiff.data.json_lines import json_lines, parse_json, read_line
 from interactdiff.data.pictures import SUFFIXES
-from interactdiff.data.problems import Problem, Problems, nearest
+from interactdiff.data.problems import SHOWN, Problem, Problems, nearest
 from interactdiff.data.records import FileRange, ImageRecord
 from interactdiff.data.rows import RowParser, check_relative, is_file
 from interactdiff.errors import DataError
@@ -15,6 +15,7 @@ from interactdiff.picture import NoRecordError, PictureError, read_record
 from interactdiff.scene_checks import shown
 
 METADATA = "metadata.jsonl"
+_COMPARED = 2000  # names that a mistyped one is compared with, of larger folders none
 
 
 class MetadataFolder:
@@ -38,10 +39,22 @@ class MetadataFolder:
         """All records with their positions, streamed; mistakes go to `problems`."""
         parser = RowParser(self.name, problems, self.form, self.folder)
         self.ignored = parser.ignored
+        hints = _Hints(self.folder)
         for line, offset, values in json_lines(self.folder / METADATA, self.name, problems):
-            record = parser.parse(values, line, self._find, self._sidecar)
+            record = parser.parse(values, line, lambda name: self._find(name, hints), self._sidecar)
             if record is not None:
                 yield offset, record
+
+    def stamped(self) -> Iterator[Path]:
+        """The pictures that rows name, and the caption files of rows without a caption."""
+        for _, _, values in json_lines(self.folder / METADATA, self.name, Problems()):
+            try:
+                check_relative(name := values["file_name"], self.folder)
+                yield self.folder / name
+                if "prompt" not in values and not values.get("prompts"):
+                    yield (self.folder / name).with_suffix(".txt")
+            except (DataError, TypeError, KeyError, ValueError):  # a mistake, which `scan` reports
+                continue
 
     def record(self, position: int, line: int) -> ImageRecord:
         """The record at a position that `scan` gave.
@@ -60,18 +73,44 @@ class MetadataFolder:
         assert record is not None
         return record
 
-    def _find(self, name: Any) -> tuple[str, FileRange]:
+    def _find(self, name: Any, hints: "_Hints | None" = None) -> tuple[str, FileRange]:
         check_relative(name, self.folder)
         path = self.folder / name
         if not is_file(path) and (self.need_pictures or not name.lower().endswith(SUFFIXES)):
-            names = [one for one in picture_names(self.folder) if Path(one).name == Path(name).name]
-            hint = f" (did you mean {names[0]!r}?)" if names else ""
-            hint = hint or nearest(name, list(picture_names(self.folder)))
+            hint = "" if hints is None else hints.of(name)
             raise DataError(f"expected a picture in {self.folder}/, got {shown(name)}{hint}")
         return name, FileRange(path)
 
     def _sidecar(self, name: str) -> str | None:
         return caption_beside(self.folder / name)
+
+
+class _Hints:
+    """Which pictures of a folder names that are not there may stand for.
+
+    The folder is listed once, for the first of them. As many hints are given as mistakes are shown.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.given = folder, 0
+        self.names: list[str] = []
+        self.known: dict[str, str] = {}
+
+    def of(self, name: str) -> str:
+        """ " (did you mean 'x'?)", or nothing."""
+        if self.given == SHOWN:
+            return ""
+        if not self.given:
+            self.names = [*picture_names(self.folder)]
+            for one in self.names:
+                for key in (Path(one).name, Path(one).stem.casefold()):
+                    self.known.setdefault(key, one)
+        self.given += 1
+        wanted = Path(name)
+        found = self.known.get(wanted.name) or self.known.get(wanted.stem.casefold())
+        if found is not None:
+            return f" (did you mean {found!r}?)"
+        return nearest(name, self.names) if len(self.names) <= _COMPARED else ""
 
 
 class LooseFolder:
@@ -88,10 +127,7 @@ class LooseFolder:
         self.folder, self.form = folder, form
         self.name = str(folder)
         self.names = sorted(picture_names(folder))
-        beside = (folder / name for name in self.names)
-        self.files = [
-            f for p in beside for f in (p.with_suffix(".json"), p.with_suffix(".txt")) if is_file(f)
-        ]
+        self.files: list[Path] = []
         self.ignored: dict[str, int] = {}
 
     def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
@@ -100,6 +136,12 @@ class LooseFolder:
             record = self._record(position, problems)
             if record is not None:
                 yield position, record
+
+    def stamped(self) -> Iterator[Path]:
+        """The pictures, of which PNGs may hold their rows, their scene files and their caption files."""
+        for name in self.names:
+            path = self.folder / name
+            yield from (path, path.with_suffix(".json"), path.with_suffix(".txt"))
 
     def record(self, position: int, line: int) -> ImageRecord:
         """The record at a position that `scan` gave.

@@ -1,6 +1,6 @@
 """How a picture is brought to a training size: aspect buckets or a square crop, and boxes that follow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from interactdiff.scene_checks import Box
 
 _ASPECTS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)  # width over height, each also turned
 _SMALLER = (1.0, 0.75, 0.5, 0.25)  # of the resolution, for pictures that would have to be enlarged too much
-NO_PHRASES = ("action_region", "reference")  # fields of text that are no words
+_NO_PHRASES = ("action_region",)  # fields of text that are no words
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,7 @@ class Placement:
                 return None
             boxes[name] = inside
         if self.flipped:
-            for field in fields(item):
-                value = getattr(item, field.name)
-                if isinstance(value, str) and field.name not in NO_PHRASES:
-                    boxes[field.name] = swap_sides(value)
+            boxes |= {name: swap_sides(phrase) for name, phrase in phrases_of_item(item)}
         return with_boxes(item, boxes)
 
     def prompt(self, prompt: str, before: Sequence[Any], after: Sequence[Any]) -> str:
@@ -166,6 +163,14 @@ class Framing:
         """The items of the result, without those that the crop leaves too little of."""
         moved = (placement.item(item, self.min_box, self.min_visible) for item in items)
         return tuple(item for item in moved if item is not None)
+
+
+def phrases_of_item(item: Any) -> Iterator[tuple[str, str]]:
+    """The phrases of an item, with the names of their fields."""
+    for field in fields(item):
+        value = getattr(item, field.name)
+        if isinstance(value, str) and field.name not in _NO_PHRASES:
+            yield field.name, value
 
 
 @cache

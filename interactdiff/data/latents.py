@@ -8,21 +8,22 @@ another name, so what is there is right or is not there.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from interactdiff.checkpoint import save_tensors
+from interactdiff.data.cache_files import write_cache
 from interactdiff.data.examples import pixels_of
 from interactdiff.data.framing import Framing, Placement
+from interactdiff.data.kept import Kept
 from interactdiff.data.reading import Records
-from interactdiff.data.records import FileRange, ImageRecord, Inline
+from interactdiff.data.records import FileRange, ImageRecord
 from interactdiff.errors import DataError
-from interactdiff.files import write_aside
+from interactdiff.files import remove_stale_asides
 
 BLOCK = 256  # records in a file
 BAD = "bad.jsonl"
@@ -32,17 +33,21 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def weights_key(module: nn.Module) -> str:
-    """SHA-256 of a module's configuration and weights, in hexadecimal: the same on every device."""
+    """SHA-256 of a module's configuration and weights, in hexadecimal.
+
+    The same on every device, in every folder that the weights are loaded from, and by every version of the
+    library that saved them.
+    """
     config: Any = getattr(module, "config", {})
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    made_of = hashlib.sha256(json.dumps(values, default=str, sort_keys=True).encode())
+    own = {name: value for name, value in values.items() if name[0] != "_" and name != "transformers_version"}
+    made_of = hashlib.sha256(json.dumps(own, default=str, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         made_of.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         made_of.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return made_of.hexdigest()
 
 
-@torch.no_grad()
 def vae_mean(vae: Any) -> Encode:
     """The mean of a VAE's posterior, scaled as its configuration says (factor and shift)."""
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
@@ -80,31 +85,26 @@ class LatentCache:
         self.flip, self.dtype = flip, dtype
         self.key = f"{_RULE} {key} {framing} {flip} {dtype}"
         self._keys: dict[int, str] = {}
-        self._open = lru_cache(maxsize=64)(self._opened)
+        self._open = Kept(self._opened, 64)
 
     @property
     def _noted(self) -> Path:
-        made_of = hashlib.sha256(f"{self.key} {self.records.digest} {BLOCK}".encode())
+        made_of = hashlib.sha256(f"{self.key} {self.records.files_digest} {BLOCK}".encode())
         return self.folder / f"keys-{made_of.hexdigest()[:16]}.json"
 
     def _recall(self) -> None:
-        """Take the noted keys of blocks of which no picture has changed since: rows stay unread."""
+        """Take the blocks' noted keys, so that rows stay unread; the digest in the name vouches for them."""
         try:
             noted = json.loads(self._noted.read_text(encoding="utf-8"))
-            for block, (key, pictures) in enumerate(noted):
-                if all(_stamp(self.records, _named(*where)) == stamp for *where, stamp in pictures):
-                    self._keys[block] = key
-        except (OSError, ValueError, TypeError, KeyError):
+            if len(noted) == self._blocks:
+                self._keys = dict(enumerate(map(str, noted)))
+        except (OSError, ValueError, TypeError):
             return
 
     def _note_keys(self) -> None:
-        """Keep the keys of all blocks, with what they were made of."""
-        noted = []
-        for block in range(self._blocks):
-            records = [self.records[index] for index in self._indices(block)]
-            pictures = [[*_where(one), _stamp(self.records, one)] for one in records]
-            noted.append([self._block_key(block), pictures])
-        write_aside(self._noted, lambda aside: aside.write_text(json.dumps(noted), encoding="utf-8"))
+        """Keep the keys of all blocks."""
+        noted = [self._block_key(block) for block in range(self._blocks)]
+        write_cache(self._noted, lambda aside: aside.write_text(json.dumps(noted), encoding="utf-8"))
 
     def build(self, encode: Encode, rank: int = 0, world_size: int = 1, batch_size: int = 8) -> Iterator[int]:
         """Compute what is missing; blocks are dealt to the processes in turn.
@@ -122,9 +122,9 @@ class LatentCache:
             After each block: the records that are done.
 
         Raises:
-            OSError: the disk fills up.
+            DataError: the disk is full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_asides(self.folder)
         self._recall()
         if rank == 0 and len(self._keys) < self._blocks:
             self._note_keys()
@@ -132,13 +132,20 @@ class LatentCache:
             if not (path := self._path(block)).is_file():
                 tensors, bad = self._encoded(block, encode, batch_size)
                 meta = {"bad": json.dumps(bad)}
-                write_aside(path, lambda aside, t=tensors, m=meta: save_file(t, aside, m))
+                write_cache(path, lambda aside, t=tensors, m=meta: save_tensors(aside, t, m))
                 self._note(bad)
             yield min(len(self.records), (block + 1) * BLOCK)
 
-    def missing(self) -> int:
-        """How many blocks are not there yet."""
-        return sum(not self._path(block).is_file() for block in range(self._blocks))
+    def bad(self) -> dict[int, str]:
+        """The records whose pictures could not be read, and why, once all is built.
+
+        Raises:
+            DataError: a file is not there, or damaged.
+        """
+        found: dict[int, str] = {}
+        for block in range(self._blocks):
+            found |= {int(index): reason for index, reason in _bad(self._open(block)).items()}
+        return found
 
     def get(self, index: int, flipped: bool) -> Tensor:
         """The latents [C, h, w] of a record, in the dtype that they are kept in.
@@ -149,8 +156,8 @@ class LatentCache:
         file = self._open(index // BLOCK)
         name = _name(index, flipped)
         if name not in file.keys():  # noqa: SIM118 - no mapping
-            bad = json.loads((file.metadata() or {}).get("bad", "{}"))
-            raise DataError(bad.get(str(index), f"expected cached latents of record {index}, got none"))
+            missing = f"expected cached latents of record {index}, got none"
+            raise DataError(_bad(file).get(str(index), missing))
         return file.get_tensor(name)
 
     @property
@@ -232,21 +239,13 @@ class LatentCache:
                     file.write(json.dumps(row) + "\n")
 
 
+def _bad(file: Any) -> dict[str, str]:
+    """The records of a file whose pictures could not be read, and why."""
+    return json.loads((file.metadata() or {}).get("bad", "{}"))
+
+
 def _name(index: int, flipped: bool) -> str:
     return f"{index}.flipped" if flipped else str(index)
-
-
-def _where(record: ImageRecord) -> tuple[str, str | None, int]:
-    """A picture's name, its file and where it begins there; no file for one that is in a table."""
-    stored = record.stored
-    if isinstance(stored, FileRange):
-        return record.name, str(stored.path), stored.offset
-    return record.name, None, 0
-
-
-def _named(name: str, path: str | None, offset: int) -> ImageRecord:
-    """A record of which nothing is known but what `_where` gave."""
-    return ImageRecord(name, Inline(b"") if path is None else FileRange(Path(path), offset), ())
 
 
 def _stamp(records: Records, record: ImageRecord) -> str:
@@ -256,7 +255,7 @@ def _stamp(records: Records, record: ImageRecord) -> str:
     """
     stored = record.stored
     if not isinstance(stored, FileRange):
-        return f"{record.name} {records.digest}"
+        return f"{record.name} {records.files_digest}"
     index = getattr(records.source, "index", None)
     if index is not None:
         return f"{record.name} {index[stored.path.name]['sha256']}"

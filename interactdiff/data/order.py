@@ -10,10 +10,10 @@ different buckets follow each other is drawn anew as well.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
+from interactdiff.data.kept import Kept
 from interactdiff.errors import DataError
 
 _MASK = 2**64 - 1
@@ -127,8 +127,8 @@ class Order:
             else:
                 firsts = np.unique(np.asarray(shards)[here], return_index=True)[1]
                 self._starts.append(np.append(firsts, len(here)))
-        self._plan = lru_cache(maxsize=2)(self._planned)
-        self._shard_order = lru_cache(maxsize=4 * len(self.buckets))(self._ordered_shards)
+        self._plan = Kept(self._planned, 2)
+        self._shard_order = Kept(self._ordered_shards, 4 * len(self.buckets))
 
     def steps_before(self, epoch: int) -> int:
         """How many steps begin before an epoch does."""

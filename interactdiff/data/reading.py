@@ -1,8 +1,9 @@
 """Data opened: which form a path has, rows streamed from it, and rows by their number."""
 
 import hashlib
+import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -10,6 +11,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from interactdiff.data.boxes import FORMS
+from interactdiff.data.cache_files import write_cache
 from interactdiff.data.folder import METADATA, LooseFolder, MetadataFolder, picture_names
 from interactdiff.data.pictures import PictureInfo
 from interactdiff.data.problems import Problem, Problems
@@ -18,14 +20,19 @@ from interactdiff.data.rows import is_file
 from interactdiff.data.shards import INDEX, Shards, chosen_split, file_hash
 from interactdiff.data.tables import Table, parquet_files
 from interactdiff.errors import DataError
-from interactdiff.files import write_aside
 from interactdiff.scene_checks import shown
 
-_INDEX_FORMAT = b"1"
+_INDEX_FORMAT = b"2"
 
 
 class Source(Protocol):
-    """A reader of one form of data."""
+    """A reader of one form of data.
+
+    Attributes:
+        name: what messages call it.
+        files: those whose contents are the rows.
+        ignored: keys of scene files, and in how many rows they stand.
+    """
 
     name: str
     files: list[Path]
@@ -33,6 +40,10 @@ class Source(Protocol):
 
     def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
         """All records with their positions, streamed; mistakes go to `problems`."""
+        ...
+
+    def stamped(self) -> Iterable[Path]:
+        """Files of which size and time say whether they changed; some may not be there."""
         ...
 
     def record(self, position: int, line: int) -> ImageRecord:
@@ -75,12 +86,12 @@ def open_source(
     if form not in FORMS:
         raise DataError(f"expected boxes in {', '.join(FORMS)}, got {shown(form)}")
     folder = Path(path)
-    if folder.suffix == ".parquet" or (
-        not folder.exists() and str(path).count("/") == 1 and str(path)[0] not in "./~"
-    ):
+    is_parquet, exists = folder.suffix == ".parquet", folder.exists()
+    is_hub_id = not is_parquet and str(path).count("/") == 1 and str(path)[0] not in "./~"
+    if (is_parquet and exists) or (is_hub_id and not exists):
         return Table(str(path), split, columns, form)
     if not folder.is_dir():
-        got = "a file" if folder.exists() else "no such folder"
+        got = "a file" if exists else f"no such {'file' if is_parquet else 'folder'}"
         raise DataError(f"expected a folder of pictures, shards or parquet files, got {str(folder)!r}: {got}")
     if (folder / METADATA).is_file():
         others = [one for one in folder.rglob(METADATA) if one.parent != folder]
@@ -172,13 +183,14 @@ class Records(Sequence[ImageRecord]):
         widths: [N] uint32, of the picture as shown, in pixels; 0 where it is not there.
         heights: [N] uint32.
         weights: [N] uint16, how often it comes in an epoch.
-        digest: changes with the rows, but not with the pictures.
+        digest: changes with the rows.
+        files_digest: changes also with captions beside pictures, and with size or time of a picture's file.
     """
 
     FIELDS = ("positions", "lines", "widths", "heights", "weights")
 
-    def __init__(self, source: Source, digest: str, columns: dict[str, np.ndarray]):
-        self.source, self.digest = source, digest
+    def __init__(self, source: Source, digests: tuple[str, str], columns: dict[str, np.ndarray]):
+        self.source, (self.digest, self.files_digest) = source, digests
         self.positions, self.lines, self.widths, self.heights, self.weights = (
             columns[n] for n in self.FIELDS
         )
@@ -205,19 +217,19 @@ class Records(Sequence[ImageRecord]):
             need_pictures: likewise; without, only what is there is checked.
 
         Raises:
-            DataError: a row has a mistake, a header cannot be read, or there is no row.
+            DataError: a row has a mistake, a header cannot be read, there is no row, or `cache` cannot be
+                written to.
         """
         source = open_source(path, split, form, columns, need_pictures)
-        digest = _digest(source, form)
-        kept = None if cache is None else Path(cache) / f"records-{digest[:16]}.npz"
+        digests = _digests(source, form)
+        kept = None if cache is None else Path(cache) / f"records-{digests[1][:16]}.npz"
         if kept is not None and (found := _load(kept)) is not None:
-            return cls(source, digest, found)
+            return cls(source, digests, found)
         found = _scanned(source, need_pictures)
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {**found}
-            write_aside(kept, lambda aside: np.savez(aside, **arrays))
-        return cls(source, digest, found)
+            write_cache(kept, lambda aside: np.savez(aside, **arrays))
+        return cls(source, digests, found)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -279,19 +291,22 @@ def add_repeated(source: Source, positions: Sequence[int], names: Names, problem
         problems.add(Problem("repeated", source.name, text, line, field="file_name"))
 
 
-def _digest(source: Source, form: str) -> str:
-    """A hash of the rows; of large files their size stands for their contents."""
+def _digests(source: Source, form: str) -> tuple[str, str]:
+    """`digest` and `files_digest` of `Records`: one hash where rows are in no file of their own."""
     made_of = hashlib.sha256(_INDEX_FORMAT + form.encode())
     made_of.update(getattr(source, "fingerprint", source.name).encode())
-    if isinstance(source, LooseFolder):  # a PNG may hold its own row
-        for name in source.names:
-            stat = (source.folder / name).stat()
-            made_of.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
     for file in source.files:
-        large = file.suffix in (".tar", ".parquet")
-        said = str(file.stat().st_size) if large else file_hash(file)
-        made_of.update(f"{file.name} {said}".encode())
-    return made_of.hexdigest()
+        made_of.update(f"{file.name} {file_hash(file)}".encode())
+    rows = made_of.hexdigest()
+    for file in source.stamped():
+        try:
+            stat = os.stat(file)
+            said = f"{stat.st_size} {stat.st_mtime_ns}"
+        except (OSError, ValueError):  # not there, or no name of a file
+            said = "missing"
+        made_of.update(f"{file} {said}\n".encode(errors="replace"))
+    files = made_of.hexdigest()
+    return (rows if source.files else files), files
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:

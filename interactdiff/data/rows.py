@@ -19,8 +19,7 @@ from interactdiff.scene_items import required_and_optional
 from interactdiff.scene_pictures import picture_files
 
 MAX_WEIGHT = 1000
-REFERENCE = "reference"  # the field of an item that names a picture
-PICTURES = ("image", "mask")  # those that are read with the item
+PICTURES = ("image", "mask")  # fields of items that name pictures
 OWN_KEYS = ("file_name", "prompt", "prompts", "weight", "source", "license", "id", "flip")
 _OTHER_NAMES = {"text": "prompt", "caption": "prompt", "image": "file_name", "boxes": "entities"}
 
@@ -39,7 +38,7 @@ class RowParser:
         file: what messages call the file.
         problems: takes the mistakes.
         form: of the boxes, see `boxes.FORMS`.
-        folder: that reference pictures of items are in; None if rows have no place for them.
+        folder: that pictures of items are in; None if rows have no place for them.
     """
 
     def __init__(self, file: str, problems: Problems, form: str = "shares", folder: Path | None = None):
@@ -196,12 +195,6 @@ class RowParser:
             if name in values:
                 values[name] = to_shares(values[name], self.form, size)
         made, wrong = None, set()
-        if isinstance(reference := values.get(REFERENCE), str):
-            try:
-                values[REFERENCE] = self._reference(reference)
-            except DataError as error:
-                report("reference", str(error), REFERENCE, item)
-                return None
         while made is None:
             try:
                 with self._pictures():
@@ -228,15 +221,6 @@ class RowParser:
     def _pictures(self) -> AbstractContextManager[None]:
         """Lets items name pictures of the folder."""
         return nullcontext() if self.folder is None else picture_files(self.folder, base=self.folder)
-
-    def _reference(self, name: str) -> str:
-        """The path of an item's reference picture."""
-        if self.folder is None:
-            raise DataError(f"expected no reference picture where there is no folder, got {shown(name)}")
-        check_relative(name, self.folder)
-        if not is_file(self.folder / name):
-            raise DataError(f"expected a reference picture in {self.folder}/, got {shown(name)}")
-        return str(self.folder / name)
 
     def _box_text(self, value: Any, text: str, size: tuple[int, int] | None, stored: Stored | None) -> str:
         """The message of a box that is refused, with the form that it seems to be in."""

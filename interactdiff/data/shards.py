@@ -15,7 +15,7 @@ from interactdiff.data.json_lines import parse_json
 from interactdiff.data.pictures import SUFFIXES
 from interactdiff.data.problems import Problem, Problems
 from interactdiff.data.records import FileRange, ImageRecord
-from interactdiff.data.rows import REFERENCE, RowParser
+from interactdiff.data.rows import RowParser
 from interactdiff.errors import DataError
 from interactdiff.files import write_aside
 from interactdiff.scene_checks import shown
@@ -52,7 +52,7 @@ class Shards:
         self.names = [name for name in listed if _split_of(name) == self.split]
         self.index = index
         self.name = str(folder)
-        self.files = [folder / name for name in self.names] + ([folder / INDEX] if index is not None else [])
+        self.files = [] if index is None else [folder / INDEX]
         self.ignored: dict[str, int] = {}
         if index is None:
             self.examples = [_scanned(folder / name) for name in self.names]
@@ -67,6 +67,11 @@ class Shards:
                 record = self._record(shard, number, problems)
                 if record is not None:
                     yield shard << _NUMBER_BITS | number, record
+
+    def stamped(self) -> Iterator[Path]:
+        """The shards, where no index has their checksums."""
+        if self.index is None:
+            yield from (self.folder / name for name in self.names)
 
     def record(self, position: int, line: int) -> ImageRecord:
         """The record at a position that `scan` gave.
@@ -125,8 +130,7 @@ def write_shards(
         The index's entries: for each shard `count`, `bytes`, `sha256` and `examples`.
 
     Raises:
-        DataError: the split's name is not usable, there are such shards already, a record has reference
-            files, which a shard has no place for, or there is no record.
+        DataError: the split's name is not usable, there are such shards already, or there is no record.
         OSError: the disk fills up.
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", split):
@@ -219,8 +223,6 @@ def _write_shard(path: Path, records: list[ImageRecord], examples: list[list[int
     with path.open("wb") as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, record in enumerate(records, start=first):
             row = record.to_row()
-            if any(REFERENCE in one for value in row.values() if isinstance(value, list) for one in value):
-                raise DataError(f"expected rows without reference files for shards, got one at {record.name}")
             row.setdefault("id", record.name)
             key, suffix = f"{number:09d}", f".{record.format}"
             text = json.dumps(row, ensure_ascii=False).encode()

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from interactdiff.data.boxes import area, box_fields
-from interactdiff.data.checking import phrases_of_item
-from interactdiff.data.framing import Framing
+from interactdiff.data.framing import Framing, phrases_of_item
 from interactdiff.data.reading import Records
 
 _AREAS = (0.001, 0.01, 0.1, 0.5)  # limits of the classes of boxes, shares of the picture

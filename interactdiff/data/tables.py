@@ -56,30 +56,41 @@ class Table:
     def __init__(
         self, path: str, split: str | None, columns: Mapping[str, str] | None = None, form: str = "shares"
     ):
-        datasets = library()
+        is_local = Path(path).exists()
+        try:
+            datasets = library()
+        except DataError as error:
+            if is_local:
+                raise
+            raise DataError(
+                f"expected a folder at {path}, got none; for data sets of the Hub: {error}"
+            ) from None
         self.name, self.form = path, form
         self.files: list[Path] = []
+        self.tables: list[Path] = []
         self.ignored: dict[str, int] = {}
-        if Path(path).exists():
+        if is_local:
             there = parquet_files(Path(path))
             named = sorted(one for one in there if one is not None)
             if split is not None and not named:
                 raise DataError(
                     f"expected a split in the names of files in {path} for {shown(split)}, got none"
                 )
-            self.files = there[chosen_split(split, named, Path(path)) if named else None]
+            self.tables = there[chosen_split(split, named, Path(path)) if named else None]
         try:
-            if self.files:
+            if self.tables:
                 rows = datasets.load_dataset(
-                    "parquet", data_files=[str(f) for f in self.files], split="train"
+                    "parquet", data_files=[str(f) for f in self.tables], split="train"
                 )
             else:
                 rows = datasets.load_dataset(path, split=split or "train")
         except Exception as error:  # `datasets` raises errors of many libraries
             words = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"expected a table of pictures at {path}, got {type(error).__name__}: {words}"
-            ) from None
+            got = f"{type(error).__name__}: {words}"
+            if is_local:
+                raise DataError(f"expected a table of pictures at {path}, got {got}") from None
+            expected = f"a folder or a data set of the Hub at {path}"
+            raise DataError(f"expected {expected}, got no such folder, and from the Hub {got}") from None
         known = (IMAGE, *OWN_KEYS[1:], *item_specs())
         for key, column in (columns or {}).items():
             if key not in known or column not in rows.column_names:
@@ -98,6 +109,10 @@ class Table:
             record = self._record(number, values, problems)
             if record is not None:
                 yield number, record
+
+    def stamped(self) -> list[Path]:
+        """The parquet files; of a data set on the Hub none."""
+        return self.tables
 
     def record(self, position: int, line: int) -> ImageRecord:
         """The record at a position that `scan` gave."""

@@ -3,21 +3,23 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from interactdiff.data.framing import NO_PHRASES, Framing
+from interactdiff.checkpoint import save_tensors
+from interactdiff.data.cache_files import write_cache
+from interactdiff.data.framing import Framing, phrases_of_item
+from interactdiff.data.kept import Kept
+from interactdiff.data.mixture import Mixture
 from interactdiff.data.reading import Records
 from interactdiff.data.records import ImageRecord
 from interactdiff.data.words import swap_sides
 from interactdiff.errors import DataError
-from interactdiff.files import write_aside
+from interactdiff.files import remove_stale_asides
 from interactdiff.scene_checks import shown
 
 EncodeTexts = Callable[[Sequence[str]], Mapping[str, Mapping[str, Tensor]]]
@@ -40,7 +42,7 @@ class TextCache:
         self.folder, self.dtype = folder, dtype
         self.key = hashlib.sha256(f"{key} {dtype}".encode()).hexdigest()[:16]
         self.files: dict[str, Path] = {}
-        self._open = lru_cache(maxsize=64)(_opened)
+        self._open = Kept(_opened, 64)
         self.refresh()
 
     def refresh(self) -> None:
@@ -78,9 +80,9 @@ class TextCache:
             After each file: how many texts are done.
 
         Raises:
-            OSError: the disk fills up.
+            DataError: the disk is full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_asides(self.folder)
         mine = [text for text in self.missing(texts) if int(_hash(text), 16) % world_size == rank]
         for first in range(0, len(mine), _CHUNK):
             chunk = mine[first : first + _CHUNK]
@@ -98,7 +100,7 @@ class TextCache:
             contents = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
             path = self.folder / f"texts-{self.key}-{contents}.safetensors"
             meta = {"texts": json.dumps(hashes), "names": json.dumps(names)}
-            write_aside(path, lambda aside, t=tensors, m=meta: save_file(t, aside, m))
+            write_cache(path, lambda aside, t=tensors, m=meta: save_tensors(aside, t, m))
             self.files |= dict.fromkeys(hashes, path)
             yield first + len(chunk)
 
@@ -115,8 +117,13 @@ class TextCache:
         return {name: file.get_tensor(prefix + name) for name in names}
 
 
-def texts_of(records: Records, framing: Framing, flip: bool = True) -> Iterator[str]:
-    """Every caption that training may draw: mirrored, and without the clauses that a crop takes."""
+def captions_of(
+    records: Records | Mixture, framing: Framing, flip: bool = True
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Every caption that training may draw, with the items that it sees.
+
+    Mirrored too, and without the clauses of items that a crop takes.
+    """
     for number in range(len(records)):
         record = records[number]
         sides = int(records.widths[number]), int(records.heights[number])
@@ -124,7 +131,7 @@ def texts_of(records: Records, framing: Framing, flip: bool = True) -> Iterator[
             placement = framing.place(*sides, record.items, flipped)
             items = framing.items(placement, record.items)
             for prompt in record.prompts:
-                yield placement.prompt(prompt, record.items, items)
+                yield placement.prompt(prompt, record.items, items), items
 
 
 def phrases_of(records: Sequence[ImageRecord], flip: bool = True) -> Iterator[str]:
@@ -132,11 +139,10 @@ def phrases_of(records: Sequence[ImageRecord], flip: bool = True) -> Iterator[st
     for number in range(len(records)):
         record = records[number]
         for item in record.items:
-            for name, value in vars(item).items():
-                if isinstance(value, str) and name not in NO_PHRASES:
-                    yield value
-                    if flip and record.may_flip:
-                        yield swap_sides(value)
+            for _, phrase in phrases_of_item(item):
+                yield phrase
+                if flip and record.may_flip:
+                    yield swap_sides(phrase)
 
 
 def _hash(text: str) -> str:

@@ -113,7 +113,7 @@ class PixelBoxes:
     both have the same size, `drawn_on` decides.
 
     Args:
-        picture: the file; None if it is not there, and is taken to be stored as it is shown.
+        picture: the file or its bytes; None if it is not there, and is taken to be stored as it is shown.
         size: width and height that the annotations name; None if they do not.
         drawn_on: "stored" for data sets that were annotated without regard to EXIF, "shown" for tools of
             today.
@@ -123,7 +123,7 @@ class PixelBoxes:
     """
 
     def __init__(
-        self, picture: Path | None, size: tuple[int, int] | None, drawn_on: Literal["stored", "shown"]
+        self, picture: Path | bytes | None, size: tuple[int, int] | None, drawn_on: Literal["stored", "shown"]
     ):
         if picture is None and size is None:
             raise DataError("expected its picture, or annotations that name its size, got neither")
@@ -131,8 +131,9 @@ class PixelBoxes:
         stored, as_shown = info.stored_size, (info.width, info.height)
         fits = [name for name, one in (("stored", stored), ("shown", as_shown)) if size in (None, one)]
         if not fits:
+            which = picture if isinstance(picture, Path) else "a picture of the rows"
             raise DataError(
-                f"expected {picture} to have the size of its annotation, {size[0]} x {size[1]}, "  # type: ignore[index]
+                f"expected {which} to have the size of its annotation, {size[0]} x {size[1]}, "  # type: ignore[index]
                 f"got {info.width} x {info.height}"
             )
         self.info: PictureInfo = info

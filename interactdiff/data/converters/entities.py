@@ -49,10 +49,9 @@ def convert_layoutsam(source: str, options: Options, notes: Counter[str]) -> Ite
                 f"expected as many boxes as captions for {name}, got {len(listed[0])} and {len(listed[1])}"
             )
         size = int(row["width"]), int(row["height"])
-        to_shares = PixelBoxes(picture, size, "stored").shares if isinstance(picture, Path) else _plain(size)
-        entities = []
+        boxes, entities = PixelBoxes(picture, size, "stored"), []
         for box, phrase in zip(*listed, strict=True):
-            if (shares := to_shares(*map(float, box))) is None or not str(phrase).strip():
+            if (shares := boxes.shares(*map(float, box))) is None or not str(phrase).strip():
                 notes["boxes outside the picture or without words"] += 1
             else:
                 entities.append({"phrase": " ".join(str(phrase).split()), "box": shares})
@@ -95,17 +94,6 @@ def mask_box(mask: np.ndarray) -> list[float] | None:
     height, width = mask.shape
     edges = columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height
     return [float(edge) for edge in edges]
-
-
-def _plain(size: tuple[int, int]) -> Any:
-    """Shares of a picture that is in the row, whose boxes are of its stored size."""
-    from interactdiff.data.boxes import area, clamped
-
-    def shares(x0: float, y0: float, x1: float, y1: float) -> list[float] | None:
-        box = clamped((x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1]))
-        return list(box) if area(box) > 0 else None
-
-    return shares
 
 
 def _literal(row: Mapping[str, Any], key: str) -> list[Any]:
