@@ -201,6 +201,36 @@ def test_what_cannot_be_read_is_one_sentence(file: Path, typed: str, sentence: s
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        (["data=people", "output_dir=people"], "output_dir: expected a folder outside of the data people"),
+        (["data=people", "output_dir=./people/run"], "output_dir: expected a folder outside of the data"),
+        (["data=people", "export_to=people"], "export_to: expected a folder outside of the data people"),
+        (
+            ["validation={data: held_out}", "output_dir=held_out"],
+            "outside of the data held_out, got held_out",
+        ),
+        (["data=runs/samples", "output_dir=runs"], "data: expected a folder that is not a run's samples"),
+        (
+            ["data=runs/checkpoint-5/x", "output_dir=runs"],
+            "expected a folder that is not a run's checkpoint-5",
+        ),
+    ],
+)
+def test_a_run_does_not_write_among_its_pictures(typed: list[str], sentence: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_config(CONFIGS / "sd15_interaction.yaml", typed)
+    assert sentence in str(refused.value)
+
+
+def test_pictures_may_lie_beside_what_a_run_writes() -> None:
+    config = load_config(
+        CONFIGS / "sd15_interaction.yaml", ["data=people", "output_dir=.", "export_to=./made"]
+    )
+    assert config["output_dir"] == "."
+
+
 def test_a_misspelt_key_is_named_rather_than_the_missing_one(tmp_path: Path) -> None:
     text = VAE.read_text().replace("learning_rate:", "learning-rate:")
     (tmp_path / "vae.yaml").write_text(text)

@@ -307,7 +307,7 @@ def test_sharded_weights_are_refused(
 ) -> None:
     monkeypatch.setenv(variable, "true")
     with pytest.raises(RecipeError, match=rf"expected DDP \(distributed_type: MULTI_GPU\), got {reason}"):
-        make_recipe(config_of(tmp_path, tmp_path, tmp_path))
+        make_recipe(config_of(tmp_path, tmp_path / "pictures", tmp_path))
 
 
 def test_readme_trains_on_pictures_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

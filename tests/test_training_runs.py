@@ -80,10 +80,27 @@ def test_a_new_run_does_not_mix_with_an_older_one(
     refused(capsys, file, "--overwrite", "--set", "steps=none")
     assert {path: path.read_bytes() for path in before} == before
 
+    own = {"metadata.jsonl": "{}\n", "samples/me.png": "a picture", "samples/1.png": "another", "b.jsonl": ""}
+    (tmp_path / "r/samples").mkdir(exist_ok=True)
+    (tmp_path / "r/samples/000004.png").write_text("of the older run")
+    for name, text in own.items():
+        (tmp_path / "r" / name).write_text(text)
     assert main(["train", file, "--overwrite", "--set", "seed=7", "steps=2"]) == 0
+    assert {name: (tmp_path / "r" / name).read_text() for name in own} == own
+    assert not (tmp_path / "r/samples/000004.png").exists()
     assert names(tmp_path / "r") == ["checkpoint-2"]
     assert read_checkpoint(tmp_path / "r" / "checkpoint-2").state.config["seed"] == 7
     assert len((tmp_path / "r" / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_in_a_folder_that_no_run_wrote_overwriting_removes_nothing(file: str, tmp_path: Path) -> None:
+    own = [tmp_path / "r/log.jsonl", tmp_path / "r/samples/000100.png"]
+    own[1].parent.mkdir(parents=True)
+    for path in own:
+        path.write_text("mine\n")
+    assert main(["train", file, "--overwrite", "--set", "steps=2"]) == 0
+    assert own[0].read_text().startswith("mine\n")
+    assert own[1].read_text() == "mine\n"
 
 
 def test_a_run_goes_on_only_as_what_it_was(

@@ -36,7 +36,7 @@ from interactdiff.training.config import RecipeConfig
 from interactdiff.training.launch import check_strategy, check_world_size, world_size
 from interactdiff.training.optimizers import make_optimizers
 from interactdiff.training.processes import Processes, is_lost_process
-from interactdiff.training.run_folder import SAMPLES, RunFolder
+from interactdiff.training.run_folder import LOG, SAMPLES, RunFolder, sample_name
 from interactdiff.training.sharding import Sharding
 from interactdiff.training.stop_signals import StopSignals
 from interactdiff.training.tracking import Tracker, check_tracker
@@ -184,8 +184,8 @@ class Recipe(ABC, Generic[C]):
         The first SIGTERM or Ctrl-C ends the run at the next step with a checkpoint, and nothing is exported.
 
         Args:
-            overwrite: whether to remove an older run's checkpoints from the output folder, and of this run
-                those after the one that it goes on from.
+            overwrite: whether to remove an older run's checkpoints, log and samples from the output folder,
+                and of this run the checkpoints after the one that it goes on from.
 
         Returns:
             The losses of the steps run here.
@@ -319,7 +319,7 @@ class Recipe(ABC, Generic[C]):
 
     def _report(self, values: dict[str, float]) -> None:
         """A line of `log.jsonl`, and to the tracker if there is one."""
-        with (self.output / "log.jsonl").open("a") as log:
+        with (self.output / LOG).open("a") as log:
             log.write(json.dumps({"step": self.step, **values}) + "\n")
         self.tracker.log(values, self.step)
 
@@ -355,7 +355,7 @@ class Recipe(ABC, Generic[C]):
         with torch.no_grad(), self._averaged(), torch.compiler.set_stance("force_eager"):
             picture = self.sample()
         if picture is not None:
-            path = self.output / SAMPLES / f"{self.step:06d}.png"
+            path = self.output / SAMPLES / sample_name(self.step)
             path.parent.mkdir(exist_ok=True)
             write_aside(path, picture.save)
             self.tracker.picture(SAMPLES, picture, self.step)
