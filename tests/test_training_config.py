@@ -11,6 +11,7 @@ from recipes import CONFIGS
 
 from interactdiff.cli import main
 from interactdiff.errors import RecipeError
+from interactdiff.training.config import checked
 from interactdiff.training.run import load_config, recipe_class, recipes
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -27,6 +28,24 @@ VAE, INTERACTION, DIT, CLEAR, TEXT, T5, BASE, DETECTOR = (
         "stickworld_detector",
     )
 )
+
+
+@pytest.mark.parametrize(
+    ("file", "newer", "other"),
+    [(VAE, "freeze_encoder", True), (CONFIGS / "flux_interaction.yaml", "base_quantization", "int8")],
+)
+def test_a_checkpoint_from_before_a_key_goes_on_with_its_default(file: Path, newer: str, other: Any) -> None:
+    values = load_config(file, [])
+    config = checked(recipe_class(values).config_type, values)
+    saved = json.loads(json.dumps(config.to_json()))
+    old = {key: value for key, value in saved.items() if key != newer}
+    if "loss" in saved:
+        old["loss"] = {key: value for key, value in saved["loss"].items() if key != "weighting"}
+    config.check_resumes(old, "a checkpoint")
+    with pytest.raises(RecipeError, match=rf"expected {newer} to be .* as in a checkpoint, got {other!r}"):
+        config.model_copy(update={newer: other}).check_resumes(old, "a checkpoint")
+    with pytest.raises(RecipeError, match=r"expected gone to be 3 as in a checkpoint, got None"):
+        config.check_resumes(old | {"gone": 3}, "a checkpoint")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
