@@ -1,5 +1,7 @@
 """Runs keep their work: identities, checkpoints that are whole or refused, and what a resume must match."""
 
+import json
+import math
 import os
 import pickle
 import random
@@ -187,6 +189,61 @@ def test_a_file_named_as_a_checkpoint_is_none(file: str, tmp_path: Path) -> None
 def test_latest_of_no_checkpoints_starts_anew(file: str, tmp_path: Path) -> None:
     assert main(["train", file, "--resume_from_checkpoint", "latest", "--set", "steps=2"]) == 0
     assert names(tmp_path / "r") == ["checkpoint-2"]
+
+
+# --- numbers that are not finite ---
+
+
+def nan_from(recipe: Any, step: int, monkeypatch: pytest.MonkeyPatch, gradient: bool) -> None:
+    """Make the loss of a step and all later ones nan; or its gradient alone, at a finite loss."""
+    own = recipe.loss
+
+    def loss(batch: Any, generator: Any) -> torch.Tensor:
+        value = own(batch, generator)
+        if recipe.step + 1 < step:
+            return value
+        root = next(p for p in recipe.model.parameters() if p.requires_grad)
+        return value + (root.sum() * 0).sqrt() if gradient else value * math.nan  # d sqrt(0) is not finite
+
+    monkeypatch.setattr(recipe, "loss", loss)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_nothing_that_is_not_finite_is_kept(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gradient: bool
+) -> None:
+    """Seen before the next checkpoint is written, however seldom the loss is logged."""
+    often = ["log_every=50", "steps=20", "checkpoint_every=2", "checkpoints_total_limit=1"]
+    recipe = make_recipe(load_config(file, often))
+    nan_from(recipe, 4, monkeypatch, gradient)
+    said = "expected finite weights after step 4" if gradient else "expected a finite loss, got nan in step 4"
+    with pytest.raises(RecipeError, match=said):
+        recipe.train()
+    assert names(tmp_path / "r") == ["checkpoint-2"]
+    kept = read_checkpoint(tmp_path / "r/checkpoint-2")
+    assert all(tensor.isfinite().all() for tensor in kept.tensors[MODEL].values())
+    assert not (tmp_path / "made").exists()
+
+
+def test_losses_are_read_off_the_device_as_they_are_logged(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are those of the steps, bit for bit."""
+    recipe = make_recipe(load_config(file, ["steps=7", "log_every=2", "checkpoint_every=3"]))
+    own, made = recipe.loss, []
+    monkeypatch.setattr(recipe, "loss", lambda *given: made.append(own(*given)) or made[-1])
+    most, read = [], recipe._read
+
+    def reading(unread: list[torch.Tensor]) -> list[float]:
+        most.append(len(unread))
+        return read(unread)
+
+    monkeypatch.setattr(recipe, "_read", reading)
+    assert recipe.train() == [loss.item() for loss in made]
+    assert max(most) == 2
+    logged = [json.loads(line) for line in (recipe.output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [2, 4, 6]
+    assert logged[1]["loss"] == (made[2].item() + made[3].item()) / 2
 
 
 # --- damage ---

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from interactdiff.checkpoint import save_tensors
 from interactdiff.errors import DamagedCheckpointError, RecipeError
-from interactdiff.training.sharding import put, whole
+from interactdiff.training.sharding import local, put, whole
 
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 
@@ -161,6 +161,13 @@ class TrainingState:
     ):
         self.model, self.optimizers, self.schedulers = model, optimizers, schedulers
         self.ema, self.scaler = ema, scaler
+
+    @torch.no_grad()
+    def not_finite(self) -> list[str]:
+        """Names of trained parameters that are not finite, as far as this process has them."""
+        trained = {name: local(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        finite = torch.stack([p.isfinite().all() for p in trained.values()]).tolist()  # waits once
+        return [name for name, good in zip(trained, finite, strict=True) if not good]
 
     def collect(self) -> "Collected":
         """What a checkpoint has of weights, moments and average; of sharded ones every process takes part."""

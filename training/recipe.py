@@ -21,7 +21,6 @@ from uuid import uuid4
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors import SafetensorError
@@ -34,7 +33,7 @@ from interactdiff.files import write_aside
 from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
 from interactdiff.training.launch import check_strategy, check_world_size, world_size
-from interactdiff.training.optimizers import make_optimizers
+from interactdiff.training.optimizers import make_optimizers, make_scheduler
 from interactdiff.training.processes import Processes, is_lost_process
 from interactdiff.training.run_folder import LOG, SAMPLES, RunFolder, sample_name
 from interactdiff.training.sharding import Sharding
@@ -108,7 +107,7 @@ class Recipe(ABC, Generic[C]):
         groups = [part for part in parts if part] if shards else [trainable]
         optimizers = [one for group in groups for one in make_optimizers(group, config)]
         self.started = time.monotonic()
-        schedulers = [self._scheduler(optimizer) for optimizer in optimizers]
+        schedulers = [make_scheduler(one, config, self._minutes) for one in optimizers]
         wrapped = [self.model] if self.sharding is None else []
         prepared = [*self.accelerator.prepare(*wrapped, *optimizers, *schedulers)]
         if wrapped:
@@ -127,24 +126,9 @@ class Recipe(ABC, Generic[C]):
         self.step, self.run = 0, self.processes.same(uuid4().hex)
         self._replaces: tuple[Path, ...] = ()
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        config = self.config
-        if config.lr_scheduler != "cosine_by_time":
-            # diffusers' "constant" ignores the warm-up
-            name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-            return get_scheduler(
-                name,
-                optimizer,
-                num_warmup_steps=config.warmup_steps,
-                num_training_steps=config.steps,
-            )
-
-        def factor(step: int) -> float:
-            spent = (time.monotonic() - self.started) / 60 / config.stop_after
-            warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, spent)))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def _minutes(self) -> float:
+        """Since the training began."""
+        return (time.monotonic() - self.started) / 60
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -220,6 +204,7 @@ class Recipe(ABC, Generic[C]):
                         file=sys.stderr,
                     )
                 raise KeyboardInterrupt if received == signal.SIGINT else SystemExit(128 + received)
+            self._check_weights()
             with self._gathered():
                 self.processes.on_main(self._export)
         return losses
@@ -251,6 +236,7 @@ class Recipe(ABC, Generic[C]):
     ) -> tuple[list[float], int | None]:
         """The losses, and the signal that ended the run, if one did."""
         config, losses = self.config, []
+        unread: list[Tensor] = []  # losses that are still on the device: reading waits for it
         self.started = time.monotonic()
         end = min(config.steps, config.stop_at)
         upcoming = pool.submit(self.micro_batches, self.step)
@@ -258,7 +244,7 @@ class Recipe(ABC, Generic[C]):
             self.model.train()
             batches = upcoming.result()
             upcoming = pool.submit(self.micro_batches, self.step + 1)
-            losses.append(self._accumulated(batches))  # read when it is logged: reading waits for the device
+            unread.append(self._accumulated(batches))
             self._clip()
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 optimizer.step()
@@ -267,13 +253,16 @@ class Recipe(ABC, Generic[C]):
             self.ema.step(self._averaged_parameters)
             self.step += 1
             bar.update()
-            if self.step % config.log_every == 0:
-                self._log(losses[-config.log_every :])
-            late = (time.monotonic() - self.started) / 60 > config.stop_after
+            late = self._minutes() > config.stop_after
             if math.isfinite(config.stop_after):
                 late = bool(self.processes.greatest(late))
             last = self.step >= end or late
-            if self.step % config.checkpoint_every == 0 or last:
+            logs, saves = self.step % config.log_every == 0, self.step % config.checkpoint_every == 0 or last
+            if logs or saves:
+                losses += self._read(unread)
+            if logs:
+                self._log(losses[-config.log_every :])
+            if saves:
                 self.save_checkpoint()
             if self.step % config.sample_every == 0 or last:
                 with self._gathered():
@@ -281,10 +270,25 @@ class Recipe(ABC, Generic[C]):
             if last:
                 break
         received = self.processes.greatest(stop.received or 0)
+        losses += self._read(unread)
         if losses and received and not self.folder.has(self.step):
             self.save_checkpoint()
-        means = self.processes.mean(torch.stack(losses)).tolist() if losses else []
-        return means, received or None
+        return losses, received or None
+
+    def _read(self, unread: list[Tensor]) -> list[float]:
+        """The latest losses, each the mean of all processes', taken off the list.
+
+        Raises:
+            RecipeError: one is not finite.
+        """
+        if not unread:
+            return []
+        losses: list[float] = self.processes.mean(torch.stack(unread)).tolist()
+        unread.clear()
+        for step, loss in enumerate(losses, self.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise RecipeError(f"expected a finite loss, got {loss} in step {step}")
+        return losses
 
     def _accumulated(self, batches: list[dict[str, Any]]) -> Tensor:
         """Backward of every part; the last one shares gradients out. The mean loss of this process."""
@@ -308,12 +312,10 @@ class Recipe(ABC, Generic[C]):
         elif math.isfinite(most):
             self.sharding.clip(most)
 
-    def _log(self, recent: list[Tensor]) -> None:
-        loss = self.processes.mean(torch.stack(recent).mean()).item()
-        if not math.isfinite(loss):
-            raise RecipeError(f"expected a finite loss, got {loss} before step {self.step}")
+    def _log(self, recent: list[float]) -> None:
         if not self.processes.is_main:
             return
+        loss = math.fsum(recent) / len(recent)
         self._report({"loss": loss, "lr": self.schedulers[0].get_last_lr()[0]})
         tqdm.write(f"step {self.step}: loss {loss:.4f}")
 
@@ -366,11 +368,20 @@ class Recipe(ABC, Generic[C]):
         """Write everything needed to go on.
 
         Raises:
-            RecipeError: it could not be written; the checkpoints before it are as they were.
+            RecipeError: the weights are not finite, or it could not be written; the checkpoints before it are
+                as they were.
         """
+        self._check_weights()
         save = self.folder.save
         collected = None if self.sharding is None else self.state.collect()  # all processes take part
         self.processes.on_main(lambda: save(self.state, self.run, self.step, self.config, collected))
+
+    def _check_weights(self) -> None:
+        """Refuse weights that are not finite, which a step whose loss is finite can make."""
+        wrong = self.state.not_finite()
+        if self.processes.greatest(len(wrong)):
+            which = wrong[0] if wrong else "another process"
+            raise RecipeError(f"expected finite weights after step {self.step}, got others in {which}")
 
     def resume(self, which: str) -> None:
         """Go on from a checkpoint, see `RunFolder.find`.
