@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tiny_training import config_of, exported_world
 from interactdiff import Interaction, InteractionAdapter, attach
 from interactdiff.cli import main
 from interactdiff.data.reading import Records
-from interactdiff.errors import RecipeError
+from interactdiff.errors import DataError, RecipeError
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.training.config import checked
@@ -87,6 +88,46 @@ def test_each_base_is_trained_saved_loaded_and_drawn(
             [Interaction("person", "riding", "bike", (0.1, 0.1, 0.6, 0.7), (0.2, 0.4, 0.9, 0.9))]
         )
         assert not torch.equal(draw(), plain)
+
+
+# --- what is refused before anything is computed ---
+
+
+def test_data_are_opened_before_the_base_is_loaded(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "no-base", tmp_path / "no-pictures", tmp_path)
+    with pytest.raises(DataError, match=r"expected a folder of pictures, .* no such folder"):
+        make_recipe(config)
+
+
+def test_a_misspelt_detector_is_refused_before_the_first_step(
+    pipe: Any, pictures: Path, tmp_path: Path
+) -> None:
+    """If it would look at anything."""
+    pipe.save_pretrained(tmp_path / "base")
+    config = config_of(tmp_path / "base", pictures, tmp_path)
+    config["validation"] = {"detector": str(tmp_path / "stikworld"), "count": 1}
+    with pytest.raises(RecipeError, match=r"^validation.detector: expected .*stikworld"):
+        make_recipe(config)
+    assert not (tmp_path / "cache/latents").exists()
+    config["validation"]["count"] = 0
+    assert make_recipe(config).step == 0
+
+
+def test_the_first_whole_pictures_are_drawn(
+    pipe: Any, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe.save_pretrained(tmp_path / "base")
+    held_out = tmp_path / "held-out"
+    shutil.copytree(pictures, held_out)
+    names = [json.loads(line)["file_name"] for line in (held_out / "metadata.jsonl").open()]
+    (held_out / names[0]).write_bytes((held_out / names[0]).read_bytes()[:-400])  # its header stays whole
+    config = config_of(tmp_path / "base", pictures, tmp_path, steps=1)
+    config["validation"] = {"data": str(held_out), "count": 2, "steps": 1}
+    recipe: Any = make_recipe(config)
+    recipe.train()
+    assert (tmp_path / "run/samples/000001.png").is_file()
+    assert f"interactdiff: {names[0]}: not drawn: expected a whole picture" in capsys.readouterr().err
+    assert [shown.record.name for shown in recipe.shown] == names[1:3]
 
 
 # --- several processes ---

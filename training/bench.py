@@ -26,7 +26,13 @@ from interactdiff.sites import denoiser_of
 from interactdiff.training.config import checked
 from interactdiff.training.frozen_bases import FrozenBase, frozen_base
 from interactdiff.training.interaction_config import DropsConfig, InteractionConfig
-from interactdiff.training.interaction_data import PictureData, Variation, WordsDone, captions_of
+from interactdiff.training.interaction_data import (
+    PictureData,
+    Variation,
+    WordsDone,
+    captions_of,
+    open_pictures,
+)
 from interactdiff.training.memory import bare_pipeline
 from interactdiff.training.pictures_config import LossConfig
 from interactdiff.training.run import load_config
@@ -117,7 +123,7 @@ class Loading:
 
     def batches(self, objective: Any) -> Iterator[dict[str, Any]]:
         """What a training reads, from the first step on; caches are made where they are missing."""
-        data = PictureData(self.config, 16)
+        data = PictureData(self.config, open_pictures(self.config), 16)
         caches: Sequence[Latents] = data.latent_caches("none")
         for one in caches:
             for _ in cast(Any, one).build(lambda pixels: torch.zeros(len(pixels), *self.latents)):

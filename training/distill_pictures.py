@@ -139,7 +139,7 @@ class DistillPicturesRecipe(PictureRecipe[DistillPicturesConfig]):
     def row(self, number: int) -> list[Image.Image]:
         """The picture itself, the teacher's, and the student's, from the same noise."""
         placement = self.shown_scene(number)[2]
-        pictures = [placement.apply(self.shown[number].open())]
+        pictures = [placement.apply(self.shown[number].record.open())]
         for transformer in (self.base.denoiser, self.student):
             self.pipe.transformer = transformer
             pictures.append(self.draw(number))

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from interactdiff.errors import RecipeError
+from interactdiff.errors import InteractdiffError, RecipeError
 
 
 def is_lost_process(error: RuntimeError) -> bool:
@@ -33,13 +33,13 @@ class Processes:
         """Let the main process work while the others wait.
 
         Raises:
-            RecipeError: the work raised one; then every process raises it.
+            InteractdiffError: the work raised one; then every process raises it, of several a `RecipeError`.
         """
         refused: list[str | None] = [None]
         if self.is_main:
             try:
                 work()
-            except RecipeError as error:
+            except InteractdiffError as error:
                 if self.count == 1:
                     raise
                 refused = [str(error)]
