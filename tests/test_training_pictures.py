@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_training import config_of, exported_world
 
@@ -29,7 +31,7 @@ from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.launch import check_world_size, launched_processes
 from interactdiff.training.run import make_recipe
-from interactdiff.training.run_folder import checkpoints
+from interactdiff.training.run_folder import RunFolder, checkpoints
 
 BASES = {"sd15": "pipe", "sd21": "pipe", "sdxl": "xl_pipe", "flux": "flux_pipe", "sd35": "sd3_pipe"}
 
@@ -228,6 +230,40 @@ def test_two_processes_and_accumulation_are_one_process(
     narrow = make_recipe(config | {"output_dir": str(tmp_path / "narrow"), "batch_size": 2})
     with pytest.raises(RecipeError, match=r"expected global_batch to be 4 as in .*, got 2"):
         narrow.resume(str(tmp_path / "two/checkpoint-3"))
+
+
+def test_processes_that_find_different_checkpoints_refuse_to_go_on(
+    pipe: Any,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As on machines whose disks are their own; and processes wait for longer than NCCL's 10 minutes."""
+    pipe.save_pretrained(tmp_path / "base")
+    config = config_of(tmp_path / "base", pictures, tmp_path, steps=2, checkpoint_every=1)
+    make_recipe(config).train()
+    shutil.copytree(tmp_path / "run", tmp_path / "run-1")
+    shutil.rmtree(tmp_path / "run-1/checkpoint-2")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    own_folder, own_start = RunFolder.__init__, torch.distributed.init_process_group
+
+    def folder(self: RunFolder, path: str) -> None:
+        own_folder(self, path + "-1" * (os.environ.get("RANK") == "1"))
+
+    def start(*given: Any, **options: Any) -> None:
+        print("timeout:", options["timeout"].total_seconds(), flush=True)
+        own_start(*given, **options)
+
+    monkeypatch.setattr(RunFolder, "__init__", folder)
+    monkeypatch.setattr(torch.distributed, "init_process_group", start)
+    command = ["train", str(tmp_path / "recipe.yaml"), "--resume_from_checkpoint", "latest"]
+    assert not run_ranks(2, [*command, "--set", "batch_size=1", "steps=3"])
+    said = capfd.readouterr()
+    sentence = r"expected one checkpoint in an output_dir that all processes share, got "
+    found = r"step 2 of run (\w+) and step 1 of run \1\n"
+    assert re.search(f"interactdiff: {sentence}{found}", said.err), said.err
+    assert f"timeout: {24 * 3600.0}" in said.out
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(pipe: Any, pictures: Path, tmp_path: Path) -> None:

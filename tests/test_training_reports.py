@@ -109,7 +109,16 @@ def test_what_is_uploaded_is_the_exported_folder(
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     pipe.save_pretrained(tmp_path / "base")
     config = config_of(tmp_path / "base", pictures, tmp_path, steps=1)
-    make_recipe(config | {"hub": {"id": "someone/riders", "private": False}}).train()
+    recipe = make_recipe(config | {"hub": {"id": "someone/riders", "private": False}})
+    own = recipe.processes.on_main
+
+    def on_main(work: Any) -> None:  # others would wait for the upload to end
+        before = list(asked)
+        own(work)
+        assert asked == before
+
+    monkeypatch.setattr(recipe.processes, "on_main", on_main)
+    recipe.train()
     assert asked == [
         ("someone/riders", {"private": False, "exist_ok": True}),
         ("someone/riders", ["README.md", "adapter.safetensors", "config.json", "samples.png"]),

@@ -1,5 +1,6 @@
 """Runs keep their work: identities, checkpoints that are whole or refused, and what a resume must match."""
 
+import gc
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 
 from interactdiff.cli import main
 from interactdiff.errors import DamagedCheckpointError, RecipeError
-from interactdiff.training.checkpoints import MODEL, STATE, TRAINING, read_checkpoint
+from interactdiff.training.checkpoints import MODEL, STATE, TRAINING, Checkpoint, read_checkpoint
 from interactdiff.training.run import load_config, make_recipe, recipes
 from interactdiff.training.run_folder import checkpoints
 from interactdiff.training.vae import VaeRecipe
@@ -443,3 +444,22 @@ def test_random_states_are_part_of_a_checkpoint(file: str) -> None:
     again.resume("latest")
     assert torch.equal(torch.rand(3), expected[0])
     assert (random.random(), np.random.rand()) == expected[1:]
+
+
+def test_a_checkpoint_is_let_go_once_it_is_restored(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["train", file, "--set", "steps=2"]) == 0
+    held: list[str] = []
+
+    def train(self: VaeRecipe, overwrite: bool) -> None:
+        gc.collect()
+        held.extend(
+            line for line in Path("/proc/self/maps").read_text().splitlines() if "checkpoint-2" in line
+        )
+        held.extend(repr(one.folder) for one in gc.get_objects() if isinstance(one, Checkpoint))
+        assert self.step == 2
+
+    monkeypatch.setattr(VaeRecipe, "train", train)
+    assert main(["train", file, "--resume_from_checkpoint", "latest"]) == 0
+    assert not held

@@ -294,6 +294,8 @@ class TrainingState:
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     state[name] = put(torch.empty_like(parameter, dtype=value.dtype), value)
+                elif torch.is_tensor(value):
+                    state[name] = value.clone()  # else a count of steps keeps the whole file in memory
 
     @staticmethod
     def _load_random(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

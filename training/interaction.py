@@ -176,8 +176,11 @@ class InteractionRecipe(PictureRecipe[InteractionConfig]):
             print(f"interactdiff: {verdict(scores)}", file=sys.stderr)
         samples = sorted((self.output / SAMPLES).glob("*.png"))
         write_card(config, self._facts(), scores, samples[-1] if samples else None)
-        if config.hub.id is not None:
-            push(config.export_to, config.hub.id, config.hub.private)
+
+    def publish(self) -> None:
+        """To the Hub, if the configuration says where."""
+        if (name := self.config.hub.id) is not None:
+            push(self.config.export_to, name, self.config.hub.private)
 
     def _facts(self) -> dict[str, str]:
         """What the card says of the training."""

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors import SafetensorError
@@ -34,7 +34,7 @@ from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
 from interactdiff.training.launch import check_strategy, check_world_size, world_size
 from interactdiff.training.optimizers import make_optimizers, make_scheduler
-from interactdiff.training.processes import Processes, is_lost_process
+from interactdiff.training.processes import TIMEOUT, Processes, is_lost_process
 from interactdiff.training.run_folder import LOG, SAMPLES, RunFolder, sample_name
 from interactdiff.training.sharding import Sharding
 from interactdiff.training.stop_signals import StopSignals
@@ -83,6 +83,7 @@ class Recipe(ABC, Generic[C]):
             project_dir=self.output,
             # else a schedule takes a step for every process
             dataloader_config=DataLoaderConfiguration(split_batches=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
         self.tracker = Tracker(self.accelerator, config.tracker)
         self.processes = Processes(self.accelerator)
@@ -158,6 +159,9 @@ class Recipe(ABC, Generic[C]):
     def export(self) -> None:
         """Write the (averaged) model where `export_to` says."""
 
+    def publish(self) -> None:
+        """Upload what was exported, in the main process alone."""
+
     def generator(self, step: int) -> torch.Generator:
         """The source of a step's noise, on the device."""
         return torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + step)
@@ -207,6 +211,8 @@ class Recipe(ABC, Generic[C]):
             self._check_weights()
             with self._gathered():
                 self.processes.on_main(self._export)
+        if self.processes.is_main:
+            self.publish()  # no process waits for another one any more
         return losses
 
     def _refusal(self, error: RuntimeError) -> RecipeError | None:

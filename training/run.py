@@ -153,6 +153,10 @@ def run(
     if checkpoint is None and not overwrite:
         folder.check_unused()
     recipe = make_recipe(values)
+    state = checkpoint and checkpoint.state
+    found = f"step {state.step} of run {state.run}" if state else "none"
+    recipe.processes.check_same(found, "one checkpoint in an output_dir that all processes share")
     if checkpoint is not None:
         recipe.restore(checkpoint)
+    del checkpoint, state  # its tensors would stay in memory
     recipe.train(overwrite)
