@@ -55,12 +55,19 @@ def state(recipe: Recipe) -> list[torch.Tensor]:
     return [*recipe.model.state_dict().values(), *recipe.ema.shadow_params, *moments, rate]
 
 
+def resume(recipe: Recipe, which: str = "latest") -> None:
+    """Go on from a checkpoint, as the command line does."""
+    checkpoint = recipe.folder.find(which, recipe.config)
+    assert checkpoint is not None
+    recipe.restore(checkpoint)
+
+
 def check_that_a_resumed_run_is_the_unbroken_one(config: dict[str, Any]) -> Recipe:
     """Cut a run off after a step and resume it: the same numbers, and the same losses from there on."""
     unbroken = make_recipe(config | {"stop_after": 0.0})
     assert len(unbroken.train()) == 1
     resumed = make_recipe(config)
-    resumed.resume("latest")
+    resume(resumed)
     for one, other in zip(state(unbroken), state(resumed), strict=True):
         assert torch.equal(one, other)
     unbroken.config.stop_after = float("inf")

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from ranks import run_ranks
+from recipes import resume
 from safetensors.torch import load_file
 from tiny_training import config_of, exported_world
 
@@ -216,20 +217,20 @@ def test_two_processes_and_accumulation_are_one_process(
             assert torch.allclose(tensor, exported[key], rtol=1e-3, atol=1e-4), key
 
     alone = make_recipe(config | {"output_dir": str(tmp_path / "sharded"), "shard": True, "stop_at": 3})
-    alone.resume(str(tmp_path / "sharded/checkpoint-2"))
+    resume(alone, str(tmp_path / "sharded/checkpoint-2"))
     assert alone.train(overwrite=True) == pytest.approx(one[2:3], rel=1e-5)
     wider = config | {"output_dir": str(tmp_path / "two"), "stop_at": 3}
     again = make_recipe(wider)
-    again.resume(str(tmp_path / "two/checkpoint-2"))
+    resume(again, str(tmp_path / "two/checkpoint-2"))
     assert again.train(overwrite=True) == pytest.approx(one[2:3], rel=1e-5)
 
     left = make_recipe(config | {"output_dir": str(tmp_path / "left"), "steps": 10_000, "stop_at": 4})
-    left.resume(str(tmp_path / "left/checkpoint-2"))
+    resume(left, str(tmp_path / "left/checkpoint-2"))
     assert left.train(overwrite=True) == pytest.approx(one[2:], rel=1e-5)
 
     narrow = make_recipe(config | {"output_dir": str(tmp_path / "narrow"), "batch_size": 2})
     with pytest.raises(RecipeError, match=r"expected global_batch to be 4 as in .*, got 2"):
-        narrow.resume(str(tmp_path / "two/checkpoint-3"))
+        resume(narrow, str(tmp_path / "two/checkpoint-3"))
 
 
 def test_processes_that_find_different_checkpoints_refuse_to_go_on(
@@ -287,7 +288,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(pipe: Any, pictures: Pa
     saved = checkpoints(tmp_path / "run")[-1]
     assert len(before) - int(saved.name.removeprefix("checkpoint-")) <= 2 + 1  # done twice, at most
     resumed = make_recipe(config | {"stop_at": len(before) + 2})
-    resumed.resume("latest")
+    resume(resumed)
     losses = resumed.train()
     assert not list((tmp_path / "run").glob(".checkpoint*"))
     whole = make_recipe(config | {"output_dir": str(tmp_path / "whole"), "stop_at": len(before) + 2}).train()

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from recipes import VAE, short
+from recipes import VAE, resume, short
 from safetensors.torch import load_file
 
 from interactdiff.cli import main
 from interactdiff.errors import DamagedCheckpointError, RecipeError
-from interactdiff.training.checkpoints import MODEL, STATE, TRAINING, Checkpoint, read_checkpoint
+from interactdiff.training.checkpoints import MODEL, STATE, TRAINING, Checkpoint, read_checkpoint, read_state
 from interactdiff.training.run import load_config, make_recipe, recipes
 from interactdiff.training.run_folder import checkpoints
 from interactdiff.training.vae import VaeRecipe
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         read_checkpoint(hurt.parent)
     again = make_recipe(load_config(file, []))
     capsys.readouterr()
-    again.resume("latest")
+    resume(again)
     assert again.step == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -294,6 +294,22 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     said = refused(capsys, file, "--resume_from_checkpoint", "latest")
     assert f"expected a whole checkpoint in {tmp_path / 'r'}, got none: expected " in said
     assert name in refused(capsys, file, "--resume_from_checkpoint", str(hurt.parent))
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ("[]", "no JSON object"),
+        ("3", "no JSON object"),
+        ("[" * 100_000, "no JSON"),
+        ('{"run": 3}', "a wrong run"),
+        ("{", "no JSON"),
+    ],
+)
+def test_a_state_that_is_none_is_damaged(tmp_path: Path, content: str, got: str) -> None:
+    (tmp_path / STATE).write_text(content)
+    with pytest.raises(DamagedCheckpointError, match=rf"expected a whole {tmp_path / STATE}, got {got}$"):
+        read_state(tmp_path)
 
 
 class Hostile:
@@ -441,7 +457,7 @@ def test_random_states_are_part_of_a_checkpoint(file: str) -> None:
     recipe.save_checkpoint()
     expected = torch.rand(3), random.random(), np.random.rand()
     again = make_recipe(load_config(file, []))
-    again.resume("latest")
+    resume(again)
     assert torch.equal(torch.rand(3), expected[0])
     assert (random.random(), np.random.rand()) == expected[1:]
 

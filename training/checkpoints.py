@@ -95,8 +95,9 @@ def read_state(folder: Path) -> SavedState:
         raise DamagedCheckpointError(f"expected {STATE} in {folder}, got {error.strerror}") from None
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got a wrong {place}") from None
-    except ValueError:
+        got = f"a wrong {place}" if place else "no JSON object"
+        raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got {got}") from None
+    except (ValueError, RecursionError):
         raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got no JSON") from None
     if state.own_checksum not in (None, state.checksum()):
         raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got one that is damaged")
@@ -113,13 +114,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for name in (MODEL, TRAINING):
         file = folder / name
         try:
-            whole = _checksum(file) == state.checksums.get(name)
-            tensors[name] = load_file(file) if whole else {}
+            intact = _checksum(file) == state.checksums.get(name)
+            tensors[name] = load_file(file) if intact else {}
         except FileNotFoundError:
             raise DamagedCheckpointError(f"expected {name} in {folder}, got none") from None
         except (OSError, SafetensorError) as error:
             raise DamagedCheckpointError(f"expected a whole {file}, got {error}") from None
-        if not whole:
+        if not intact:
             raise DamagedCheckpointError(f"expected a whole {file}, got one that is damaged")
     return Checkpoint(folder, state, tensors)
 

@@ -389,18 +389,6 @@ class Recipe(ABC, Generic[C]):
             which = wrong[0] if wrong else "another process"
             raise RecipeError(f"expected finite weights after step {self.step}, got others in {which}")
 
-    def resume(self, which: str) -> None:
-        """Go on from a checkpoint, see `RunFolder.find`.
-
-        Args:
-            which: "latest", or the path of a checkpoint folder.
-
-        Raises:
-            RecipeError: there is no such checkpoint, it is damaged, or of another configuration.
-        """
-        if (checkpoint := self.folder.find(which, self.config)) is not None:
-            self.restore(checkpoint)
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint that was read.
 
