@@ -213,7 +213,8 @@ class RecipeConfig(Keys):
             "tracker",
         }
     )
-    """Keys that may be others when a run is resumed: none of them changes what a step computes."""
+    """Keys that may be others when a run is resumed: none of them changes what a step computes, but `steps`
+    under a linear, cosine or polynomial schedule, whose learning rates are planned for them."""
 
     recipe: str
     output_dir: Location
