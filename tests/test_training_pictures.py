@@ -28,6 +28,7 @@ from interactdiff.data.reading import Records
 from interactdiff.errors import DataError, RecipeError
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
+from interactdiff.training.checkpoints import read_state
 from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.launch import check_world_size, launched_processes
@@ -127,10 +128,45 @@ def test_the_first_whole_pictures_are_drawn(
     config = config_of(tmp_path / "base", pictures, tmp_path, steps=1)
     config["validation"] = {"data": str(held_out), "count": 2, "steps": 1}
     recipe: Any = make_recipe(config)
-    recipe.train()
-    assert (tmp_path / "run/samples/000001.png").is_file()
+    recipe.save_sample()
+    assert (tmp_path / "run/samples/000000.png").is_file()
     assert f"interactdiff: {names[0]}: not drawn: expected a whole picture" in capsys.readouterr().err
     assert [shown.record.name for shown in recipe.shown] == names[1:3]
+
+
+def test_a_run_does_not_go_on_with_other_data_unasked(pipe: Any, pictures: Path, tmp_path: Path) -> None:
+    """A row more changes the order of all examples; checkpoints from before this was kept go on."""
+    pipe.save_pretrained(tmp_path / "base")
+    shutil.copytree(pictures, tmp_path / "world")
+    config = config_of(tmp_path / "base", tmp_path / "world", tmp_path, validation={"count": 0})
+    recipe = make_recipe(config)
+    recipe.step = 2
+    recipe.save_checkpoint()
+    resume(recipe)
+    rows = tmp_path / "world/metadata.jsonl"
+    rows.write_text(rows.read_text().rstrip("\n").rpartition("\n")[0] + "\n")
+    changed = make_recipe(config)
+    with pytest.raises(
+        RecipeError, match=r"expected the data of .*/checkpoint-2, got rows that were changed"
+    ):
+        resume(changed)
+    assert changed.step == 0
+
+    folder = tmp_path / "run/checkpoint-2"
+    state = read_state(folder)
+    state.data = None
+    state.own_checksum = state.checksum()
+    whole = (folder / "state.json").read_bytes()
+    (folder / "state.json").write_text(json.dumps(state.model_dump(exclude={"data"})))
+    resume(changed)
+    assert changed.step == 2
+
+    (folder / "state.json").write_bytes(whole)
+    changed.config.allow_changed_data = True
+    resume(changed)
+    changed.save_checkpoint()
+    changed.config.allow_changed_data = False
+    resume(changed)
 
 
 # --- several processes ---
@@ -242,8 +278,10 @@ def test_processes_that_find_different_checkpoints_refuse_to_go_on(
 ) -> None:
     """As on machines whose disks are their own; and processes wait for longer than NCCL's 10 minutes."""
     pipe.save_pretrained(tmp_path / "base")
-    config = config_of(tmp_path / "base", pictures, tmp_path, steps=2, checkpoint_every=1)
-    make_recipe(config).train()
+    config = config_of(tmp_path / "base", pictures, tmp_path, validation={"count": 0})
+    recipe = make_recipe(config)
+    for recipe.step in (1, 2):
+        recipe.save_checkpoint()
     shutil.copytree(tmp_path / "run", tmp_path / "run-1")
     shutil.rmtree(tmp_path / "run-1/checkpoint-2")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))

@@ -41,6 +41,8 @@ class SavedState(BaseModel):
         scaler: state of the scaler of fp16.
         random: states of Python's and numpy's generators.
         checksums: CRC-32 of each file of tensors.
+        data: what says whether the data are the same, see `Recipe.data_digest`; checkpoints of before and
+            recipes that make their data have none.
         own_checksum: CRC-32 of all of the above; checkpoints of before have none.
     """
 
@@ -56,11 +58,13 @@ class SavedState(BaseModel):
     scaler: dict[str, Any] | None
     random: dict[str, Any]
     checksums: dict[str, int]
+    data: str | None = None
     own_checksum: int | None = None
 
     def checksum(self) -> int:
         """What `own_checksum` is to be."""
-        contents = json.loads(json.dumps(self.model_dump(exclude={"own_checksum"})))
+        left_out = {"own_checksum"} | ({"data"} if self.data is None else set())
+        contents = json.loads(json.dumps(self.model_dump(exclude=left_out)))
         return zlib.crc32(json.dumps(contents, sort_keys=True).encode())
 
 
@@ -150,6 +154,7 @@ class TrainingState:
         schedulers: of their learning rates.
         ema: the average of its parameters.
         scaler: of the losses under fp16, or None.
+        data: of the run, see `SavedState`.
     """
 
     def __init__(
@@ -159,9 +164,10 @@ class TrainingState:
         schedulers: Sequence[Any],
         ema: EMAModel,
         scaler: Any = None,
+        data: str | None = None,
     ):
         self.model, self.optimizers, self.schedulers = model, optimizers, schedulers
-        self.ema, self.scaler = ema, scaler
+        self.ema, self.scaler, self.data = ema, scaler, data
 
     @torch.no_grad()
     def not_finite(self) -> list[str]:
@@ -220,6 +226,7 @@ class TrainingState:
             scaler=None if self.scaler is None else dict(self.scaler.state_dict()),
             random={"python": [version, list(python), gauss], "numpy": position},
             checksums={name: _checksum(folder / name) for name in (MODEL, TRAINING)},
+            data=self.data,
         )
         state.own_checksum = state.checksum()
         (folder / STATE).write_text(json.dumps(state.model_dump(), indent=1) + "\n", encoding="utf-8")

@@ -73,6 +73,7 @@ class PictureRecipe(Recipe[P]):
             records, validation = open_pictures(config), config.validation.data
             drawn = records if validation is None else Records.open(validation)
         self.check_data(records)
+        self.data_digest = " ".join(part.digest for part in records.parts)
         self.shown = self._whole_pictures(drawn)
         self.pipe: Any = load_pipeline(resolve("model", config.base), torch.device("cpu"), self.dtype)
         self.pipe.set_progress_bar_config(disable=True)

@@ -128,6 +128,7 @@ class PicturesConfig(RecipeConfig):
         base_quantization: "int8", "fp8" or "nf4" for the linear layers in its denoiser's blocks, see
             `quantization.quantize`; or "none".
         data: one data set or several; a path stands for one; no run writes there.
+        allow_changed_data: whether a run goes on from a checkpoint of other data, such as with a row more.
         cache: folder of latents and text states.
         resolution: pixels, see `interactdiff.data.framing.Framing`.
         multiple: that sides are multiples of; null: 64 for a U-Net, 16 for a transformer.
@@ -152,6 +153,7 @@ class PicturesConfig(RecipeConfig):
         "accumulate",
         "processes",
         "workers",
+        "allow_changed_data",
         "cache",
         "gradient_checkpointing",
         "validation",
@@ -163,6 +165,7 @@ class PicturesConfig(RecipeConfig):
         str, choice("none", *BYTES, aliases={None: "none", False: "none", "null": "none"})
     ] = "none"
     data: Annotated[list[SourceConfig], BeforeValidator(_sources)]
+    allow_changed_data: Flag = False
     cache: Location
     resolution: Count
     multiple: OptionalCount = None

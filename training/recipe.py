@@ -59,10 +59,13 @@ class Recipe(ABC, Generic[C]):
         shares_batches: whether several processes may run it.
         run: the identity of the run, which its checkpoints bear.
         step: how many steps were taken.
+        data_digest: changes with the rows of the data, and so with the order of all examples; None where the
+            configuration alone says what they are.
     """
 
     config_type: type[Any]
     shares_batches: ClassVar[bool] = False
+    data_digest: str | None = None
     _whole: dict[str, Tensor] | None = None  # a sharded model's weights, while they are gathered
 
     def __init__(self, config: C):
@@ -123,6 +126,7 @@ class Recipe(ABC, Generic[C]):
             self.schedulers,
             self.ema,
             self.accelerator.scaler,
+            self.data_digest,
         )
         self.step, self.run = 0, self.processes.same(uuid4().hex)
         self._replaces: tuple[Path, ...] = ()
@@ -393,8 +397,14 @@ class Recipe(ABC, Generic[C]):
         """Go on from a checkpoint that was read.
 
         Raises:
-            RecipeError: it is of a model or optimizers of other shapes.
+            RecipeError: it is of a model or optimizers of other shapes, or of other data.
         """
+        saved = checkpoint.state.data
+        if saved not in (None, self.data_digest) and not getattr(self.config, "allow_changed_data", False):
+            raise RecipeError(
+                f"expected the data of {checkpoint.folder}, got rows that were changed since, which come in "
+                "another order: --set allow_changed_data=true goes on with them"
+            )
         self.state.load(checkpoint)
         self.step, self.run, self._replaces = checkpoint.state.step, checkpoint.state.run, checkpoint.replaces
 
