@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from ranks import run_ranks
 from recipes import resume
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ from interactdiff.training.checkpoints import read_state
 from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.launch import check_world_size, launched_processes
+from interactdiff.training.processes import Processes
 from interactdiff.training.run import make_recipe
 from interactdiff.training.run_folder import RunFolder, checkpoints
 
@@ -267,6 +269,24 @@ def test_two_processes_and_accumulation_are_one_process(
     narrow = make_recipe(config | {"output_dir": str(tmp_path / "narrow"), "batch_size": 2})
     with pytest.raises(RecipeError, match=r"expected global_batch to be 4 as in .*, got 2"):
         resume(narrow, str(tmp_path / "two/checkpoint-3"))
+
+
+def test_what_the_main_process_refuses_every_process_refuses(tmp_path: Path) -> None:
+    """Whatever error of the package it is: others would wait for a process that has ended."""
+
+    def refuse() -> None:
+        raise DataError("expected rows, got none")
+
+    def work() -> int:
+        processes = Processes(Accelerator(cpu=True))
+        try:
+            processes.on_main(refuse)
+        except RecipeError as error:
+            (tmp_path / str(processes.rank)).write_text(str(error))
+        return 0
+
+    assert run_ranks(2, work)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["expected rows, got none"] * 2
 
 
 def test_processes_that_find_different_checkpoints_refuse_to_go_on(
