@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.run import load_config, make_recipe
+from interactdiff.training.run_folder import checkpoints
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 SHORT = {
@@ -45,6 +47,24 @@ def short(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     config = load_config(CONFIGS / f"{name}.yaml", [])
     cut = {**SHORT, "cache_dir": str(folder / "cache"), "output_dir": str(folder / name)}
     return config | {key: value for key, value in cut.items() if key in config} | changes
+
+
+def four_steps(folder: Path, cache: Path) -> str:
+    """The file of a recipe of four tiny steps, with a checkpoint every second."""
+    config = short(folder, "stickworld_vae", model=VAE, renders=2, steps=4, checkpoint_every=2)
+    config |= {
+        "cache_dir": str(cache),
+        "output_dir": str(folder / "r"),
+        "export_to": str(folder / "made"),
+    }
+    config |= {"sample_every": 100, "log_every": 1, "optimizer": "adamw"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "recipe.yaml")
+
+
+def names(folder: Path) -> list[str]:
+    """The checkpoints in a run's folder."""
+    return [found.name for found in checkpoints(folder)]
 
 
 def state(recipe: Recipe) -> list[torch.Tensor]:

@@ -1,11 +1,13 @@
-"""The optimizers of the recipes, and their learning rates."""
+"""The optimizers of the recipes, their learning rates, and averages of weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from interactdiff.errors import RecipeError
@@ -68,6 +70,17 @@ def make_scheduler(
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, minutes() / config.stop_after)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@contextmanager
+def averaged(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside the block, parameters hold their moving averages."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:

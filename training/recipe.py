@@ -33,7 +33,7 @@ from interactdiff.files import write_aside
 from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
 from interactdiff.training.launch import check_strategy, check_world_size, world_size
-from interactdiff.training.optimizers import make_optimizers, make_scheduler
+from interactdiff.training.optimizers import averaged, make_optimizers, make_scheduler
 from interactdiff.training.processes import TIMEOUT, Processes, is_lost_process
 from interactdiff.training.run_folder import LOG, SAMPLES, RunFolder, sample_name
 from interactdiff.training.sharding import Sharding
@@ -343,7 +343,7 @@ class Recipe(ABC, Generic[C]):
         """Inside the block the model has its averaged weights; sharded ones have them by `_gathered`."""
         if self.sharding is not None:
             return nullcontext()
-        return _Averaged(self.ema, self._averaged_parameters)
+        return averaged(self.ema, self._averaged_parameters)
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -351,7 +351,7 @@ class Recipe(ABC, Generic[C]):
         if self.sharding is None:
             yield
             return
-        with torch.no_grad(), _Averaged(self.ema, self._averaged_parameters):
+        with torch.no_grad(), averaged(self.ema, self._averaged_parameters):
             with self.sharding.gathered() as self._whole:
                 yield
             self._whole = None
@@ -407,17 +407,3 @@ class Recipe(ABC, Generic[C]):
             )
         self.state.load(checkpoint)
         self.step, self.run, self._replaces = checkpoint.state.step, checkpoint.state.run, checkpoint.replaces
-
-
-class _Averaged:
-    """Inside the block, parameters hold their moving averages."""
-
-    def __init__(self, ema: EMAModel, parameters: list[nn.Parameter]):
-        self.ema, self.parameters = ema, parameters
-
-    def __enter__(self) -> None:
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-
-    def __exit__(self, *_: object) -> None:
-        self.ema.restore(self.parameters)
