@@ -22,12 +22,15 @@ from interactdiff.cli import main
 LONGEST = 150  # seconds
 
 
-def run_ranks(count: int, command: Sequence[str], kill_when: Callable[[], bool] = lambda: False) -> bool:
+Command = Sequence[str] | Callable[[], int]
+
+
+def run_ranks(count: int, command: Command, kill_when: Callable[[], bool] = lambda: False) -> bool:
     """Run a command in several processes.
 
     Args:
         count: of processes.
-        command: arguments of interactdiff.
+        command: arguments of interactdiff; or what to call, which returns an exit status.
         kill_when: all processes are killed as soon as this is true.
 
     Returns:
@@ -50,7 +53,7 @@ def run_ranks(count: int, command: Sequence[str], kill_when: Callable[[], bool] 
     return True
 
 
-def _forked(rank: int, count: int, port: int, command: Sequence[str]) -> int:
+def _forked(rank: int, count: int, port: int, command: Command) -> int:
     """The id of a new process; the new one does not return."""
     if process := os.fork():
         return process
@@ -62,7 +65,7 @@ def _forked(rank: int, count: int, port: int, command: Sequence[str]) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        code = main(list(command))
+        code = command() if callable(command) else main(list(command))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.run import load_config, make_recipe
+from interactdiff.training.run_folder import checkpoints
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 SHORT = {
@@ -47,6 +49,24 @@ def short(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     return config | {key: value for key, value in cut.items() if key in config} | changes
 
 
+def four_steps(folder: Path, cache: Path) -> str:
+    """The file of a recipe of four tiny steps, with a checkpoint every second."""
+    config = short(folder, "stickworld_vae", model=VAE, renders=2, steps=4, checkpoint_every=2)
+    config |= {
+        "cache_dir": str(cache),
+        "output_dir": str(folder / "r"),
+        "export_to": str(folder / "made"),
+    }
+    config |= {"sample_every": 100, "log_every": 1, "optimizer": "adamw"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "recipe.yaml")
+
+
+def names(folder: Path) -> list[str]:
+    """The checkpoints in a run's folder."""
+    return [found.name for found in checkpoints(folder)]
+
+
 def state(recipe: Recipe) -> list[torch.Tensor]:
     """Every number that training carries from step to step."""
     states = [s for optimizer in recipe.optimizers for s in optimizer.state.values()]
@@ -55,12 +75,19 @@ def state(recipe: Recipe) -> list[torch.Tensor]:
     return [*recipe.model.state_dict().values(), *recipe.ema.shadow_params, *moments, rate]
 
 
+def resume(recipe: Recipe, which: str = "latest") -> None:
+    """Go on from a checkpoint, as the command line does."""
+    checkpoint = recipe.folder.find(which, recipe.config)
+    assert checkpoint is not None
+    recipe.restore(checkpoint)
+
+
 def check_that_a_resumed_run_is_the_unbroken_one(config: dict[str, Any]) -> Recipe:
     """Cut a run off after a step and resume it: the same numbers, and the same losses from there on."""
     unbroken = make_recipe(config | {"stop_after": 0.0})
     assert len(unbroken.train()) == 1
     resumed = make_recipe(config)
-    resumed.resume("latest")
+    resume(resumed)
     for one, other in zip(state(unbroken), state(resumed), strict=True):
         assert torch.equal(one, other)
     unbroken.config.stop_after = float("inf")

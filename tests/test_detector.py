@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recipes import resume
 from tiny_dit import tiny_autoencoder
 from world_truth import perfect
 
@@ -286,7 +287,7 @@ def test_recipe_resumes_with_the_losses_of_an_unbroken_run(tmp_path: Path) -> No
     unbroken = make_recipe(tiny_config(tmp_path)).train()
     exported = Detector.from_pretrained(tmp_path / "detector")
     again = make_recipe(tiny_config(tmp_path))
-    again.resume(str(checkpoints(tmp_path / "run")[0]))
+    resume(again, str(checkpoints(tmp_path / "run")[0]))
     assert again.step == 2
     assert again.train(overwrite=True) == pytest.approx(unbroken[2:], abs=0)
     assert (tmp_path / "run" / "samples" / "000004.png").is_file()

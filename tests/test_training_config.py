@@ -11,6 +11,7 @@ from recipes import CONFIGS
 
 from interactdiff.cli import main
 from interactdiff.errors import RecipeError
+from interactdiff.training.config import checked
 from interactdiff.training.run import load_config, recipe_class, recipes
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -27,6 +28,24 @@ VAE, INTERACTION, DIT, CLEAR, TEXT, T5, BASE, DETECTOR = (
         "stickworld_detector",
     )
 )
+
+
+@pytest.mark.parametrize(
+    ("file", "newer", "other"),
+    [(VAE, "freeze_encoder", True), (CONFIGS / "flux_interaction.yaml", "base_quantization", "int8")],
+)
+def test_a_checkpoint_from_before_a_key_goes_on_with_its_default(file: Path, newer: str, other: Any) -> None:
+    values = load_config(file, [])
+    config = checked(recipe_class(values).config_type, values)
+    saved = json.loads(json.dumps(config.to_json()))
+    old = {key: value for key, value in saved.items() if key != newer}
+    if "loss" in saved:
+        old["loss"] = {key: value for key, value in saved["loss"].items() if key != "weighting"}
+    config.check_resumes(old, "a checkpoint")
+    with pytest.raises(RecipeError, match=rf"expected {newer} to be .* as in a checkpoint, got {other!r}"):
+        config.model_copy(update={newer: other}).check_resumes(old, "a checkpoint")
+    with pytest.raises(RecipeError, match=r"expected gone to be 3 as in a checkpoint, got None"):
+        config.check_resumes(old | {"gone": 3}, "a checkpoint")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -199,6 +218,36 @@ def test_what_cannot_be_read_is_one_sentence(file: Path, typed: str, sentence: s
         load_config(file, [typed])
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        (["data=people", "output_dir=people"], "output_dir: expected a folder outside of the data people"),
+        (["data=people", "output_dir=./people/run"], "output_dir: expected a folder outside of the data"),
+        (["data=people", "export_to=people"], "export_to: expected a folder outside of the data people"),
+        (
+            ["validation={data: held_out}", "output_dir=held_out"],
+            "outside of the data held_out, got held_out",
+        ),
+        (["data=runs/samples", "output_dir=runs"], "data: expected a folder that is not a run's samples"),
+        (
+            ["data=runs/checkpoint-5/x", "output_dir=runs"],
+            "expected a folder that is not a run's checkpoint-5",
+        ),
+    ],
+)
+def test_a_run_does_not_write_among_its_pictures(typed: list[str], sentence: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_config(CONFIGS / "sd15_interaction.yaml", typed)
+    assert sentence in str(refused.value)
+
+
+def test_pictures_may_lie_beside_what_a_run_writes() -> None:
+    config = load_config(
+        CONFIGS / "sd15_interaction.yaml", ["data=people", "output_dir=.", "export_to=./made"]
+    )
+    assert config["output_dir"] == "."
 
 
 def test_a_misspelt_key_is_named_rather_than_the_missing_one(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,20 +17,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from ranks import run_ranks
+from recipes import resume
 from safetensors.torch import load_file
 from tiny_training import config_of, exported_world
 
 from interactdiff import Interaction, InteractionAdapter, attach
 from interactdiff.cli import main
 from interactdiff.data.reading import Records
-from interactdiff.errors import RecipeError
+from interactdiff.errors import DataError, RecipeError
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
-from interactdiff.training.config import checked
-from interactdiff.training.interaction_config import InteractionConfig
-from interactdiff.training.launch import check_world_size, launched_processes
+from interactdiff.training.processes import Processes
 from interactdiff.training.run import make_recipe
-from interactdiff.training.run_folder import checkpoints
+from interactdiff.training.run_folder import RunFolder, checkpoints
 
 BASES = {"sd15": "pipe", "sd21": "pipe", "sdxl": "xl_pipe", "flux": "flux_pipe", "sd35": "sd3_pipe"}
 
@@ -173,20 +176,74 @@ def test_two_processes_and_accumulation_are_one_process(
             assert torch.allclose(tensor, exported[key], rtol=1e-3, atol=1e-4), key
 
     alone = make_recipe(config | {"output_dir": str(tmp_path / "sharded"), "shard": True, "stop_at": 3})
-    alone.resume(str(tmp_path / "sharded/checkpoint-2"))
+    resume(alone, str(tmp_path / "sharded/checkpoint-2"))
     assert alone.train(overwrite=True) == pytest.approx(one[2:3], rel=1e-5)
     wider = config | {"output_dir": str(tmp_path / "two"), "stop_at": 3}
     again = make_recipe(wider)
-    again.resume(str(tmp_path / "two/checkpoint-2"))
+    resume(again, str(tmp_path / "two/checkpoint-2"))
     assert again.train(overwrite=True) == pytest.approx(one[2:3], rel=1e-5)
 
     left = make_recipe(config | {"output_dir": str(tmp_path / "left"), "steps": 10_000, "stop_at": 4})
-    left.resume(str(tmp_path / "left/checkpoint-2"))
+    resume(left, str(tmp_path / "left/checkpoint-2"))
     assert left.train(overwrite=True) == pytest.approx(one[2:], rel=1e-5)
 
     narrow = make_recipe(config | {"output_dir": str(tmp_path / "narrow"), "batch_size": 2})
     with pytest.raises(RecipeError, match=r"expected global_batch to be 4 as in .*, got 2"):
-        narrow.resume(str(tmp_path / "two/checkpoint-3"))
+        resume(narrow, str(tmp_path / "two/checkpoint-3"))
+
+
+def test_what_the_main_process_refuses_every_process_refuses(tmp_path: Path) -> None:
+    """Whatever error of the package it is: others would wait for a process that has ended."""
+
+    def refuse() -> None:
+        raise DataError("expected rows, got none")
+
+    def work() -> int:
+        processes = Processes(Accelerator(cpu=True))
+        try:
+            processes.on_main(refuse)
+        except RecipeError as error:
+            (tmp_path / str(processes.rank)).write_text(str(error))
+        return 0
+
+    assert run_ranks(2, work)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["expected rows, got none"] * 2
+
+
+def test_processes_that_find_different_checkpoints_refuse_to_go_on(
+    pipe: Any,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As on machines whose disks are their own; and processes wait for longer than NCCL's 10 minutes."""
+    pipe.save_pretrained(tmp_path / "base")
+    config = config_of(tmp_path / "base", pictures, tmp_path, validation={"count": 0})
+    recipe = make_recipe(config)
+    for recipe.step in (1, 2):
+        recipe.save_checkpoint()
+    shutil.copytree(tmp_path / "run", tmp_path / "run-1")
+    shutil.rmtree(tmp_path / "run-1/checkpoint-2")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    own_folder, own_start = RunFolder.__init__, torch.distributed.init_process_group
+
+    def folder(self: RunFolder, path: str) -> None:
+        own_folder(self, path + "-1" * (os.environ.get("RANK") == "1"))
+
+    def start(*given: Any, **options: Any) -> None:
+        print("timeout:", options["timeout"].total_seconds(), flush=True)
+        own_start(*given, **options)
+
+    monkeypatch.setattr(RunFolder, "__init__", folder)
+    monkeypatch.setattr(torch.distributed, "init_process_group", start)
+    command = ["train", str(tmp_path / "recipe.yaml"), "--resume_from_checkpoint", "latest"]
+    assert not run_ranks(2, [*command, "--set", "batch_size=1", "steps=3"])
+    said = capfd.readouterr()
+    sentence = r"expected one checkpoint in an output_dir that all processes share, got "
+    found = r"step 2 of run (\w+) and step 1 of run \1\n"
+    assert re.search(f"interactdiff: {sentence}{found}", said.err), said.err
+    assert f"timeout: {24 * 3600.0}" in said.out
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(pipe: Any, pictures: Path, tmp_path: Path) -> None:
@@ -210,7 +267,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(pipe: Any, pictures: Pa
     saved = checkpoints(tmp_path / "run")[-1]
     assert len(before) - int(saved.name.removeprefix("checkpoint-")) <= 2 + 1  # done twice, at most
     resumed = make_recipe(config | {"stop_at": len(before) + 2})
-    resumed.resume("latest")
+    resume(resumed)
     losses = resumed.train()
     assert not list((tmp_path / "run").glob(".checkpoint*"))
     whole = make_recipe(config | {"output_dir": str(tmp_path / "whole"), "stop_at": len(before) + 2}).train()
@@ -249,65 +306,6 @@ def test_a_step_that_does_not_fit_in_memory_is_one_sentence(
     monkeypatch.setattr(recipe, "loss", loss)
     with pytest.raises(RecipeError, match=r"expected a step to fit in memory, .* --plan says what would"):
         recipe.train()
-
-
-def test_as_many_processes_as_were_asked_for(
-    pipe: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(RecipeError, match="expected 2 processes, which the recipe asks for, got 1: torchrun"):
-        check_world_size(2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    check_world_size(2)
-    config = config_of(tmp_path, pictures, tmp_path, batch_size=3, accumulate=2)
-    assert checked(InteractionConfig, config).to_json()["global_batch"] == 12
-
-
-def test_what_accelerate_launch_was_asked_for_is_compared(tmp_path: Path) -> None:
-    """accelerate 1.15 starts one process for `--cpu --num_processes 2` without a word."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from interactdiff.training.launch import check_world_size\n"
-        "from interactdiff.errors import RecipeError\n"
-        "try:\n    check_world_size(None)\nexcept RecipeError as error:\n    print(error)\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
-    launch += ["--num_processes", "2", str(script)]
-    said = subprocess.run(launch, capture_output=True, text=True, timeout=300).stdout
-    assert "expected 2 processes, which accelerate launch asks for, got 1" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "count"),
-    [
-        (["python", "accelerate", "launch", "--num_processes", "2", "script.py"], 2),
-        (["accelerate", "launch", "--num-processes=1", "--config_file", "8-gpu.yaml", "script.py"], 1),
-        (["accelerate", "launch", "--config_file", "8-gpu.yaml", "script.py"], 8),
-        (["accelerate", "launch", "--config_file", "missing.yaml", "script.py"], None),
-        (["accelerate", "launch", "script.py"], None),
-        (["torchrun", "--nproc_per_node", "2", "script.py"], None),
-    ],
-)
-def test_launch_commands_say_how_many_processes(words: list[str], count: int | None) -> None:
-    files = Path(__file__).parent.parent / "training/accelerate"
-    assert (
-        launched_processes([str(files / word) if word.endswith("gpu.yaml") else word for word in words])
-        == count
-    )
-
-
-@pytest.mark.parametrize(
-    ("variable", "reason"),
-    [
-        ("ACCELERATE_USE_FSDP", "FSDP, which lacks the adapter's weights"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed, which takes no weights that are single numbers"),
-    ],
-)
-def test_sharded_weights_are_refused(
-    variable: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(RecipeError, match=rf"expected DDP \(distributed_type: MULTI_GPU\), got {reason}"):
-        make_recipe(config_of(tmp_path, tmp_path, tmp_path))
 
 
 def test_readme_trains_on_pictures_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

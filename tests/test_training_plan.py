@@ -78,6 +78,22 @@ def test_what_would_fit_is_named(pipe: Any, tmp_path: Path) -> None:
     assert advice(config, 1.0) == "1 GB: does not fit, whatever is set"
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "left_out"),
+    [
+        ("hico_det_as_published", ["processes=2", "mixed_precision=fp16"], "shard"),
+        ("sdxl_interaction", ["processes=2", "shard=true"], "optimizer"),
+        ("sdxl_interaction", ["processes=2", "optimizer=prodigy"], "shard"),
+    ],
+)
+def test_what_the_recipe_refuses_is_not_advised(name: str, given: list[str], left_out: str) -> None:
+    found = list(smaller(config_of(name, *given)))
+    assert f" {left_out}=" not in f" {found[-1][0]}"
+    assert "base_quantization=nf4" in found[-1][0]
+    for words, other in found:
+        assert config_of(name, *given, *words.split()) == other
+
+
 def test_sharing_weights_out_takes_less(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     options = ["gradient_checkpointing=true", f"base={tmp_path}", "processes=4", "ema_decay=0.9"]

@@ -1,6 +1,7 @@
 """What a run reports: trackers, probed samples, the card, the Hub."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from tiny_training import config_of, exported_world
 from interactdiff import Entity, Interaction
 from interactdiff.errors import RecipeError
 from interactdiff.evaluation.detection import Instance
+from interactdiff.stickworld import model_path
 from interactdiff.stickworld.plain import sample_plain_scene
 from interactdiff.stickworld.render import render
+from interactdiff.training.config import checked
+from interactdiff.training.interaction_config import InteractionConfig
+from interactdiff.training.model_card import card
 from interactdiff.training.probe import BoxProbe, Counts, load_probe, verdict
 from interactdiff.training.run import make_recipe
 from interactdiff.training.tracking import check_tracker
@@ -109,11 +114,35 @@ def test_what_is_uploaded_is_the_exported_folder(
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     pipe.save_pretrained(tmp_path / "base")
     config = config_of(tmp_path / "base", pictures, tmp_path, steps=1)
-    make_recipe(config | {"hub": {"id": "someone/riders", "private": False}}).train()
+    recipe = make_recipe(config | {"hub": {"id": "someone/riders", "private": False}})
+    own = recipe.processes.on_main
+
+    def on_main(work: Any) -> None:  # others would wait for the upload to end
+        before = list(asked)
+        own(work)
+        assert asked == before
+
+    monkeypatch.setattr(recipe.processes, "on_main", on_main)
+    recipe.train()
     assert asked == [
         ("someone/riders", {"private": False, "exist_ok": True}),
         ("someone/riders", ["README.md", "adapter.safetensors", "config.json", "samples.png"]),
     ]
+
+
+@pytest.mark.parametrize("hub", [None, "someone/riders"])
+def test_the_cards_code_runs(tmp_path: Path, hub: str | None) -> None:
+    """On a packaged base, which the Hub does not have, from where the adapter was exported to."""
+    exported = tmp_path / "runs/adapter"
+    shutil.copytree(model_path("stickworld-interaction"), exported)
+    values = config_of(tmp_path, tmp_path / "world", tmp_path, export_to=str(exported))
+    config = checked(InteractionConfig, values | {"base": "stickworld", "hub": {"id": hub}})
+    code = card(config, {}, {}, False).split("```python")[1].split("```")[0]
+    assert f'InteractionAdapter.from_pretrained("{hub or exported}")' in code
+    *lines, draws = code.replace("someone/riders", str(exported)).strip().splitlines()
+    assert draws.strip().startswith('pipe("a person is riding a bike")')
+    exec("\n".join(lines), names := {})
+    assert type(names["pipe"]).__name__ == "StableDiffusionPipeline"
 
 
 def test_a_tracker_that_fails_stops_no_training(

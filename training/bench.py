@@ -26,7 +26,13 @@ from interactdiff.sites import denoiser_of
 from interactdiff.training.config import checked
 from interactdiff.training.frozen_bases import FrozenBase, frozen_base
 from interactdiff.training.interaction_config import DropsConfig, InteractionConfig
-from interactdiff.training.interaction_data import PictureData, Variation, WordsDone, varied_captions
+from interactdiff.training.interaction_data import (
+    PictureData,
+    Variation,
+    WordsDone,
+    open_pictures,
+    varied_captions,
+)
 from interactdiff.training.memory import bare_pipeline
 from interactdiff.training.pictures_config import LossConfig
 from interactdiff.training.run import load_config
@@ -117,7 +123,7 @@ class Loading:
 
     def batches(self, objective: Any) -> Iterator[dict[str, Any]]:
         """What a training reads, from the first step on; caches are made where they are missing."""
-        data = PictureData(self.config, 16)
+        data = PictureData(self.config, open_pictures(self.config), 16)
         caches: Sequence[Latents] = data.latent_caches("none")
         for one in caches:
             for _ in cast(Any, one).build(lambda pixels: torch.zeros(len(pixels), *self.latents)):
@@ -184,7 +190,7 @@ class TrainBench:
             folder, pictures, resolution, (self.channels, side, side), self.base.states_shapes(),
             batch_size, workers,
         )  # fmt: skip
-        self.encoders, self.resolution, self.batch_size = base, resolution, batch_size
+        self.published, self.resolution, self.batch_size = base, resolution, batch_size
         width = self.adapter.config.feature_dim
         self.feature = torch.zeros(width, device=device)
         self.handle = attach(
@@ -223,7 +229,7 @@ class TrainBench:
     @torch.no_grad()
     def encode_seconds(self) -> float:
         """Seconds in which the autoencoder and CLIP make a batch's latents and states."""
-        blocks = self.encoders.vae
+        blocks = self.published.vae
         make_vae, make_config, make_text = cast(Any, (AutoencoderKL, CLIPTextConfig, CLIPTextModel))
         with torch.random.fork_rng():
             vae = make_vae(
@@ -231,7 +237,7 @@ class TrainBench:
                 down_block_types=("DownEncoderBlock2D",) * len(blocks),
                 up_block_types=("UpDecoderBlock2D",) * len(blocks),
             ).to(self.device)  # fmt: skip
-            texts = [make_text(make_config(**one)).to(self.device) for one in self.encoders.encoders]
+            texts = [make_text(make_config(**one)).to(self.device) for one in self.published.encoders]
         pixels = torch.zeros(self.batch_size, 3, self.resolution, self.resolution, device=self.device)
         ids = torch.zeros(self.batch_size, 77, dtype=torch.long, device=self.device)
         begun = time.perf_counter()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from interactdiff.checkpoint import save_tensors
 from interactdiff.errors import DamagedCheckpointError, RecipeError
-from interactdiff.training.sharding import put, whole
+from interactdiff.training.sharding import local, put, whole
 
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 
@@ -41,6 +41,8 @@ class SavedState(BaseModel):
         scaler: state of the scaler of fp16.
         random: states of Python's and numpy's generators.
         checksums: CRC-32 of each file of tensors.
+        data: what says whether the data are the same, see `Recipe.data_digest`; checkpoints of before and
+            recipes that make their data have none.
         own_checksum: CRC-32 of all of the above; checkpoints of before have none.
     """
 
@@ -56,11 +58,13 @@ class SavedState(BaseModel):
     scaler: dict[str, Any] | None
     random: dict[str, Any]
     checksums: dict[str, int]
+    data: str | None = None
     own_checksum: int | None = None
 
     def checksum(self) -> int:
         """What `own_checksum` is to be."""
-        contents = json.loads(json.dumps(self.model_dump(exclude={"own_checksum"})))
+        left_out = {"own_checksum"} | ({"data"} if self.data is None else set())
+        contents = json.loads(json.dumps(self.model_dump(exclude=left_out)))
         return zlib.crc32(json.dumps(contents, sort_keys=True).encode())
 
 
@@ -95,8 +99,9 @@ def read_state(folder: Path) -> SavedState:
         raise DamagedCheckpointError(f"expected {STATE} in {folder}, got {error.strerror}") from None
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got a wrong {place}") from None
-    except ValueError:
+        got = f"a wrong {place}" if place else "no JSON object"
+        raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got {got}") from None
+    except (ValueError, RecursionError):
         raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got no JSON") from None
     if state.own_checksum not in (None, state.checksum()):
         raise DamagedCheckpointError(f"expected a whole {folder / STATE}, got one that is damaged")
@@ -113,13 +118,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for name in (MODEL, TRAINING):
         file = folder / name
         try:
-            whole = _checksum(file) == state.checksums.get(name)
-            tensors[name] = load_file(file) if whole else {}
+            intact = _checksum(file) == state.checksums.get(name)
+            tensors[name] = load_file(file) if intact else {}
         except FileNotFoundError:
             raise DamagedCheckpointError(f"expected {name} in {folder}, got none") from None
         except (OSError, SafetensorError) as error:
             raise DamagedCheckpointError(f"expected a whole {file}, got {error}") from None
-        if not whole:
+        if not intact:
             raise DamagedCheckpointError(f"expected a whole {file}, got one that is damaged")
     return Checkpoint(folder, state, tensors)
 
@@ -149,6 +154,7 @@ class TrainingState:
         schedulers: of their learning rates.
         ema: the average of its parameters.
         scaler: of the losses under fp16, or None.
+        data: of the run, see `SavedState`.
     """
 
     def __init__(
@@ -158,9 +164,17 @@ class TrainingState:
         schedulers: Sequence[Any],
         ema: EMAModel,
         scaler: Any = None,
+        data: str | None = None,
     ):
         self.model, self.optimizers, self.schedulers = model, optimizers, schedulers
-        self.ema, self.scaler = ema, scaler
+        self.ema, self.scaler, self.data = ema, scaler, data
+
+    @torch.no_grad()
+    def not_finite(self) -> list[str]:
+        """Names of trained parameters that are not finite, as far as this process has them."""
+        trained = {name: local(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        finite = torch.stack([p.isfinite().all() for p in trained.values()]).tolist()  # waits once
+        return [name for name, good in zip(trained, finite, strict=True) if not good]
 
     def collect(self) -> "Collected":
         """What a checkpoint has of weights, moments and average; of sharded ones every process takes part."""
@@ -212,6 +226,7 @@ class TrainingState:
             scaler=None if self.scaler is None else dict(self.scaler.state_dict()),
             random={"python": [version, list(python), gauss], "numpy": position},
             checksums={name: _checksum(folder / name) for name in (MODEL, TRAINING)},
+            data=self.data,
         )
         state.own_checksum = state.checksum()
         (folder / STATE).write_text(json.dumps(state.model_dump(), indent=1) + "\n", encoding="utf-8")
@@ -287,6 +302,8 @@ class TrainingState:
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     state[name] = put(torch.empty_like(parameter, dtype=value.dtype), value)
+                elif torch.is_tensor(value):
+                    state[name] = value.clone()  # else a count of steps keeps the whole file in memory
 
     @staticmethod
     def _load_random(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -214,7 +214,8 @@ class RecipeConfig(Keys):
             "tracker",
         }
     )
-    """Keys that may be others when a run is resumed: none of them changes what a step computes."""
+    """Keys that may be others when a run is resumed: none of them changes what a step computes, but `steps`
+    under a linear, cosine or polynomial schedule, whose learning rates are planned for them."""
 
     recipe: str
     output_dir: Location
@@ -266,11 +267,19 @@ class RecipeConfig(Keys):
         Raises:
             RecipeError: naming the first key that must not change.
         """
-        mine = self.to_json()
+        mine, saved = self.to_json(), self._completed(saved)
         for key in [*mine, *(key for key in saved if key not in mine)]:
             if key not in self.may_change and mine.get(key) != saved.get(key):
                 of, wanted, got = _difference(key, saved.get(key), mine.get(key))
                 raise RecipeError(f"expected {of} to be {wanted!r} as in {where}, got {got!r}")
+
+    def _completed(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A saved configuration with the defaults of keys that are newer than it."""
+        own = {key: value for key, value in saved.items() if key in type(self).model_fields}
+        try:
+            return {**saved, **type(self).model_validate(own).model_dump(mode="json")}
+        except ValidationError:  # of another recipe, or with values that are none any more
+            return saved
 
 
 def _difference(key: str, saved: Any, mine: Any) -> tuple[str, Any, Any]:

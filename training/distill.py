@@ -62,6 +62,40 @@ class AttentionOutputs:
         self.states.append(torch.cat(output[::-1], 1) if isinstance(output, tuple) else output)
 
 
+class Distillation:
+    """The loss of a student that shares its teacher's layers.
+
+    Args:
+        teacher: its attentions' outputs are aimed at.
+        student: is called after it, on the same inputs.
+        output_weight: of the loss against the teacher's output.
+        attention_weight: of the loss against its attentions' outputs.
+    """
+
+    def __init__(
+        self,
+        teacher: FluxTransformer2DModel,
+        student: FluxTransformer2DModel,
+        output_weight: float,
+        attention_weight: float,
+    ):
+        self.teacher, self.student = AttentionOutputs(teacher), AttentionOutputs(student)
+        self.output_weight, self.attention_weight = output_weight, attention_weight
+
+    def loss(self, flow: Tensor, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """Flow matching, and the teacher's output and attention outputs (section 4, equations 5 to 7).
+
+        Args:
+            flow: the loss of flow matching.
+            predicted: by the student, in its last call.
+            wanted: what the teacher predicts, in its last call.
+        """
+        pairs = zip(self.student.states, self.teacher.states, strict=True)
+        attention = torch.stack([F.mse_loss(mine.float(), own.float()) for mine, own in pairs]).mean()
+        output = F.mse_loss(predicted.float(), wanted.float())
+        return flow + self.output_weight * output + self.attention_weight * attention
+
+
 class WindowSizes(Keys):
     """Arguments of `ClearConfig`."""
 
@@ -74,6 +108,29 @@ class WindowSizes(Keys):
     def _can_be_computed(self) -> "WindowSizes":
         ClearConfig(**self.model_dump())
         return self
+
+
+def layers_of(student: FluxTransformer2DModel, sizes: WindowSizes, init_from: str | None) -> ClearAdapter:
+    """The layers that are trained, in a student.
+
+    Args:
+        student: whose attentions they stand in for.
+        sizes: of the windows.
+        init_from: folder of layers to go on from, or None.
+
+    Raises:
+        RecipeError: those are for other windows.
+    """
+    adapter = ClearAdapter.for_denoiser(student, ClearConfig(**sizes.model_dump()))
+    if init_from:
+        trained = ClearAdapter.from_pretrained(init_from)
+        trained.check(student)
+        missing, unexpected = adapter.load_state_dict(trained.state_dict(), strict=False)
+        if unexpected or not all(name.endswith(SPATIAL_WEIGHT) for name in missing):
+            raise RecipeError(
+                f"expected layers of which {adapter.config} can go on, got layers for {trained.config}"
+            )
+    return adapter
 
 
 class DataConfig(Keys):
@@ -135,17 +192,11 @@ class DistillRecipe(Recipe[DistillConfig]):
         self.pipe.set_progress_bar_config(disable=True)
         self.teacher = self.pipe.transformer.requires_grad_(False).eval()
         self.student = sharing_copy(self.teacher)
-        adapter = ClearAdapter.for_denoiser(self.student, ClearConfig(**config.clear.model_dump()))
-        if config.init_from:
-            trained = ClearAdapter.from_pretrained(config.init_from)
-            trained.check(self.student)
-            missing, unexpected = adapter.load_state_dict(trained.state_dict(), strict=False)
-            if unexpected or not all(name.endswith(SPATIAL_WEIGHT) for name in missing):
-                got = f"layers for {trained.config}"
-                raise RecipeError(f"expected layers of which {adapter.config} can go on, got {got}")
+        adapter = layers_of(self.student, config.clear, config.init_from)
         self.handle = attach(self.student, adapter.train())
         self.handle["clear"].configure(min_tokens=0)
-        self.outputs = AttentionOutputs(self.teacher), AttentionOutputs(self.student)
+        weights = config.output_weight, config.attention_weight
+        self.distillation = Distillation(self.teacher, self.student, *weights)
         self.data = self_generated(self.pipe, config.data, config.seed)
         self.empty = encoded(self.pipe, [""])
         return adapter
@@ -157,16 +208,12 @@ class DistillRecipe(Recipe[DistillConfig]):
         return {name: tensor[chosen].float().to(self.device) for name, tensor in self.data.items()}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Flow matching, and the teacher's output and attention outputs (section 4, equations 5 to 7)."""
+        """See `Distillation.loss`."""
         flow = FlowBatch(**batch, generator=generator, logits=self.config.logits)
         with torch.no_grad():
             wanted = self.predicted(self.teacher, flow.inputs)
         predicted = self.predicted(self.student, flow.inputs)
-        pairs = zip(self.outputs[1].states, self.outputs[0].states, strict=True)
-        attention = torch.stack([F.mse_loss(mine.float(), own.float()) for mine, own in pairs]).mean()
-        output = F.mse_loss(predicted.float(), wanted.float())
-        weights = self.config.output_weight, self.config.attention_weight
-        return flow.loss(predicted) + weights[0] * output + weights[1] * attention
+        return self.distillation.loss(flow.loss(predicted), predicted, wanted)
 
     def predicted(self, transformer: FluxTransformer2DModel, inputs: dict[str, Tensor]) -> Tensor:
         """The flow that pictures are drawn by.

@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
+from interactdiff.clear.adapter import ClearAdapter
 from interactdiff.errors import RecipeError
 from interactdiff.handle import attach
 from interactdiff.training.config import Keys, Rate, Share
-from interactdiff.training.distill import AttentionOutputs, WindowSizes, sharing_copy
+from interactdiff.training.distill import Distillation, WindowSizes, layers_of, sharing_copy
 from interactdiff.training.pictures import PictureRecipe
 from interactdiff.training.pictures_config import PicturesConfig
 
@@ -87,16 +86,7 @@ class DistillPicturesRecipe(PictureRecipe[DistillPicturesConfig]):
         if not isinstance(teacher, FluxTransformer2DModel):
             raise RecipeError(f"expected a Flux base to distill, got a {type(teacher).__name__}")
         self.student = sharing_copy(teacher)
-        adapter = ClearAdapter.for_denoiser(self.student, ClearConfig(**config.clear.model_dump()))
-        if config.init_from:
-            trained = ClearAdapter.from_pretrained(config.init_from)
-            trained.check(self.student)
-            missing, unexpected = adapter.load_state_dict(trained.state_dict(), strict=False)
-            if unexpected or not all(name.endswith(SPATIAL_WEIGHT) for name in missing):
-                raise RecipeError(
-                    f"expected layers of which {adapter.config} can go on, got layers for {trained.config}"
-                )
-        return adapter.float()
+        return layers_of(self.student, config.clear, config.init_from).float()
 
     def attached(self, adapter: ClearAdapter) -> Any:
         """Its handle in the student."""
@@ -106,7 +96,8 @@ class DistillPicturesRecipe(PictureRecipe[DistillPicturesConfig]):
         self.student.to(self.device)
         handle = attach(self.student, adapter)
         handle["clear"].configure(min_tokens=0)
-        self.outputs = AttentionOutputs(self.base.denoiser), AttentionOutputs(self.student)
+        weights = self.config.output_weight, self.config.attention_weight
+        self.distillation = Distillation(self.base.denoiser, self.student, *weights)
         return handle
 
     def vary(self) -> CaptionVariation:
@@ -118,22 +109,18 @@ class DistillPicturesRecipe(PictureRecipe[DistillPicturesConfig]):
         self.model()
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Flow matching, and the teacher's output and attention outputs (section 4, equations 5 to 7)."""
+        """See `Distillation.loss`."""
         self.condition(batch)
         inputs = self.base.noisy(batch, self.device, self.dtype)
         with torch.no_grad():
             wanted = self.base.predict(*inputs, batch)
         predicted = self.base.predict(*inputs, batch, self.student)
-        pairs = zip(self.outputs[1].states, self.outputs[0].states, strict=True)
-        attention = torch.stack([F.mse_loss(mine.float(), own.float()) for mine, own in pairs]).mean()
-        output = F.mse_loss(predicted.float(), wanted.float())
-        weights = self.config.output_weight, self.config.attention_weight
-        return self.base.loss_between(predicted, batch) + weights[0] * output + weights[1] * attention
+        return self.distillation.loss(self.base.loss_between(predicted, batch), predicted, wanted)
 
     def row(self, number: int) -> list[Image.Image]:
         """The picture itself, the teacher's, and the student's, from the same noise."""
         placement = self.shown_scene(number)[2]
-        pictures = [placement.apply(self.shown[number].open())]
+        pictures = [placement.apply(self.shown[number].record.open())]
         for transformer in (self.base.denoiser, self.student):
             self.pipe.transformer = transformer
             pictures.append(self.draw(number))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interactdiff import attach
 from interactdiff.data.texts import TextCache, phrases_of
-from interactdiff.errors import RecipeError
+from interactdiff.errors import ModelError, RecipeError
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.phrases import pipeline_phrases
 from interactdiff.interaction.tokens import scene_phrases
@@ -119,6 +119,21 @@ class InteractionRecipe(PictureRecipe[InteractionConfig]):
 
     # --- samples ---
 
+    def load_validation(self) -> None:
+        """Load the detector that looks at samples, in the process that draws them."""
+        self.processes.on_main(self._load_probe)
+
+    def _load_probe(self) -> None:
+        if (name := self.config.validation.detector) is None:
+            return
+        shown = [self.shown_scene(n)[1] for n in range(self.shown_count)]
+        asked = [one for scene in shown for one in scene if isinstance(one, Interaction)]
+        actions = [one.action for one in asked if one.action is not None]
+        try:
+            self._probe = load_probe(name, actions, self.device)
+        except ModelError as error:
+            raise RecipeError(f"validation.detector: {error}") from None
+
     def trained_items(self, items: Sequence[Any]) -> Sequence[Interaction | Entity]:
         """Interactions and entities, as many as there are slots."""
         return items_of(items, self.slots)
@@ -136,7 +151,7 @@ class InteractionRecipe(PictureRecipe[InteractionConfig]):
     def row(self, number: int) -> list[Image.Image]:
         """The picture itself, drawn without the adapter, and with it, boxes over it."""
         _, items, placement = self.shown_scene(number)
-        pictures = [placement.apply(self.shown[number].open())]
+        pictures = [placement.apply(self.shown[number].record.open())]
         for scene, counts in zip(((), items), self._counts, strict=True):
             self.handle.set_scene(scene)
             pictures.append(self.draw(number))
@@ -146,14 +161,8 @@ class InteractionRecipe(PictureRecipe[InteractionConfig]):
         return [overlay(picture, triplets, entities) for picture in pictures]
 
     def _look(self, picture: Image.Image, items: Sequence[Interaction | Entity], counts: Counts) -> None:
-        if (name := self.config.validation.detector) is None:
-            return
-        if self._probe is None:
-            shown = [self.shown_scene(n)[1] for n in range(self.shown_count)]
-            asked = [one for scene in shown for one in scene if isinstance(one, Interaction)]
-            actions = [one.action for one in asked if one.action is not None]
-            self._probe = load_probe(name, actions, self.device)
-        self._probe.look(picture, items, counts)
+        if self._probe is not None:
+            self._probe.look(picture, items, counts)
 
     # --- what comes out ---
 
@@ -167,8 +176,11 @@ class InteractionRecipe(PictureRecipe[InteractionConfig]):
             print(f"interactdiff: {verdict(scores)}", file=sys.stderr)
         samples = sorted((self.output / SAMPLES).glob("*.png"))
         write_card(config, self._facts(), scores, samples[-1] if samples else None)
-        if config.hub.id is not None:
-            push(config.export_to, config.hub.id, config.hub.private)
+
+    def publish(self) -> None:
+        """To the Hub, if the configuration says where."""
+        if (name := self.config.hub.id) is not None:
+            push(self.config.export_to, name, self.config.hub.private)
 
     def _facts(self) -> dict[str, str]:
         """What the card says of the training."""

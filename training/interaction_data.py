@@ -182,15 +182,27 @@ def collate_varied(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def open_pictures(config: PicturesConfig) -> Mixture:
+    """The pictures of a recipe; their rows are checked.
+
+    Raises:
+        DataError: there are none, or a row has a mistake.
+    """
+    cache = Path(config.cache)
+    parts = [Records.open(one.path, one.split, one.boxes, one.columns or None, cache) for one in config.data]
+    return Mixture(parts, [one.weight for one in config.data])
+
+
 class PictureData:
-    """The pictures of a recipe: opened, framed, cached, and read in the order of training.
+    """The pictures of a recipe: framed, cached, and read in the order of training.
 
     Args:
         config: the recipe's.
+        records: its pictures.
         multiple: that sides are multiples of, if the configuration does not say.
     """
 
-    def __init__(self, config: PicturesConfig, multiple: int):
+    def __init__(self, config: PicturesConfig, records: Mixture, multiple: int):
         self.config, self.cache = config, Path(config.cache)
         self.framing = Framing(
             config.resolution,
@@ -199,11 +211,7 @@ class PictureData:
             config.min_box,
             config.min_visible,
         )
-        self.parts = [
-            Records.open(one.path, one.split, one.boxes, one.columns or None, self.cache)
-            for one in config.data
-        ]
-        self.records = Mixture(self.parts, [one.weight for one in config.data])
+        self.records, self.parts = records, records.parts
         self.order = make_order(self.records, self.framing, config.global_batch, config.seed)
         self.bad = BadPictures(len(self.records))
 

@@ -30,8 +30,10 @@ def card(
         scores: of the last samples, as the log has them.
         shown: whether there is a sheet of samples beside it.
     """
-    name = config.hub.id or Path(config.export_to).name
-    on_hub = config.base not in PACKAGED and not Path(config.base).exists()
+    name = config.hub.id or config.export_to
+    packaged = config.base in PACKAGED
+    on_hub = not packaged and not Path(config.base).exists()
+    base = f'model_path("{config.base}")' if packaged else f'"{config.base}"'
     head = ModelCardData(
         base_model=config.base if on_hub else None,
         license=config.hub.license,
@@ -40,16 +42,16 @@ def card(
         tags=["interactdiff", "layout-to-image", "human-object-interaction"],
     )
     lines = [
-        f"# {name.split('/')[-1]}",
+        f"# {Path(name).name}",
         "",
         f"An interaction adapter (InteractDiffusion, arXiv 2312.05849) for `{config.base}`: who does what to "
         "what, and where.",
         "",
         "```python",
         "from diffusers import DiffusionPipeline",
-        "from interactdiff import Interaction, InteractionAdapter, attach",
+        f"from interactdiff import Interaction, InteractionAdapter, attach{', model_path' * packaged}",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{config.base}")',
+        f"pipe = DiffusionPipeline.from_pretrained({base})",
         f'with attach(pipe, InteractionAdapter.from_pretrained("{name}")) as handle:',
         '    handle.set_scene([Interaction("person", "riding", "bike", (0.3, 0.2, 0.6, 0.8), '
         "(0.25, 0.5, 0.7, 0.95))])",

@@ -1,9 +1,13 @@
-"""The optimizers of the recipes."""
+"""The optimizers of the recipes, their learning rates, and averages of weights."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from interactdiff.errors import RecipeError
@@ -39,6 +43,44 @@ def make_optimizers(parameters: list[nn.Parameter], config: RecipeConfig) -> lis
     if others:
         optimizers.append(torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True, **shared))
     return optimizers
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: RecipeConfig, minutes: Callable[[], float]
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of an optimizer's learning rate.
+
+    Args:
+        optimizer: whose rate it is.
+        config: of the run.
+        minutes: since the training began, by which "cosine_by_time" goes.
+    """
+    if config.lr_scheduler != "cosine_by_time":
+        # diffusers' "constant" ignores the warm-up
+        name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        return get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.steps,
+        )
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, minutes() / config.stop_after)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@contextmanager
+def averaged(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside the block, parameters hold their moving averages."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:

@@ -8,6 +8,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,20 +16,37 @@ from PIL import Image
 from torch import Tensor, nn
 
 from interactdiff.data.latents import BAD, vae_mean, weights_key
+from interactdiff.data.mixture import Mixture
 from interactdiff.data.problems import SHOWN
 from interactdiff.data.reading import Records
+from interactdiff.data.records import ImageRecord
 from interactdiff.data.texts import TextCache, captions_of
-from interactdiff.errors import RecipeError
+from interactdiff.errors import DataError, RecipeError
 from interactdiff.models import resolve
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.training.frozen_bases import frozen_base
-from interactdiff.training.interaction_data import PictureData, Varied, WordsDone
+from interactdiff.training.interaction_data import PictureData, Varied, WordsDone, open_pictures
 from interactdiff.training.pictures_config import TRANSFORMER_LOSS, UNET_LOSS, PicturesConfig
 from interactdiff.training.quantization import check_quantization, quantize
 from interactdiff.training.recipe import Recipe
 
 P = TypeVar("P", bound=PicturesConfig)
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """A picture whose scene is drawn.
+
+    Attributes:
+        record: its row.
+        width: in pixels, as shown.
+        height: likewise.
+    """
+
+    record: ImageRecord
+    width: int
+    height: int
 
 
 class PictureRecipe(Recipe[P]):
@@ -38,7 +56,7 @@ class PictureRecipe(Recipe[P]):
         pipe: the base's pipeline, without text encoders once captions are cached.
         base: as training calls it.
         data: the pictures.
-        shown: those whose scenes are drawn.
+        shown: those whose scenes are drawn, all of them whole.
         latents: a cache for each data set.
         texts: the states of captions.
         handle: what is attached.
@@ -52,6 +70,12 @@ class PictureRecipe(Recipe[P]):
         check_quantization(config.base_quantization)
         chosen = config.base_dtype
         self.dtype = _DTYPES[config.mixed_precision] if chosen == "auto" else getattr(torch, chosen)
+        with self.accelerator.main_process_first():  # before the base, which may have to be downloaded
+            records, validation = open_pictures(config), config.validation.data
+            drawn = records if validation is None else Records.open(validation)
+        self.check_data(records)
+        self.data_digest = " ".join(part.digest for part in records.parts)
+        self.shown = self._whole_pictures(drawn)
         self.pipe: Any = load_pipeline(resolve("model", config.base), torch.device("cpu"), self.dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.base = frozen_base(self.pipe, config.loss, config.text_tokens)
@@ -61,11 +85,9 @@ class PictureRecipe(Recipe[P]):
             kind = "U-Net" if self.in_unet else "transformer"
             raise RecipeError(f"expected keys for the {kind} of {config.base}, got {', '.join(names)}")
         adapter = self.new_adapter().train()
-        with self.accelerator.main_process_first():
-            self.data = PictureData(config, self.base.multiple)
-            validation = config.validation.data
-            self.shown = self.data.records if validation is None else Records.open(validation)
-        self.check_data()
+        self.data = PictureData(config, records, self.base.multiple)
+        if self.shown:
+            self.load_validation()
         self._cache(adapter)
         self._check_pictures()
         if config.gradient_checkpointing:
@@ -84,11 +106,34 @@ class PictureRecipe(Recipe[P]):
         others = TRANSFORMER_LOSS if self.in_unet else UNET_LOSS
         return {f"loss.{name}" for name in self.config.loss.model_fields_set & others}
 
-    def check_data(self) -> None:
+    def check_data(self, records: Mixture) -> None:
         """Refuse pictures that nothing can be learnt of.
 
         Raises:
             RecipeError: they lack what the recipe trains on.
+        """
+
+    def _whole_pictures(self, records: Records | Mixture) -> list[ShownPicture]:
+        """The first ones that can be decoded, as many as are drawn; others are named on stderr."""
+        found: list[ShownPicture] = []
+        for number in range(len(records)):
+            if len(found) == self.config.validation.count:
+                break
+            record = records[number]
+            try:
+                record.open()
+            except DataError as error:
+                if self.processes.is_main:
+                    print(f"interactdiff: {record.name}: not drawn: {error}", file=sys.stderr)
+                continue
+            found.append(ShownPicture(record, int(records.widths[number]), int(records.heights[number])))
+        return found
+
+    def load_validation(self) -> None:
+        """Load what looks at samples, where some are drawn.
+
+        Raises:
+            RecipeError: it cannot be loaded.
         """
 
     @abstractmethod
@@ -245,14 +290,13 @@ class PictureRecipe(Recipe[P]):
     @property
     def shown_count(self) -> int:
         """How many scenes are drawn."""
-        return min(self.config.validation.count, len(self.shown))
+        return len(self.shown)
 
     def shown_scene(self, number: int) -> tuple[str, Sequence[Any], Any]:
         """Caption, items and placement of a picture that is drawn."""
-        record, framing = self.shown[number], self.data.framing
-        placement = framing.place(
-            int(self.shown.widths[number]), int(self.shown.heights[number]), record.items
-        )
+        shown, framing = self.shown[number], self.data.framing
+        record = shown.record
+        placement = framing.place(shown.width, shown.height, record.items)
         items = framing.items(placement, record.items)
         prompt = placement.prompt(record.prompt, record.items, items)
         return prompt, self.trained_items(items), placement

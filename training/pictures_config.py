@@ -1,5 +1,6 @@
 """The keys that all recipes on pictures of one's own share."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -24,6 +25,7 @@ from interactdiff.training.config import (
 )
 from interactdiff.training.launch import world_size
 from interactdiff.training.quantization import BYTES
+from interactdiff.training.run_folder import CHECKPOINT, SAMPLES
 
 DTYPES = ("float32", "float16", "bfloat16")
 DENSITIES = ("uniform", "logit_normal", "mode")
@@ -125,7 +127,8 @@ class PicturesConfig(RecipeConfig):
         base_dtype: of the frozen base; "auto" goes by `mixed_precision`.
         base_quantization: "int8", "fp8" or "nf4" for the linear layers in its denoiser's blocks, see
             `quantization.quantize`; or "none".
-        data: one data set or several; a path stands for one.
+        data: one data set or several; a path stands for one; no run writes there.
+        allow_changed_data: whether a run goes on from a checkpoint of other data, such as with a row more.
         cache: folder of latents and text states.
         resolution: pixels, see `interactdiff.data.framing.Framing`.
         multiple: that sides are multiples of; null: 64 for a U-Net, 16 for a transformer.
@@ -150,6 +153,7 @@ class PicturesConfig(RecipeConfig):
         "accumulate",
         "processes",
         "workers",
+        "allow_changed_data",
         "cache",
         "gradient_checkpointing",
         "validation",
@@ -161,6 +165,7 @@ class PicturesConfig(RecipeConfig):
         str, choice("none", *BYTES, aliases={None: "none", False: "none", "null": "none"})
     ] = "none"
     data: Annotated[list[SourceConfig], BeforeValidator(_sources)]
+    allow_changed_data: Flag = False
     cache: Location
     resolution: Count
     multiple: OptionalCount = None
@@ -183,6 +188,7 @@ class PicturesConfig(RecipeConfig):
     def _fits_together(self) -> "PicturesConfig":
         if not self.data:
             raise ValueError("data: expected at least one data set, got none")
+        self._check_folders()
         if self.lr_scheduler == "cosine_by_time":
             raise ValueError("lr_scheduler: expected one that goes by steps, got 'cosine_by_time'")
         if self.mixed_precision == "no" and self.base_dtype not in ("auto", "float32"):
@@ -192,6 +198,20 @@ class PicturesConfig(RecipeConfig):
         if self.shard and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision: expected bf16 or no with shard=true, got 'fp16'")
         return self
+
+    def _check_folders(self) -> None:
+        """Refuse to write among the pictures, or to read them where a run removes what it wrote."""
+        folders = [one.path for one in self.data]
+        folders += [] if self.validation.data is None else [self.validation.data]
+        for data in folders:
+            read, output = Path(data).resolve(), Path(self.output_dir).resolve()
+            for key in ("output_dir", "export_to"):
+                if Path(written := getattr(self, key)).resolve().is_relative_to(read):
+                    raise ValueError(f"{key}: expected a folder outside of the data {data}, got {written}")
+            if read.is_relative_to(output):
+                first = read.relative_to(output).parts[0]
+                if first == SAMPLES or first.lstrip(".").startswith(CHECKPOINT):
+                    raise ValueError(f"data: expected a folder that is not a run's {first}, got {data}")
 
     @property
     def global_batch(self) -> int:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from interactdiff.errors import RecipeError
 from interactdiff.training import quantization
+from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import InteractionConfig
 from interactdiff.training.launch import world_size
 from interactdiff.training.memory import Counted, counted_on_meta
@@ -114,35 +116,40 @@ def smaller(config: InteractionConfig) -> Iterator[tuple[str, InteractionConfig]
     """What takes less and less memory: the changes so far as `--set` takes them, and the configuration.
 
     First what leaves the result as it is, then what does not: a base in 8 bits, no average of the weights,
-    8-bit states, a base in 4 bits, fewer pixels.
+    8-bit states, a base in 4 bits, fewer pixels. What the recipe refuses beside the rest is left out.
     """
-    changes: dict[str, Any] = {}
+    given, changes = config.model_dump(exclude_unset=True), dict[str, Any]()
+    for more in _steps_down(config):
+        try:
+            other = checked(type(config), given | changes | more)
+        except RecipeError:  # such as 8-bit states of an optimizer that is sharded
+            continue
+        changes |= more
+        yield " ".join(f"{key}={str(value).lower()}" for key, value in changes.items()), other
 
-    def changed(**more: Any) -> tuple[str, InteractionConfig]:
-        changes.update(more)
-        words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-        return words, config.model_copy(update=changes)
 
+def _steps_down(config: InteractionConfig) -> Iterator[dict[str, Any]]:
+    """Changes one after the other, also those that do not go with what is set."""
     if not config.gradient_checkpointing:
-        yield changed(gradient_checkpointing=True)
-    if not config.shard and (config.processes or world_size()) > 1 and config.optimizer == "adamw":
-        yield changed(shard=True)
+        yield {"gradient_checkpointing": True}
+    if not config.shard and (config.processes or world_size()) > 1:
+        yield {"shard": True}
     batch, parts = config.batch_size, config.accumulate
     while batch > 1:
         factor = next(n for n in range(2, batch + 1) if batch % n == 0)
         batch, parts = batch // factor, parts * factor
-        yield changed(batch_size=batch, accumulate=parts)
+        yield {"batch_size": batch, "accumulate": parts}
     if config.base_quantization == "none":
-        yield changed(base_quantization="int8")
+        yield {"base_quantization": "int8"}
     if config.ema_decay:
-        yield changed(ema_decay=0)
-    if OPTIMIZER_BYTES[config.optimizer] > OPTIMIZER_BYTES["adamw8bit"] and not changes.get("shard"):
-        yield changed(optimizer="adamw8bit")
+        yield {"ema_decay": 0}
+    if OPTIMIZER_BYTES[config.optimizer] > OPTIMIZER_BYTES["adamw8bit"]:
+        yield {"optimizer": "adamw8bit"}
     if config.base_quantization != "nf4":
-        yield changed(base_quantization="nf4")
+        yield {"base_quantization": "nf4"}
     for resolution in (768, 512, LEAST_RESOLUTION):
         if resolution < config.resolution:
-            yield changed(resolution=resolution)
+            yield {"resolution": resolution}
 
 
 def advice(config: InteractionConfig, card: float) -> str:

@@ -1,12 +1,16 @@
 """Several processes of a run: what they do together, and what only the main one does."""
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
-from interactdiff.errors import RecipeError
+from interactdiff.errors import InteractdiffError, RecipeError
+
+TIMEOUT = timedelta(days=1)
+"""For which processes wait for the main one, which scans data or draws alone; of NCCL it is 10 minutes."""
 
 
 def is_lost_process(error: RuntimeError) -> bool:
@@ -33,13 +37,13 @@ class Processes:
         """Let the main process work while the others wait.
 
         Raises:
-            RecipeError: the work raised one; then every process raises it.
+            InteractdiffError: the work raised one; then every process raises it, of several a `RecipeError`.
         """
         refused: list[str | None] = [None]
         if self.is_main:
             try:
                 work()
-            except RecipeError as error:
+            except InteractdiffError as error:
                 if self.count == 1:
                     raise
                 refused = [str(error)]
@@ -56,6 +60,19 @@ class Processes:
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean of the processes' tensors."""
         return tensor if self.count == 1 else self.accelerator.reduce(tensor, "mean")  # type: ignore[return-value]
+
+    def check_same(self, text: str, expected: str) -> None:
+        """Make sure that all processes have one text.
+
+        Args:
+            text: this process's.
+            expected: what an error says that it is to be.
+
+        Raises:
+            RecipeError: they have several.
+        """
+        if self.count > 1 and len(found := dict.fromkeys(gather_object([text]))) > 1:
+            raise RecipeError(f"expected {expected}, got {' and '.join(found)}")
 
     def same(self, text: str) -> str:
         """The main process's text."""

@@ -20,8 +20,7 @@ from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
-from diffusers.optimization import get_scheduler
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors import SafetensorError
@@ -34,9 +33,9 @@ from interactdiff.files import write_aside
 from interactdiff.training.checkpoints import Checkpoint, TrainingState
 from interactdiff.training.config import RecipeConfig
 from interactdiff.training.launch import check_strategy, check_world_size, world_size
-from interactdiff.training.optimizers import make_optimizers
-from interactdiff.training.processes import Processes, is_lost_process
-from interactdiff.training.run_folder import SAMPLES, RunFolder
+from interactdiff.training.optimizers import averaged, make_optimizers, make_scheduler
+from interactdiff.training.processes import TIMEOUT, Processes, is_lost_process
+from interactdiff.training.run_folder import LOG, SAMPLES, RunFolder, sample_name
 from interactdiff.training.sharding import Sharding
 from interactdiff.training.stop_signals import StopSignals
 from interactdiff.training.tracking import Tracker, check_tracker
@@ -60,10 +59,13 @@ class Recipe(ABC, Generic[C]):
         shares_batches: whether several processes may run it.
         run: the identity of the run, which its checkpoints bear.
         step: how many steps were taken.
+        data_digest: changes with the rows of the data, and so with the order of all examples; None where the
+            configuration alone says what they are.
     """
 
     config_type: type[Any]
     shares_batches: ClassVar[bool] = False
+    data_digest: str | None = None
     _whole: dict[str, Tensor] | None = None  # a sharded model's weights, while they are gathered
 
     def __init__(self, config: C):
@@ -84,6 +86,7 @@ class Recipe(ABC, Generic[C]):
             project_dir=self.output,
             # else a schedule takes a step for every process
             dataloader_config=DataLoaderConfiguration(split_batches=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
         self.tracker = Tracker(self.accelerator, config.tracker)
         self.processes = Processes(self.accelerator)
@@ -108,7 +111,7 @@ class Recipe(ABC, Generic[C]):
         groups = [part for part in parts if part] if shards else [trainable]
         optimizers = [one for group in groups for one in make_optimizers(group, config)]
         self.started = time.monotonic()
-        schedulers = [self._scheduler(optimizer) for optimizer in optimizers]
+        schedulers = [make_scheduler(one, config, self._minutes) for one in optimizers]
         wrapped = [self.model] if self.sharding is None else []
         prepared = [*self.accelerator.prepare(*wrapped, *optimizers, *schedulers)]
         if wrapped:
@@ -123,28 +126,14 @@ class Recipe(ABC, Generic[C]):
             self.schedulers,
             self.ema,
             self.accelerator.scaler,
+            self.data_digest,
         )
         self.step, self.run = 0, self.processes.same(uuid4().hex)
         self._replaces: tuple[Path, ...] = ()
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        config = self.config
-        if config.lr_scheduler != "cosine_by_time":
-            # diffusers' "constant" ignores the warm-up
-            name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-            return get_scheduler(
-                name,
-                optimizer,
-                num_warmup_steps=config.warmup_steps,
-                num_training_steps=config.steps,
-            )
-
-        def factor(step: int) -> float:
-            spent = (time.monotonic() - self.started) / 60 / config.stop_after
-            warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, spent)))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def _minutes(self) -> float:
+        """Since the training began."""
+        return (time.monotonic() - self.started) / 60
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -174,6 +163,9 @@ class Recipe(ABC, Generic[C]):
     def export(self) -> None:
         """Write the (averaged) model where `export_to` says."""
 
+    def publish(self) -> None:
+        """Upload what was exported, in the main process alone."""
+
     def generator(self, step: int) -> torch.Generator:
         """The source of a step's noise, on the device."""
         return torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + step)
@@ -184,8 +176,8 @@ class Recipe(ABC, Generic[C]):
         The first SIGTERM or Ctrl-C ends the run at the next step with a checkpoint, and nothing is exported.
 
         Args:
-            overwrite: whether to remove an older run's checkpoints from the output folder, and of this run
-                those after the one that it goes on from.
+            overwrite: whether to remove an older run's checkpoints, log and samples from the output folder,
+                and of this run the checkpoints after the one that it goes on from.
 
         Returns:
             The losses of the steps run here.
@@ -220,8 +212,11 @@ class Recipe(ABC, Generic[C]):
                         file=sys.stderr,
                     )
                 raise KeyboardInterrupt if received == signal.SIGINT else SystemExit(128 + received)
+            self._check_weights()
             with self._gathered():
                 self.processes.on_main(self._export)
+        if self.processes.is_main:
+            self.publish()  # no process waits for another one any more
         return losses
 
     def _refusal(self, error: RuntimeError) -> RecipeError | None:
@@ -251,6 +246,7 @@ class Recipe(ABC, Generic[C]):
     ) -> tuple[list[float], int | None]:
         """The losses, and the signal that ended the run, if one did."""
         config, losses = self.config, []
+        unread: list[Tensor] = []  # losses that are still on the device: reading waits for it
         self.started = time.monotonic()
         end = min(config.steps, config.stop_at)
         upcoming = pool.submit(self.micro_batches, self.step)
@@ -258,7 +254,7 @@ class Recipe(ABC, Generic[C]):
             self.model.train()
             batches = upcoming.result()
             upcoming = pool.submit(self.micro_batches, self.step + 1)
-            losses.append(self._accumulated(batches))  # read when it is logged: reading waits for the device
+            unread.append(self._accumulated(batches))
             self._clip()
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 optimizer.step()
@@ -267,13 +263,16 @@ class Recipe(ABC, Generic[C]):
             self.ema.step(self._averaged_parameters)
             self.step += 1
             bar.update()
-            if self.step % config.log_every == 0:
-                self._log(losses[-config.log_every :])
-            late = (time.monotonic() - self.started) / 60 > config.stop_after
+            late = self._minutes() > config.stop_after
             if math.isfinite(config.stop_after):
                 late = bool(self.processes.greatest(late))
             last = self.step >= end or late
-            if self.step % config.checkpoint_every == 0 or last:
+            logs, saves = self.step % config.log_every == 0, self.step % config.checkpoint_every == 0 or last
+            if logs or saves:
+                losses += self._read(unread)
+            if logs:
+                self._log(losses[-config.log_every :])
+            if saves:
                 self.save_checkpoint()
             if self.step % config.sample_every == 0 or last:
                 with self._gathered():
@@ -281,10 +280,25 @@ class Recipe(ABC, Generic[C]):
             if last:
                 break
         received = self.processes.greatest(stop.received or 0)
+        losses += self._read(unread)
         if losses and received and not self.folder.has(self.step):
             self.save_checkpoint()
-        means = self.processes.mean(torch.stack(losses)).tolist() if losses else []
-        return means, received or None
+        return losses, received or None
+
+    def _read(self, unread: list[Tensor]) -> list[float]:
+        """The latest losses, each the mean of all processes', taken off the list.
+
+        Raises:
+            RecipeError: one is not finite.
+        """
+        if not unread:
+            return []
+        losses: list[float] = self.processes.mean(torch.stack(unread)).tolist()
+        unread.clear()
+        for step, loss in enumerate(losses, self.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise RecipeError(f"expected a finite loss, got {loss} in step {step}")
+        return losses
 
     def _accumulated(self, batches: list[dict[str, Any]]) -> Tensor:
         """Backward of every part; the last one shares gradients out. The mean loss of this process."""
@@ -308,18 +322,16 @@ class Recipe(ABC, Generic[C]):
         elif math.isfinite(most):
             self.sharding.clip(most)
 
-    def _log(self, recent: list[Tensor]) -> None:
-        loss = self.processes.mean(torch.stack(recent).mean()).item()
-        if not math.isfinite(loss):
-            raise RecipeError(f"expected a finite loss, got {loss} before step {self.step}")
+    def _log(self, recent: list[float]) -> None:
         if not self.processes.is_main:
             return
+        loss = math.fsum(recent) / len(recent)
         self._report({"loss": loss, "lr": self.schedulers[0].get_last_lr()[0]})
         tqdm.write(f"step {self.step}: loss {loss:.4f}")
 
     def _report(self, values: dict[str, float]) -> None:
         """A line of `log.jsonl`, and to the tracker if there is one."""
-        with (self.output / "log.jsonl").open("a") as log:
+        with (self.output / LOG).open("a") as log:
             log.write(json.dumps({"step": self.step, **values}) + "\n")
         self.tracker.log(values, self.step)
 
@@ -331,7 +343,7 @@ class Recipe(ABC, Generic[C]):
         """Inside the block the model has its averaged weights; sharded ones have them by `_gathered`."""
         if self.sharding is not None:
             return nullcontext()
-        return _Averaged(self.ema, self._averaged_parameters)
+        return averaged(self.ema, self._averaged_parameters)
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -339,7 +351,7 @@ class Recipe(ABC, Generic[C]):
         if self.sharding is None:
             yield
             return
-        with torch.no_grad(), _Averaged(self.ema, self._averaged_parameters):
+        with torch.no_grad(), averaged(self.ema, self._averaged_parameters):
             with self.sharding.gathered() as self._whole:
                 yield
             self._whole = None
@@ -355,7 +367,7 @@ class Recipe(ABC, Generic[C]):
         with torch.no_grad(), self._averaged(), torch.compiler.set_stance("force_eager"):
             picture = self.sample()
         if picture is not None:
-            path = self.output / SAMPLES / f"{self.step:06d}.png"
+            path = self.output / SAMPLES / sample_name(self.step)
             path.parent.mkdir(exist_ok=True)
             write_aside(path, picture.save)
             self.tracker.picture(SAMPLES, picture, self.step)
@@ -366,43 +378,32 @@ class Recipe(ABC, Generic[C]):
         """Write everything needed to go on.
 
         Raises:
-            RecipeError: it could not be written; the checkpoints before it are as they were.
+            RecipeError: the weights are not finite, or it could not be written; the checkpoints before it are
+                as they were.
         """
+        self._check_weights()
         save = self.folder.save
         collected = None if self.sharding is None else self.state.collect()  # all processes take part
         self.processes.on_main(lambda: save(self.state, self.run, self.step, self.config, collected))
 
-    def resume(self, which: str) -> None:
-        """Go on from a checkpoint, see `RunFolder.find`.
-
-        Args:
-            which: "latest", or the path of a checkpoint folder.
-
-        Raises:
-            RecipeError: there is no such checkpoint, it is damaged, or of another configuration.
-        """
-        if (checkpoint := self.folder.find(which, self.config)) is not None:
-            self.restore(checkpoint)
+    def _check_weights(self) -> None:
+        """Refuse weights that are not finite, which a step whose loss is finite can make."""
+        wrong = self.state.not_finite()
+        if self.processes.greatest(len(wrong)):
+            which = wrong[0] if wrong else "another process"
+            raise RecipeError(f"expected finite weights after step {self.step}, got others in {which}")
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint that was read.
 
         Raises:
-            RecipeError: it is of a model or optimizers of other shapes.
+            RecipeError: it is of a model or optimizers of other shapes, or of other data.
         """
+        saved = checkpoint.state.data
+        if saved not in (None, self.data_digest) and not getattr(self.config, "allow_changed_data", False):
+            raise RecipeError(
+                f"expected the data of {checkpoint.folder}, got rows that were changed since, which come in "
+                "another order: --set allow_changed_data=true goes on with them"
+            )
         self.state.load(checkpoint)
         self.step, self.run, self._replaces = checkpoint.state.step, checkpoint.state.run, checkpoint.replaces
-
-
-class _Averaged:
-    """Inside the block, parameters hold their moving averages."""
-
-    def __init__(self, ema: EMAModel, parameters: list[nn.Parameter]):
-        self.ema, self.parameters = ema, parameters
-
-    def __enter__(self) -> None:
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-
-    def __exit__(self, *_: object) -> None:
-        self.ema.restore(self.parameters)

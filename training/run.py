@@ -138,8 +138,8 @@ def run(
         config_path: the YAML file.
         overrides: `key=value` pairs laid over it.
         resume: "latest", the path of a checkpoint, or None to start anew.
-        overwrite: whether to remove an older run's checkpoints from the output folder, once the new run is
-            about to begin; when resuming, those after the one that it goes on from.
+        overwrite: whether to remove an older run's checkpoints, log and samples from the output folder, once
+            the new run is about to begin; when resuming, the checkpoints after the one that it goes on from.
 
     Raises:
         RecipeError: in one sentence.
@@ -153,6 +153,10 @@ def run(
     if checkpoint is None and not overwrite:
         folder.check_unused()
     recipe = make_recipe(values)
+    state = checkpoint and checkpoint.state
+    found = f"step {state.step} of run {state.run}" if state else "none"
+    recipe.processes.check_same(found, "one checkpoint in an output_dir that all processes share")
     if checkpoint is not None:
         recipe.restore(checkpoint)
+    del checkpoint, state  # its tensors would stay in memory
     recipe.train(overwrite)

@@ -1,6 +1,7 @@
 """The folder of a run: which run it belongs to, its checkpoints, and who may write there."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,13 @@ from interactdiff.training.checkpoints import (
 )
 from interactdiff.training.config import RecipeConfig
 
-CHECKPOINT, RUN, SAMPLES = "checkpoint-", "run.json", "samples"
+CHECKPOINT, RUN, LOG, SAMPLES = "checkpoint-", "run.json", "log.jsonl", "samples"
+_SAMPLE = re.compile(r"\d{6,}\.png")
+
+
+def sample_name(step: int) -> str:
+    """The file of the samples that were drawn after a step."""
+    return f"{step:06d}.png"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -118,7 +125,8 @@ class RunFolder:
             config: its configuration, which is written down.
             step: at which it begins or goes on.
             replaces: damaged checkpoints that it will write anew.
-            overwrite: whether to remove what is of another run, or later than `step`.
+            overwrite: whether to remove what is of another run (checkpoints; where this one begins anew also
+                the log and the samples), or later than `step`.
 
         Raises:
             RecipeError: another process trains here, or checkpoints would have to be removed.
@@ -150,10 +158,18 @@ class RunFolder:
             shutil.rmtree(aside)
         for folder in others:
             shutil.rmtree(folder)
-        if overwrite and not step:
-            shutil.rmtree(self.path / SAMPLES, ignore_errors=True)
-            for log in self.path.glob("*.jsonl"):
-                log.unlink()
+        if overwrite and not step and (self.path / RUN).is_file():  # else no run wrote what is here
+            self._remove_reports()
+
+    def _remove_reports(self) -> None:
+        """Remove the log and the samples of the run that was here; other files stay."""
+        (self.path / LOG).unlink(missing_ok=True)
+        samples = self.path / SAMPLES
+        for file in samples.glob("*.png"):
+            if _SAMPLE.fullmatch(file.name):
+                file.unlink()
+        if samples.is_dir() and not any(samples.iterdir()):
+            samples.rmdir()
 
     def save(
         self,

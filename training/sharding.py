@@ -24,6 +24,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor; all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def put(tensor: Tensor, value: Tensor) -> Tensor:
     """Copy a whole tensor into one that may be sharded, and return that."""
@@ -72,7 +77,7 @@ class Sharding:
     def clip(self, most: float) -> None:
         """Scale gradients down to a norm of at most `most`, of all of them together."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        shards = [one.to_local() for one in gradients if isinstance(one, DTensor)]
+        shards = [local(one) for one in gradients if isinstance(one, DTensor)]
         numbers = [one for one in gradients if not isinstance(one, DTensor)]
         squares = torch.stack([one.float().square().sum() for one in shards]).sum()
         torch.distributed.all_reduce(squares)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from interactdiff import attach
+from interactdiff.data.mixture import Mixture
 from interactdiff.errors import RecipeError
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.config import CLIP_LARGE
@@ -115,14 +116,14 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
 
     config_type = SubjectTrainingConfig
 
-    def check_data(self) -> None:
+    def check_data(self, records: Mixture) -> None:
         """Some of the first pictures have subjects.
 
         Raises:
             RecipeError: none has.
         """
-        count = min(LOOKED_AT, len(self.data.records))
-        if not any(isinstance(item, Subject) for n in range(count) for item in self.data.records[n].items):
+        count = min(LOOKED_AT, len(records))
+        if not any(isinstance(item, Subject) for n in range(count) for item in records[n].items):
             raise RecipeError(
                 f"expected subjects with pictures in the rows of {self.config.data[0].path}, got none in the "
                 f"first {count}"
@@ -172,7 +173,7 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
     def row(self, number: int) -> list[Image.Image]:
         """The picture itself, its first subject, drawn without the encoder, and with it."""
         _, subjects, placement = self.shown_scene(number)
-        picture = placement.apply(self.shown[number].open())
+        picture = placement.apply(self.shown[number].record.open())
         self.handle.clear()
         pictures = [picture, Image.new("RGB", picture.size, "white"), self.draw(number)]
         if subjects:

@@ -16,7 +16,9 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on where a run stopped")
     parser.add_argument(
-        "--overwrite", action="store_true", help="remove an older run's checkpoints from the output folder"
+        "--overwrite",
+        action="store_true",
+        help="remove an older run's checkpoints, log and samples from the output folder",
     )
     parser.add_argument(
         "--plan",
