@@ -182,6 +182,25 @@ def test_detections_of_a_file_by_every_protocol(
     assert "| detections | mAP, exact, Default Full | -40.00 [" in capsys.readouterr().out
 
 
+def test_a_report_beside_weights_of_its_name_leaves_them_alone(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_detections(world, tmp_path / "found.jsonl")
+    Path("adapter.safetensors").write_bytes(b"weights")
+    flags = ["--detector", "file:found.jsonl", "--json", "adapter.json"]
+    assert evaluate(world, *flags) == 0
+    assert Path("adapter.safetensors").read_bytes() == b"weights"
+    assert main(["evaluate", "--compare", "adapter.json", "adapter.json"]) == 0
+    Path("adapter.outcomes.safetensors").unlink()
+    Path("adapter.outcomes.safetensors").mkdir()
+    Path("found.jsonl").unlink()  # refused before detections are read
+    capsys.readouterr()
+    assert evaluate(world, *flags) == 2
+    said = "--json: expected that adapter.outcomes.safetensors can be written too, got a folder"
+    assert said in capsys.readouterr().err
+
+
 def test_pictures_that_something_else_drew(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

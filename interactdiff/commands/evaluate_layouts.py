@@ -154,13 +154,18 @@ def evaluate_data(args: argparse.Namespace) -> None:
 
 
 def _check_files(args: argparse.Namespace) -> None:
+    from interactdiff.evaluation.report import outcomes_file
+
     if args.sheet is not None:
         if args.sheet.suffix.lower() != ".png":
             raise UsageError(f"--sheet: expected a file name that ends in .png, got {str(args.sheet)!r}")
         if reason := why_unwritable(args.sheet):
             raise UsageError(f"--sheet: expected a file that can be written, got {args.sheet}: {reason}")
-    if args.json is not None and args.json.suffix == ".safetensors":
-        raise UsageError(f"--json: expected another ending than .safetensors, got {args.json}")
+    if args.json is not None:
+        if args.json.suffix == ".safetensors":
+            raise UsageError(f"--json: expected another ending than .safetensors, got {args.json}")
+        if reason := why_unwritable(beside := outcomes_file(args.json)):
+            raise UsageError(f"--json: expected that {beside} can be written too, got {reason}")
     for name in ("fast", "interactions", "word_iou"):
         if getattr(args, name):
             raise UsageError(f"--{name.replace('_', '-')}: expected --world beside it, got --data")

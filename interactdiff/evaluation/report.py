@@ -201,8 +201,8 @@ def _described(report: Mapping[str, Any]) -> list[str]:
 
 
 def outcomes_file(report_file: Path) -> Path:
-    """What is kept beside a report."""
-    return report_file.with_suffix(".safetensors")
+    """What is kept beside a report, by a name that no weights have."""
+    return report_file.with_name(f"{report_file.name.removesuffix('.json')}.outcomes.safetensors")
 
 
 def save_report(file: Path, report: Mapping[str, Any], rows: Mapping[str, RowScores]) -> None:
