@@ -133,6 +133,28 @@ def test_other_settings_are_refused_in_words(
     assert "expected pictures drawn with steps 2 in evaluation, got ones with 1: give another --out" in said
 
 
+def test_weights_that_changed_under_their_name_are_noticed(
+    world: Path, models: list[str], pipe: StableDiffusionPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*models, "--detector", "detector", "--seeds", "1", "--rows", "base", "--limit", "1"]
+    flags += ["--steps", "1"]
+    for name in ("one", "two"):
+        Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)).save_pretrained(Path("detector"))
+        assert evaluate(world, *flags, "--json", f"{name}.json") == 0
+    assert len({path.parts[2] for path in Path("evaluation/detections").rglob("*.jsonl")}) == 2
+    assert main(["evaluate", "--compare", "one.json", "two.json"]) == 2
+    assert "expected the same detector_digest in one.json and two.json" in capsys.readouterr().err
+    adapter = trained_adapter(pipe.unet)
+    next(adapter.parameters()).data += 1e-3
+    adapter.save_pretrained("adapter")
+    assert evaluate(world, *flags) == 2
+    assert "expected pictures drawn with weights of interaction " in capsys.readouterr().err
+    next(pipe.vae.parameters()).data += 1e-3
+    pipe.save_pretrained("model", safe_serialization=True)
+    assert evaluate(world, *flags) == 2
+    assert "expected pictures drawn with weights of model " in capsys.readouterr().err
+
+
 def test_the_papers_way_runs_on_from_picture_to_picture_and_resumes(
     world: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

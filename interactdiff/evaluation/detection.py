@@ -140,6 +140,11 @@ class HoiDetector(Protocol):
         """What tables call it."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Of its weights: what it finds is kept for these alone. Empty where there are none."""
+        ...
+
     def detect(self, pictures: Sequence[Picture]) -> list[PictureDetections]:
         """What is in each picture."""
         ...
