@@ -1,7 +1,7 @@
 """Draws layouts to files: resumable, shared out over processes, the same pictures however many there are.
 
-A picture's noise is seeded by the run's seed and its file name. A process takes whole batches, so that what is drawn
-together does not depend on how many processes there are: what a batch holds changes the last bits.
+A picture's noise is seeded by the run's seed and its file name. A process takes whole batches, so that what
+is drawn together does not depend on how many processes there are: what a batch holds changes the last bits.
 """
 
 import hashlib
