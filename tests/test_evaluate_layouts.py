@@ -141,6 +141,21 @@ def test_other_settings_are_refused_in_words(
     assert "expected pictures drawn with steps 2 in evaluation, got ones with 1: give another --out" in said
 
 
+def test_a_mean_over_seeds_is_of_all_of_them(
+    world: Path, models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*models, "--rows", "base", "--steps", "1", "--seeds", "1", "2", "--limit", "1"]
+    flags += ["--detector", "file:{row}-{seed}.jsonl"]
+    for name in ("real-0", "base-1"):
+        write_detections(world, tmp_path / f"{name}.jsonl")
+    assert evaluate(world, *flags) == 2
+    said = "expected detections of every seed, got base-1.jsonl but no base-2.jsonl"
+    assert said in capsys.readouterr().err
+    assert len(made(Path("evaluation/base"))) == 2  # drawn all the same, so that they can be looked at
+    write_detections(world, tmp_path / "base-2.jsonl")
+    assert evaluate(world, *flags) == 0
+
+
 def test_weights_that_changed_under_their_name_are_noticed(
     world: Path, models: list[str], pipe: StableDiffusionPipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -319,6 +319,7 @@ def _file_detector(
     named: str, rows: list[str], seeds: tuple[int, ...], size: int | None
 ) -> tuple[Any, str, None]:
     """Detections from files: one for each row and seed where the name has {row} and {seed}."""
+    from interactdiff.errors import DataError
     from interactdiff.evaluation.detection_files import DetectionFile, load_detections
 
     pattern = named.removeprefix(FILE)
@@ -329,11 +330,17 @@ def _file_detector(
         raise UsageError(f"--detector: expected {{seed}} in its name for {len(seeds)} seeds, got {pattern}")
     loaded: dict[Path, DetectionFile] = {}
 
+    def path_of(of_row: str, seed: int) -> Path:
+        return Path(pattern.replace("{row}", of_row).replace("{seed}", str(seed)))
+
     def detector(of_row: str, seed: int) -> DetectionFile | None:
         if "{row}" not in pattern and of_row != row:
             return None
-        path = Path(pattern.replace("{row}", of_row).replace("{seed}", str(seed)))
+        path = path_of(of_row, seed)
         if "{row}" in pattern and not path.exists():
+            others = (path_of(of_row, one) for one in seeds if of_row in rows)
+            if (other := next((one for one in others if one.exists()), None)) is not None:
+                raise DataError(f"expected detections of every seed, got {other} but no {path}")
             return None
         if path not in loaded:
             loaded[path] = load_detections(path, None if size is None else (size, size))
