@@ -223,8 +223,13 @@ def test_detections_of_a_file_by_every_protocol(
     Path("worse.json").write_text(json.dumps(worse))
     assert main(["evaluate", "--compare", "right.json", "right.json"]) == 0
     assert "yes" not in capsys.readouterr().out
-    assert main(["evaluate", "--compare", "right.json", "worse.json"]) == 0
+    assert main(["evaluate", "--compare", "right.json", "worse.json", "--json", "difference.json"]) == 0
     assert "| detections | mAP, exact, Default Full | -40.00 [" in capsys.readouterr().out
+    written = json.loads(Path("difference.json").read_text())
+    assert written["second"] == "worse.json"
+    assert written["rows"]["detections"]["exact.default.full"]["difference"] == pytest.approx(-0.4)
+    assert main(["evaluate", "--compare", "right.json", "worse.json", "--json", "right.json"]) == 2
+    assert "--json: expected another file than the two to compare" in capsys.readouterr().err
 
 
 def test_a_report_beside_weights_of_its_name_leaves_them_alone(
@@ -303,6 +308,10 @@ def test_pictures_that_something_else_drew(
         (["--sheet", "a.jpg"], "--sheet: expected a file name that ends in .png, got 'a.jpg'"),
         (["--json", "a.safetensors"], "--json: expected another ending than .safetensors"),
         (["--scores", "clip"], "--scores clip: expected --clip-model beside it, got none"),
+        (["--box-model", "x"], "--box-model: expected --scores miou or ap50 beside it, got none"),
+        (["--seed", "7"], "--seed: expected --world, --concept or --subject beside it, got --data"),
+        (["--rows", "adapter"], "--rows: expected --model or --adapter beside it, got none"),
+        (["--model", "m", "--paper", "--steps", "20"], "--steps: expected none beside --paper, which has"),
     ],
 )
 def test_refusals_are_one_sentence(

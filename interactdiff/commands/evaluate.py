@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from interactdiff.commands.arguments import (
     quiet_libraries,
     whole,
 )
+from interactdiff.commands.evaluate_flags import check_flags, without_defaults
 from interactdiff.commands.evaluate_layouts import LAYOUT_STEPS, ROWS, add_layouts, compare, evaluate_data
 from interactdiff.files import why_unwritable, write_aside
 from interactdiff.method_specs import EvaluationOptions, load_attribute
@@ -37,7 +40,7 @@ def add_to(commands: Commands) -> None:
         "--compare says which differences between two such runs are larger than chance; any other by the "
         "scores of its method.",
     )
-    parser.set_defaults(run=_run, method=None)
+    parser.set_defaults(method=None)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--world", action="store_true", help="on held-out stickworld scenes")
     add_layouts(parser, what)
@@ -46,7 +49,7 @@ def add_to(commands: Commands) -> None:
             what.add_argument(
                 f"--{name}", dest="method", action="store_const", const=name, help=f"scores of {spec.title}"
             )
-    parser.add_argument("--scenes", type=positive, default=50, help="how many (default: %(default)s)")
+    parser.add_argument("--scenes", type=positive, default=50, help="how many (default: 50)")
     for name in ("subjects", "photos"):
         parser.add_argument(
             f"--{name}",
@@ -89,17 +92,21 @@ def add_to(commands: Commands) -> None:
         help="that scores the pictures: a folder with one of stickworld, whose world scenes are of (default: "
         "a packaged one); with --data also file:PATH or two-stage:BOXES,VERBS",
     )
-    parser.add_argument("--batch-size", type=positive, default=16, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=16, help="default: 16")
     parser.add_argument("--fast", action="store_true", help="also score fast control")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     add_models(parser)
+    parser.set_defaults(run=partial(_run, without_defaults(parser)))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(defaults: Mapping[str, Any], args: argparse.Namespace) -> None:
+    check_flags(args, defaults)
     if args.json is not None and (reason := why_unwritable(args.json)):
         raise UsageError(f"--json: expected a file that can be written, got {args.json}: {reason}")
     if args.compare is not None:
-        compare(args)
+        if args.json in args.compare:
+            raise UsageError(f"--json: expected another file than the two to compare, got {args.json}")
+        _write(args.json, compare(*args.compare))
         return
     model, adapters = args.model or MODEL, adapters_of(args)
     if args.fast and "interaction" not in adapters and default_adapter(model) is None:
@@ -116,9 +123,13 @@ def _run(args: argparse.Namespace) -> None:
         evaluate_data(args)
         return
     table = _world(args, model, adapters) if args.method is None else _method(args, model, adapters)
-    if args.json is not None:
+    _write(args.json, table)
+
+
+def _write(file: Path | None, table: Mapping[str, Any]) -> None:
+    if file is not None:
         text = json.dumps(table, indent=2) + "\n"
-        write_aside(args.json, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _world(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
         type=Path,
         default=Path("evaluation"),
         metavar="DIR",
-        help="pictures and detections (%(default)s)",
+        help="pictures and detections (default: evaluation)",
     )
     layouts.add_argument(
         "--vcoco",
@@ -89,11 +89,28 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
     )
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Print which differences between two runs are larger than chance."""
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """Print which differences between two runs are larger than chance.
+
+    Returns:
+        {"first", "second", "rows": {row: {score: {"difference", "interval", "larger_than_chance"}}}}.
+    """
     from interactdiff.evaluation.report import compare_reports, format_comparison
 
-    print(format_comparison(compare_reports(*args.compare)))
+    found = compare_reports(first, second)
+    print(format_comparison(found))
+    rows = {
+        row: {
+            score: {
+                "difference": one.value,
+                "interval": list(one.interval),
+                "larger_than_chance": one.larger_than_chance,
+            }
+            for score, one in scores.items()
+        }
+        for row, scores in found.items()
+    }
+    return {"first": str(first), "second": str(second), "rows": rows}
 
 
 def evaluate_data(args: argparse.Namespace) -> None:
@@ -166,13 +183,15 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UsageError(f"--json: expected another ending than .safetensors, got {args.json}")
         if reason := why_unwritable(beside := outcomes_file(args.json)):
             raise UsageError(f"--json: expected that {beside} can be written too, got {reason}")
-    for name in ("fast", "interactions", "word_iou"):
-        if getattr(args, name):
-            raise UsageError(f"--{name.replace('_', '-')}: expected --world beside it, got --data")
     for name in args.scores:
         needed = MEASURES[name]
         if needed is not None and getattr(args, needed) is None:
             raise UsageError(f"--scores {name}: expected --{needed.replace('_', '-')} beside it, got none")
+    for needed in filter(None, MEASURES.values()):
+        scores = [name for name in MEASURES if MEASURES[name] == needed]
+        if getattr(args, needed) is not None and not set(scores) & set(args.scores):
+            flag, wanted = needed.replace("_", "-"), " or ".join(scores)
+            raise UsageError(f"--{flag}: expected --scores {wanted} beside it, got none")
     if args.pictures and (args.model or args.adapter):
         raise UsageError("--pictures: expected no --model and no --adapter beside it, got one")
 
