@@ -27,7 +27,7 @@ from interactdiff.evaluation.sampling import render_scenes
 from interactdiff.evaluation.table import chosen_rows, format_scores
 from interactdiff.stickworld.appearance import Appearance
 from interactdiff.stickworld.detector import Detections, Detector, Found
-from interactdiff.stickworld.world import BACKGROUNDS
+from interactdiff.stickworld.world import BACKGROUNDS, HELD_OUT
 
 
 def known_things(*names: str, seed: int = 0) -> list[Known]:
@@ -141,6 +141,18 @@ def test_a_perfect_picture_of_a_subject() -> None:
     box = torch.tensor([0.1, 0.1, 0.6, 0.9]).tolist()
     image = torch.rand(3, 64, 64)
     assert float(subjects.structural_similarity(*(subjects._crop(image, box),) * 2)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 2**32 - 1])
+def test_all_scenes_of_subjects_are_held_out_and_of_their_own(seed: int) -> None:
+    tasks = [subjects._task(n, seed, 16) for n in (0, 1)]
+    pairs = [subjects._pair(n, seed) for n in (0, 1)]
+    scenes = [one.scene for task in tasks for one in task.wanted]
+    scenes += [scene for pair in pairs for scene in (pair.wanted.scene, *pair.references)]
+    assert min(scene.seed for scene in scenes) >= HELD_OUT
+    assert len({scene.seed for scene in scenes}) == len(scenes) == 10
+    with pytest.raises(ValueError, match="expected a number from 0 up, got -1"):
+        lone_scene(pairs[0].known, -1)
 
 
 def test_two_persons_who_are_alike_or_swapped_have_collapsed() -> None:

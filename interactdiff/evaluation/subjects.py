@@ -38,6 +38,7 @@ from interactdiff.scene import Entity
 from interactdiff.stickworld.captions import describe_object, describe_person
 from interactdiff.stickworld.detector import Detections, Detector, Found
 from interactdiff.stickworld.render import render
+from interactdiff.stickworld.world import WorldScene
 from interactdiff.subject.items import Subject
 
 ROWS: dict[str, dict[str, float] | None] = {
@@ -55,6 +56,8 @@ SCENES_EACH = 2
 """Pictures of each subject in a row."""
 PAIR_WORDS = ("person", "someone")
 """What a prompt calls the two persons of a pair."""
+PAIR_SEEDS = 2**52
+"""Scenes of pairs have seeds from here on; those of single subjects stay below it."""
 _CROP = 64  # pixels a side, at which a picture's person is compared with the reference's
 
 
@@ -201,31 +204,45 @@ def _pairs(
     counts = Counts(options.scenes)
     places = pipeline.adapter is not None
     _configure(pipeline, {})
-    jobs = []
-    for n in range(options.scenes):
-        rng = random.Random(f"pair {options.seed} {n}")
-        known = [sample_known(PERSON, rng) for _ in PAIR_WORDS]
-        jobs.append((known, lone_scene(known, -1 - options.seed * 100_000 - n)))
-    for first in range(0, len(jobs), options.batch_size):
-        batch = jobs[first : first + options.batch_size]
+    pairs = [_pair(n, options.seed) for n in range(options.scenes)]
+    for first in range(0, len(pairs), options.batch_size):
+        batch = pairs[first : first + options.batch_size]
         prompts, items = [], []
-        for number, (known, one) in enumerate(batch, first):
+        for pair in batch:
+            one = pair.wanted
             boxes = [one.scene.things[n].box for n in one.numbers]
             words = dict(zip(one.numbers, ("a person", "someone"), strict=True))
             prompts.append(prompt_of(one.scene, words))
             of_scene: list[Any] = []
-            for k, (word, box) in enumerate(zip(PAIR_WORDS, boxes, strict=True)):
-                alone = lone_scene([known[k]], (options.seed * 100_000 + number) * 2 + k).scene
+            for word, box, alone in zip(PAIR_WORDS, boxes, pair.references, strict=True):
                 image, mask, _ = _reference(alone, size)
                 of_scene.append(Subject(word, image, mask, box))
                 if places:
                     of_scene.append(Entity(word, box))
             items.append(of_scene)
-        images = _drawn(pipeline, prompts, items, [one.scene.seed for _, one in batch], options)
+        seeds = [pair.wanted.scene.seed for pair in batch]
+        images = _drawn(pipeline, prompts, items, seeds, options)
         seen = zip(batch, _detected(images, detector), strict=True)
-        for number, ((known, one), found) in enumerate(seen, first):
-            _count_pair(counts, number, known, one, found)
+        for number, (pair, found) in enumerate(seen, first):
+            _count_pair(counts, number, pair.known, pair.wanted, found)
     return counts.scores(options.seed)[0]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two persons, the scene in which they are wanted, and a scene of each alone."""
+
+    known: tuple[Known, ...]
+    wanted: KnownScene
+    references: tuple[WorldScene, ...]
+
+
+def _pair(number: int, seed: int) -> _Pair:
+    rng = random.Random(f"pair {seed} {number}")
+    known = tuple(sample_known(PERSON, rng) for _ in PAIR_WORDS)
+    first = PAIR_SEEDS + (seed * 100_000 + number) * (1 + len(known))
+    references = tuple(lone_scene([one], first + 1 + k).scene for k, one in enumerate(known))
+    return _Pair(known, lone_scene(known, first), references)
 
 
 def _count_pair(
