@@ -82,6 +82,13 @@ def test_all_errors_of_the_package_have_one_parent() -> None:
             "--rows: expected --data, --concept or --subject beside it, got --world",
         ),
         (["evaluate", "--concept", "--sheet", "a.png"], "--sheet: expected --data beside it, got --concept"),
+        (
+            ["evaluate", "--concept", "--method", "concept:rank=2"],
+            "--method concept: expected settings of none, got 'rank'",
+        ),
+        (["evaluate", "--subject", "--method", "clear"], "--method: expected subject beside --subject, got"),
+        (["evaluate", "--subject", "--method", "subject:masks=2"], "masks: expected a whole number from 0"),
+        (["evaluate", "--world", "--method", "clear"], "--method: expected --concept or --subject beside it"),
         (["evaluate", "--subject", "--fast"], "--fast: expected --world beside it, got --subject"),
         (
             ["evaluate", "--compare", "a", "b", "--batch-size", "16"],

@@ -13,6 +13,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("size", "detector", "batch_size"), (WORLD, DATA, METHOD)),
     **dict.fromkeys(("scenes", "seed"), (WORLD, METHOD)),
     "rows": (DATA, METHOD),
+    "method": (METHOD,),
     **dict.fromkeys(("interactions", "word_iou", "fast"), (WORLD,)),
     **dict.fromkeys(
         ("split", "boxes", "column", "classes", "pictures", "protocol", "seeds", "limit"), (DATA,)
@@ -62,7 +63,7 @@ def check_flags(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
 
 
 def _kind(args: argparse.Namespace) -> str:
-    if args.method is not None:
+    if args.scored is not None:
         return METHOD
     return WORLD if args.world else DATA if args.data is not None else COMPARE
 
@@ -72,7 +73,7 @@ def _flag(name: str) -> str:
 
 
 def _title(args: argparse.Namespace, kind: str) -> str:
-    return f"--{args.method}" if kind == METHOD else kind
+    return f"--{args.scored}" if kind == METHOD else kind
 
 
 def _titles(name: str) -> str:
