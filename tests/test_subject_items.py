@@ -87,7 +87,7 @@ def test_what_is_no_picture_is_refused_in_words(value: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mask": half_mask((8, 16))}, "mask: expected the picture's 16 x 16 pixels, got 8 x 16"),
+        ({"mask": half_mask((8, 16))}, "mask: expected 16 x 16 pixels, as its picture has once both are"),
         (
             {"mask": Image.new("L", (16, 16), 20)},
             "mask: expected light pixels where the subject is, got an empty",
