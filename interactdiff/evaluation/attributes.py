@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from interactdiff.evaluation.hoi import Share, found_at
+from interactdiff.evaluation.bootstrap import Share
+from interactdiff.evaluation.hoi import found_at
 from interactdiff.stickworld.detector import Detections, Found
 from interactdiff.stickworld.world import WorldScene
 

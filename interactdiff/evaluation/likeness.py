@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from interactdiff.errors import ModelError
-from interactdiff.evaluation.hoi import Share, with_interval
+from interactdiff.evaluation.bootstrap import Share, with_interval
 from interactdiff.evaluation.sampling import Sampling
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline

@@ -16,12 +16,12 @@ from interactdiff.evaluation.bootstrap import (
     Difference,
     NamedScores,
     Scores,
+    Share,
     differences,
     intervals,
     once,
     resampled,
 )
-from interactdiff.evaluation.hoi import Share
 from interactdiff.evaluation.hoi_matching import Outcomes
 from interactdiff.evaluation.hoi_precision import SETTINGS, HoiPrecisions
 from interactdiff.evaluation.layout import Layout
