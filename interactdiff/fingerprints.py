@@ -41,7 +41,7 @@ def weights_digest(module: nn.Module) -> str:
     for name, one in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {one.dtype} {tuple(one.shape)}".encode())
         if _is_plain(one):
-            digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
