@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.commands.arguments import quiet_libraries
+from interactdiff.evaluation.bootstrap import with_interval
 from interactdiff.evaluation.captions import text_scores
-from interactdiff.evaluation.hoi import with_interval
 from interactdiff.evaluation.images import feature_distance
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
 from interactdiff.evaluation.world import packaged_detector

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from interactdiff.bench.interaction import BASES, operations
 from interactdiff.commands.arguments import quiet_libraries
-from interactdiff.evaluation.hoi import at_box, iou, picture_scores, with_interval
+from interactdiff.evaluation.bootstrap import with_interval
+from interactdiff.evaluation.hoi import at_box, iou, picture_scores
 from interactdiff.evaluation.sampling import held_out_scenes
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline

@@ -1,13 +1,13 @@
 """Finds out which pipeline calls a denoiser, and what it denoises, from the stack of the call."""
 
 from functools import lru_cache
-from inspect import signature
 from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from interactdiff.errors import AdapterError
+from interactdiff.pipeline_calls import call_parameters
 from interactdiff.sites import held_denoiser
 
 GUIDER_BATCH, GUIDER_NAME = "guider_state_batch", "__guidance_identifier__"  # diffusers' modular pipelines
@@ -72,4 +72,4 @@ def check_guidance(pipeline: Any) -> None:
 
 @lru_cache
 def _guides_by_pictures(pipeline: type) -> bool:
-    return "image_guidance_scale" in signature(pipeline.__call__).parameters
+    return "image_guidance_scale" in call_parameters(pipeline)

@@ -1,9 +1,13 @@
 """Fingerprints of modules: whether weights, LoRAs and their scales are those that they were.
 
+Within a process `fingerprint` says so at little cost; from one run to another `weights_digest` does, which
+reads all of them.
+
 Some change weights where no counter of PyTorch's sees it: averages that are copied into place (EMA), fused
 LoRAs, whatever writes to `parameter.data`. So a few values of each tensor are part of the fingerprint.
 """
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +30,25 @@ def fingerprint(module: nn.Module, values: bool = True) -> tuple[Any, ...]:
     return shapes, _scales(module), _values(tensors) if values else None
 
 
+@torch.no_grad()
+def weights_digest(module: nn.Module) -> str:
+    """16 hexadecimal digits that tell weights of the same name and shapes apart, the same on every device.
+
+    Args:
+        module: of any kind; weights that are not in memory, or that are no plain tensors, are left out.
+    """
+    digest = hashlib.sha256()
+    for name, one in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {one.dtype} {tuple(one.shape)}".encode())
+        if _is_plain(one):
+            digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.layout == torch.strided and not tensor.is_meta
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -34,7 +57,7 @@ def _version(tensor: Tensor) -> int:
 def _values(tensors: Iterable[Tensor]) -> tuple[bytes, ...]:
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for one in tensors:
-        if type(one) in PLAIN and one.layout == torch.strided and one.numel() and _in_memory(one):
+        if _is_plain(one) and one.numel() and _in_memory(one):
             step = max(one.numel() // VALUES, 1)
             spread = torch.as_strided(one.detach(), (min(one.numel(), VALUES),), (step,))
             by_kind.setdefault((one.device, one.dtype), []).append(spread)
@@ -45,7 +68,7 @@ def _values(tensors: Iterable[Tensor]) -> tuple[bytes, ...]:
 def _in_memory(tensor: Tensor) -> bool:
     """Whether as many values as a tensor has lie there one after the other: not of one that is expanded."""
     last = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-    return not tensor.is_meta and tensor.untyped_storage().nbytes() >= last
+    return tensor.untyped_storage().nbytes() >= last
 
 
 def _scales(module: nn.Module) -> tuple[Any, ...]:

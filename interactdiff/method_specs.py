@@ -154,6 +154,7 @@ class EvaluationOptions:
         size: height and width in pixels; None for the model's own.
         rows: of the table; all of them where there are none.
         detector: a `stickworld.detector.Detector` that looks at the pictures; None for the packaged one.
+        settings: those that are given, of the method's `score_settings`.
     """
 
     scenes: int
@@ -164,6 +165,7 @@ class EvaluationOptions:
     size: int | None = None
     rows: tuple[str, ...] = ()
     detector: Any = None
+    settings: Mapping[str, int | float] = field(default_factory=dict)
 
 
 class Sampler(Protocol):
@@ -237,6 +239,8 @@ class MethodSpec(Configurable):
             {score: number}, or {"rows": {row: {score: number}}, ...}; `interactdiff evaluate --NAME` prints
             them.
         scores_need_adapter: whether that function is given a pipeline with the method's adapter.
+        score_settings: what `evaluate --NAME --method NAME:SETTING=X` may set: of the method, or of how it
+            is scored.
         recipes: names that a recipe's YAML file may have, and their "module:attribute": a class with a
             `config_type` (`training/recipe.py`, `training/config.py`).
         benches: modules with an `add_to(parsers)`, which `interactdiff bench` adds.
@@ -251,6 +255,7 @@ class MethodSpec(Configurable):
     sampler: SamplerSpec | None = None
     scores: str | None = None
     scores_need_adapter: bool = True
+    score_settings: tuple[Setting, ...] = ()
     recipes: Mapping[str, str] = field(default_factory=dict)
     benches: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """What differs between pipelines in how they take prompts and guidance."""
 
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, cast
 
 from interactdiff.errors import SceneError
@@ -8,6 +8,22 @@ from interactdiff.scene_checks import shown
 from interactdiff.sites import denoiser_of
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # the last one's limit is the longest
+
+
+def call_parameters(kind: type) -> dict[str, Parameter]:
+    """The parameters of a pipeline's call by name, and of the calls of its bases to which it hands others on.
+
+    Args:
+        kind: the pipeline's class, such as one of ours, whose call has `**kwargs` of the stock one.
+    """
+    found: dict[str, Parameter] = {}
+    for base in kind.__mro__:
+        if "__call__" in vars(base):
+            parameters = signature(vars(base)["__call__"]).parameters
+            found = {**parameters, **found}
+            if all(one.kind is not Parameter.VAR_KEYWORD for one in parameters.values()):
+                break
+    return found
 
 
 def call_arguments(
@@ -36,7 +52,7 @@ def call_arguments(
         SceneError: there is a negative prompt, and the pipeline takes none.
     """
     arguments: dict[str, Any] = {"prompt": prompt}
-    parameters = signature(pipeline.__call__).parameters
+    parameters = call_parameters(type(pipeline))
     if negative_prompt is not None and "negative_prompt" in parameters:
         arguments["negative_prompt"] = negative_prompt
     elif any(negative_prompt or ()):  # Flux2
@@ -70,7 +86,7 @@ def denoiser_config(pipeline: Any) -> dict[str, Any]:
 
 def _padded_length(pipeline: Any) -> int | None:
     """To how many tokens the last text encoder's prompts are padded or cut, where the call decides it."""
-    argument = signature(pipeline.__call__).parameters.get("max_sequence_length")
+    argument = call_parameters(type(pipeline)).get("max_sequence_length")
     last = _tokenizers(pipeline)[-1]
     if argument is None or argument.default is None or last is None:
         return None

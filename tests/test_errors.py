@@ -77,6 +77,23 @@ def test_all_errors_of_the_package_have_one_parent() -> None:
             "--seed: expected a whole number from 0 to 4294967295",
         ),
         (["evaluate", "--world", "--guidance-scale", "nan"], "--guidance-scale: expected a number from 0 to"),
+        (
+            ["evaluate", "--world", "--rows", "adapter"],
+            "--rows: expected --data, --concept or --subject beside it, got --world",
+        ),
+        (["evaluate", "--concept", "--sheet", "a.png"], "--sheet: expected --data beside it, got --concept"),
+        (
+            ["evaluate", "--concept", "--method", "concept:rank=2"],
+            "--method concept: expected settings of none, got 'rank'",
+        ),
+        (["evaluate", "--subject", "--method", "clear"], "--method: expected subject beside --subject, got"),
+        (["evaluate", "--subject", "--method", "subject:masks=2"], "masks: expected a whole number from 0"),
+        (["evaluate", "--world", "--method", "clear"], "--method: expected --concept or --subject beside it"),
+        (["evaluate", "--subject", "--fast"], "--fast: expected --world beside it, got --subject"),
+        (
+            ["evaluate", "--compare", "a", "b", "--batch-size", "16"],
+            "--batch-size: expected --world, --data, --concept or --subject beside it, got --compare",
+        ),
         (["evaluate", "--world", "--adapter", "clear=x"], "expected an adapter's folder or the id of one"),
         (["train", VAE, "--set", "steps=abc"], "steps: expected a whole number from 1 up, got 'abc'"),
         (["train", VAE, "--set", "batch_size=-1"], "batch_size: expected a whole number from 1 up, got -1"),

@@ -17,9 +17,17 @@ from interactdiff.cli import main
 from interactdiff.evaluation.detection import DetectedPair, Instance, PictureDetections, to_row
 from interactdiff.evaluation.hoi_protocols import PROTOCOLS
 from interactdiff.evaluation.layout import Layout
-from interactdiff.evaluation.layout_drawing import Ranks, batches, noise_seed, row_items, row_prompt
+from interactdiff.evaluation.layout_drawing import (
+    Ranks,
+    batches,
+    noise_seed,
+    row_items,
+    row_prompt,
+    weights_of,
+)
 from interactdiff.evaluation.sampling import held_out_scenes
 from interactdiff.evaluation.sheet import chosen
+from interactdiff.generation import ScenePipeline
 from interactdiff.scene import Interaction
 from interactdiff.stickworld.detector import Detector
 
@@ -133,6 +141,43 @@ def test_other_settings_are_refused_in_words(
     assert "expected pictures drawn with steps 2 in evaluation, got ones with 1: give another --out" in said
 
 
+def test_a_mean_over_seeds_is_of_all_of_them(
+    world: Path, models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*models, "--rows", "base", "--steps", "1", "--seeds", "1", "2", "--limit", "1"]
+    flags += ["--detector", "file:{row}-{seed}.jsonl"]
+    for name in ("real-0", "base-1"):
+        write_detections(world, tmp_path / f"{name}.jsonl")
+    assert evaluate(world, *flags) == 2
+    said = "expected detections of every seed, got base-1.jsonl but no base-2.jsonl"
+    assert said in capsys.readouterr().err
+    assert len(made(Path("evaluation/base"))) == 2  # drawn all the same, so that they can be looked at
+    write_detections(world, tmp_path / "base-2.jsonl")
+    assert evaluate(world, *flags) == 0
+
+
+def test_weights_that_changed_under_their_name_are_noticed(
+    world: Path, models: list[str], pipe: StableDiffusionPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*models, "--detector", "detector", "--seeds", "1", "--rows", "base", "--limit", "1"]
+    flags += ["--steps", "1"]
+    for name in ("one", "two"):
+        Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)).save_pretrained(Path("detector"))
+        assert evaluate(world, *flags, "--json", f"{name}.json") == 0
+    assert len({path.parts[2] for path in Path("evaluation/detections").rglob("*.jsonl")}) == 2
+    assert main(["evaluate", "--compare", "one.json", "two.json"]) == 2
+    assert "expected the same detector_digest in one.json and two.json" in capsys.readouterr().err
+    adapter = trained_adapter(pipe.unet)
+    next(adapter.parameters()).data += 1e-3
+    adapter.save_pretrained("adapter")
+    assert evaluate(world, *flags) == 2
+    assert "expected pictures drawn with weights of interaction " in capsys.readouterr().err
+    drawing = ScenePipeline(pipe, None, "model")
+    before = weights_of(drawing)
+    next(pipe.vae.parameters()).data += 1e-3
+    assert weights_of(drawing) != before
+
+
 def test_the_papers_way_runs_on_from_picture_to_picture_and_resumes(
     world: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,8 +223,32 @@ def test_detections_of_a_file_by_every_protocol(
     Path("worse.json").write_text(json.dumps(worse))
     assert main(["evaluate", "--compare", "right.json", "right.json"]) == 0
     assert "yes" not in capsys.readouterr().out
-    assert main(["evaluate", "--compare", "right.json", "worse.json"]) == 0
+    assert main(["evaluate", "--compare", "right.json", "worse.json", "--json", "difference.json"]) == 0
     assert "| detections | mAP, exact, Default Full | -40.00 [" in capsys.readouterr().out
+    written = json.loads(Path("difference.json").read_text())
+    assert written["second"] == "worse.json"
+    assert written["rows"]["detections"]["exact.default.full"]["difference"] == pytest.approx(-0.4)
+    assert main(["evaluate", "--compare", "right.json", "worse.json", "--json", "right.json"]) == 2
+    assert "--json: expected another file than the two to compare" in capsys.readouterr().err
+
+
+def test_a_report_beside_weights_of_its_name_leaves_them_alone(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_detections(world, tmp_path / "found.jsonl")
+    Path("adapter.safetensors").write_bytes(b"weights")
+    flags = ["--detector", "file:found.jsonl", "--json", "adapter.json"]
+    assert evaluate(world, *flags) == 0
+    assert Path("adapter.safetensors").read_bytes() == b"weights"
+    assert main(["evaluate", "--compare", "adapter.json", "adapter.json"]) == 0
+    Path("adapter.outcomes.safetensors").unlink()
+    Path("adapter.outcomes.safetensors").mkdir()
+    Path("found.jsonl").unlink()  # refused before detections are read
+    capsys.readouterr()
+    assert evaluate(world, *flags) == 2
+    said = "--json: expected that adapter.outcomes.safetensors can be written too, got a folder"
+    assert said in capsys.readouterr().err
 
 
 def test_pictures_that_something_else_drew(
@@ -239,6 +308,10 @@ def test_pictures_that_something_else_drew(
         (["--sheet", "a.jpg"], "--sheet: expected a file name that ends in .png, got 'a.jpg'"),
         (["--json", "a.safetensors"], "--json: expected another ending than .safetensors"),
         (["--scores", "clip"], "--scores clip: expected --clip-model beside it, got none"),
+        (["--box-model", "x"], "--box-model: expected --scores miou or ap50 beside it, got none"),
+        (["--seed", "7"], "--seed: expected --world, --concept or --subject beside it, got --data"),
+        (["--rows", "adapter"], "--rows: expected --model or --adapter beside it, got none"),
+        (["--model", "m", "--paper", "--steps", "20"], "--steps: expected none beside --paper, which has"),
     ],
 )
 def test_refusals_are_one_sentence(

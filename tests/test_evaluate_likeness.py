@@ -9,6 +9,7 @@ import pytest
 import torch
 from world_truth import perfect
 
+from interactdiff import attach
 from interactdiff.cli import main
 from interactdiff.concept import ConceptError, LearnOptions
 from interactdiff.errors import SceneError
@@ -25,9 +26,13 @@ from interactdiff.evaluation.likeness import (
 )
 from interactdiff.evaluation.sampling import render_scenes
 from interactdiff.evaluation.table import chosen_rows, format_scores
+from interactdiff.generation import ScenePipeline
+from interactdiff.method_specs import EvaluationOptions
 from interactdiff.stickworld.appearance import Appearance
 from interactdiff.stickworld.detector import Detections, Detector, Found
-from interactdiff.stickworld.world import BACKGROUNDS
+from interactdiff.stickworld.world import BACKGROUNDS, HELD_OUT
+from interactdiff.subject.adapter import SubjectAdapter
+from interactdiff.subject.foreground import WHOLE
 
 
 def known_things(*names: str, seed: int = 0) -> list[Known]:
@@ -143,6 +148,40 @@ def test_a_perfect_picture_of_a_subject() -> None:
     assert float(subjects.structural_similarity(*(subjects._crop(image, box),) * 2)) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("seed", [0, 2, 2**32 - 1])
+def test_all_scenes_of_subjects_are_held_out_and_of_their_own(seed: int) -> None:
+    tasks = [subjects._task(n, seed, 16) for n in (0, 1)]
+    pairs = [subjects._pair(n, seed) for n in (0, 1)]
+    scenes = [one.scene for task in tasks for one in task.wanted]
+    scenes += [scene for pair in pairs for scene in (pair.wanted.scene, *pair.references)]
+    assert min(scene.seed for scene in scenes) >= HELD_OUT
+    assert len({scene.seed for scene in scenes}) == len(scenes) == 10
+    with pytest.raises(ValueError, match="expected a number from 0 up, got -1"):
+        lone_scene(pairs[0].known, -1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_settings_reach_the_rows_that_do_not_fix_them(pipe: Any) -> None:
+    given = {"guidance": 3.0, "reference_weight": 8.0, "encoder_weight": 0.5}
+    assert subjects.row_settings("attention", given) == {**given, "encoder_weight": 0, "guidance": 0}
+    assert subjects.row_settings("both", given) == {**given, "guidance": 0}
+    assert subjects.row_settings("guided", given) == given
+    assert subjects.row_settings("guided", {}) == {"guidance": subjects.GUIDANCE}
+    assert subjects.row_settings("text_full", given) == {}
+    torch.manual_seed(0)
+    detector, tasks = Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)), [subjects._task(0, 0, 16)]
+    with attach(pipe, SubjectAdapter()) as handle:
+        drawn = []
+        for masks in (1, 0):
+            options = EvaluationOptions(
+                1, 0, 1, 2, size=16, settings={"reference_weight": 8.0, "masks": masks}
+            )
+            subjects._row("attention", tasks, ScenePipeline(pipe, handle, "tiny"), detector, options)
+            assert handle["subject"].settings["reference_weight"] == 8
+            drawn.append({one.reference.how for one in handle["subject"].scene.subjects})
+    assert drawn == [{"its mask"}, {WHOLE}]
+
+
 def test_two_persons_who_are_alike_or_swapped_have_collapsed() -> None:
     known = known_things(PERSON, PERSON, seed=4)
     wanted = lone_scene(known, 0)
@@ -194,8 +233,12 @@ def test_subjects_on_the_command_line(
     assert main([*command, "--rows", "encoder", "--detector", detector]) == 2
     assert "expected a subject encoder for the row encoder" in capsys.readouterr().err
     assert not out.exists()
-    assert main([*command, "--detector", detector]) == 0
+    assert main([*command, "--detector", detector, "--method", "subject:position_shift=1"]) == 2
+    assert "position_shift: expected 0 for UNet2DConditionModel" in capsys.readouterr().err
+    settings = ["--method", "subject:reference_weight=8,masks=1"]
+    assert main([*command, "--detector", detector, *settings]) == 0
     table = json.loads(out.read_text())
+    assert table["settings"] == {"reference_weight": 8.0, "masks": 1}
     assert list(table["rows"]) == ["real", "text", "text_full", "attention", "guided"]
     assert all(row.keys() == table["rows"]["real"].keys() for row in table["rows"].values())
     assert table["rows"]["text"].keys() == {"identity", "action_acc", "object_acc", "background_acc", "copy"}

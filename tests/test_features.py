@@ -31,12 +31,12 @@ def controlled(pipeline: Any, adapter: InteractionAdapter, **arguments: Any) -> 
 # --- LoRA, textual inversion, IP-Adapter ---
 
 
-def lora_tensors(unet: PeftAdapterMixin) -> dict[str, torch.Tensor]:
-    """A LoRA file's tensors for every query and value projection, of one rank."""
+def lora_tensors(denoiser: PeftAdapterMixin, part: str = "unet") -> dict[str, torch.Tensor]:
+    """A LoRA file's tensors for every query and value projection of a pipeline's part, of one rank."""
     generator = torch.Generator().manual_seed(7)
     return {
-        f"unet.{name}.lora_{side}.weight": torch.randn(shape, generator=generator)
-        for name, module in unet.named_modules()
+        f"{part}.{name}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for name, module in denoiser.named_modules()
         if name.endswith(("to_q", "to_v"))
         for side, shape in (("A", (2, module.in_features)), ("B", (module.out_features, 2)))
     }

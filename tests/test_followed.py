@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from interactdiff import AdapterError, Interaction, attach
 from interactdiff.clear import ClearConfig, linearize
-from interactdiff.fingerprints import fingerprint
+from interactdiff.fingerprints import fingerprint, weights_digest
 
 ADAPTERS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "interaction": (lambda pipe: trained_adapter(pipe.unet), RIDING),
@@ -113,10 +113,20 @@ def test_fingerprints_read_odd_tensors() -> None:
     module.register_buffer("expanded", torch.ones(1).expand(50))
     module.register_buffer("flags", torch.tensor([True, False]))
     module.register_buffer("meta", torch.empty(3, device="meta"))
-    before = fingerprint(module)
-    assert fingerprint(module) == before
+    before, digest = fingerprint(module), weights_digest(module)
+    assert (fingerprint(module), weights_digest(module)) == (before, digest)
     module.weight.data[1] *= 2
     assert fingerprint(module) != before
+    assert weights_digest(module) != digest
+
+
+def test_a_digest_tells_one_changed_value_of_many() -> None:
+    module = nn.Linear(100, 100)
+    before = weights_digest(module)
+    module.weight.data[37, 41] += 1e-3
+    assert weights_digest(module) != before
+    module.weight.data[37, 41] -= 1e-3
+    assert weights_digest(copy.deepcopy(module).half()) != before
 
 
 # --- weights come out as they went in ---

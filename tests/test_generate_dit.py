@@ -27,6 +27,7 @@ from interactdiff.generation import ScenePipeline
 from interactdiff.models import absolute_name, default_adapter
 from interactdiff.picture import read_record
 from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipelines import InteractionFluxPipeline
 from interactdiff.scene import Scene, SceneError
 from interactdiff.stickworld.detector import Detector
 
@@ -69,6 +70,8 @@ def test_each_kind_of_pipeline_is_told_the_guidance_its_own_way(
     assert call_arguments(pipe, "a", "b", 2.0) == {**asked, "guidance_scale": 2.0}
     assert call_arguments(sd3_pipe, "a", "b", 2.0) == {**asked, "guidance_scale": 2.0}
     assert call_arguments(flux_pipe, "a", "b", 2.0) == {**asked, "true_cfg_scale": 2.0, **padded}
+    ours = InteractionFluxPipeline(**flux_pipe.components)
+    assert call_arguments(ours, "a", "b", 2.0) == call_arguments(flux_pipe, "a", "b", 2.0)
     assert call_arguments(distilled, "a", "b", 2.0) == {**asked, "guidance_scale": 2.0, **padded}
 
 

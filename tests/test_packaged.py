@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.cli import main
+from interactdiff.evaluation.bootstrap import with_interval
 from interactdiff.evaluation.captions import text_scores
-from interactdiff.evaluation.hoi import with_interval
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
 from interactdiff.evaluation.world import evaluate_world, packaged_detector
 from interactdiff.generation import ScenePipeline

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
+from PIL import Image
 from tiny import RIDING, Calls, close, trained_adapter
 from tiny_dit import draw, trained_joint_adapter
 from tiny_subject import dog, half_mask, picture
@@ -336,6 +337,22 @@ def test_a_place_is_soft_and_never_empty() -> None:
     assert place([], (2, 2)).tolist() == [1, 1, 1, 1]
     both = place([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], (4, 4))
     assert both.min() == 1
+
+
+def test_grids_that_keep_as_many_tokens_have_weights_of_their_own(pipe: Any) -> None:
+    """A subject of 40 pixels in the middle of 512 covers 4 tokens of either grid, less of each coarse one."""
+    mask = Image.new("L", (512, 512))
+    mask.paste(255, (236, 236, 276, 276))
+    with attached(pipe, dog(0, (512, 512), mask=mask)) as handle:
+        binding = handle["subject"]
+        draw(pipe, num_inference_steps=1)
+        reference = binding.scene.subjects[0].reference
+        grids = {one.site.grid(*reference.grid) for one in binding._keys}
+        shares = {grid: reference.foreground(grid)[1] for grid in grids}
+        assert [len(kept) for kept in shares.values()] == [4, 4]
+        for one in binding._keys:
+            weights = torch.as_tensor(one.blocks[0].log_weight).exp().flatten()
+            assert torch.allclose(weights, shares[one.site.grid(*reference.grid)])
 
 
 def test_two_subjects_with_places_do_not_see_each_other(pipe: Any) -> None:

@@ -1,21 +1,24 @@
 """Subjects beside everything else that acts in a denoiser: any order, the same bits."""
 
+from inspect import signature
 from itertools import permutations
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from diffusers import FluxControlNetModel, FluxControlNetPipeline
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
 from test_features import ip_adapter_tensors, lora_tensors
 from test_support import PICTURE, controlnet, from_base
 from tiny import RIDING, Calls, Graphs, close, trained_adapter
 from tiny import draw as draw_unet
-from tiny_dit import draw, trained_joint_adapter, trained_layers
+from tiny_dit import draw, shaken, trained_joint_adapter, trained_layers
 from tiny_subject import dog, half_mask, picture, trained_subject_adapter
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from interactdiff import Handle, attach
+from interactdiff import AdapterError, Handle, attach
 from interactdiff.adapter import Adapter
 from interactdiff.clear import ClearAdapter, ClearConfig
 from interactdiff.sites import denoiser_of
@@ -25,6 +28,7 @@ from interactdiff.subject.items import Subject
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
 )
+make_flux_controlnet, make_flux_controlnet_pipeline = cast(Any, (FluxControlNetModel, FluxControlNetPipeline))
 PERSON = Subject("person", picture(2), mask=half_mask())
 
 
@@ -110,30 +114,40 @@ def test_a_pass_over_a_reference_leaves_a_schedule_and_fast_control_alone(pipe: 
         assert torch.allclose(drawn[0], drawn[1], atol=1e-5)
 
 
-# --- on a U-Net ---
+# --- beside what diffusers loads ---
+
+
+def drawn(pipe: Any, **run: Any) -> Tensor:
+    return (draw if hasattr(pipe, "transformer") else draw_unet)(pipe, **run)
 
 
 def subject_drawn(pipe: Any, **run: Any) -> Tensor:
     with attach(pipe, SubjectAdapter()) as handle:
         handle.set_scene([dog()])
-        return draw_unet(pipe, **run)
+        return drawn(pipe, **run)
 
 
 @pytest.mark.parametrize("order", ["lora first", "adapter first"])
-def test_lora(pipe: Any, order: str) -> None:
+@pytest.mark.parametrize(
+    ("fixture", "part", "arguments"),
+    [("pipe", "unet", "cross_attention_kwargs"), ("flux_pipe", "transformer", "joint_attention_kwargs")],
+)
+def test_lora(fixture: str, part: str, arguments: str, order: str, request: pytest.FixtureRequest) -> None:
+    pipe = request.getfixturevalue(fixture)
+    tensors = lora_tensors(denoiser_of(pipe), part)
     without = subject_drawn(pipe)
     if order == "lora first":
-        pipe.load_lora_weights(lora_tensors(pipe.unet), adapter_name="style")
+        pipe.load_lora_weights(tensors, adapter_name="style")
         expected = subject_drawn(pipe)
     else:
         with attach(pipe, SubjectAdapter()) as handle:
             handle.set_scene([dog()])
-            draw_unet(pipe)
-            pipe.load_lora_weights(lora_tensors(pipe.unet), adapter_name="style")
-            expected = draw_unet(pipe)
+            drawn(pipe)
+            pipe.load_lora_weights(tensors, adapter_name="style")
+            expected = drawn(pipe)
             assert torch.equal(subject_drawn_again(handle, pipe), expected)
     assert not close(expected, without)
-    weaker = subject_drawn(pipe, cross_attention_kwargs={"scale": 0.5})
+    weaker = subject_drawn(pipe, **{arguments: {"scale": 0.5}})
     assert not torch.allclose(weaker, expected, atol=1e-4)
     assert torch.equal(subject_drawn(pipe), expected)
     pipe.unload_lora_weights()
@@ -142,7 +156,7 @@ def test_lora(pipe: Any, order: str) -> None:
 
 def subject_drawn_again(handle: Handle, pipe: Any) -> Tensor:
     handle["subject"].runner.cache.clear()
-    return draw_unet(pipe)
+    return drawn(pipe)
 
 
 def test_an_ip_adapter(pipe: Any) -> None:
@@ -191,6 +205,50 @@ def test_controlnet_image_to_image_and_inpainting(pipe: Any, kind: str) -> None:
     alone, both = run([]), run([dog()])
     assert not torch.allclose(both, alone, atol=1e-5)
     assert torch.equal(run([dog()]), both)
+
+
+def test_controlnet_on_a_transformer(flux_pipe: Any) -> None:
+    shape = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads")
+    shape += ("joint_attention_dim", "pooled_projection_dim", "axes_dims_rope")
+    config = flux_pipe.transformer.config
+    net = shaken(make_flux_controlnet(**{name: config[name] for name in shape}), 8)
+    names = signature(FluxControlNetPipeline.__init__).parameters.keys() & flux_pipe.components.keys()
+    parts = {name: flux_pipe.components[name] for name in names}
+    other = make_flux_controlnet_pipeline(**parts, controlnet=net)
+    other.set_progress_bar_config(disable=True)
+    alone, residuals = draw(other, control_image=PICTURE), []
+    other.transformer.register_forward_pre_hook(
+        lambda _, __, given: residuals.append(given.get("controlnet_block_samples") is not None),
+        with_kwargs=True,
+    )
+    with attach(other, SubjectAdapter()) as handle:
+        handle.set_scene([dog()])
+        both = draw(other, control_image=PICTURE)
+        assert residuals == [True, False, True], "of the picture, and not of the reference"
+        assert not torch.allclose(draw(other, control_image=1 - PICTURE), both, atol=1e-4)
+        assert residuals[3:] == [True, True], "the reference is kept"
+    assert not torch.allclose(both, alone, atol=1e-4)
+    assert torch.equal(draw(other, control_image=PICTURE), alone)
+
+
+def test_an_ip_adapter_of_flux_is_refused_in_words_and_survived(flux_pipe: Any) -> None:
+    """Its processors add a third output, which those that merge the reference's keys do not have."""
+    expected = subject_drawn(flux_pipe)
+    attention = flux_pipe.transformer.transformer_blocks[0].attn
+    own = attention.processor
+    refused = pytest.raises(
+        AdapterError, match=r"stock attention processor .* got FluxIPAdapterAttnProcessor"
+    )
+    with attach(flux_pipe, SubjectAdapter()) as handle:
+        handle.set_scene([dog()])
+        attention.set_processor(FluxIPAdapterAttnProcessor(32, 8))
+        with refused:
+            draw(flux_pipe)
+        attention.set_processor(own)
+        assert torch.equal(draw(flux_pipe), expected)
+    attention.set_processor(FluxIPAdapterAttnProcessor(32, 8))
+    with refused:
+        attach(flux_pipe, SubjectAdapter())
 
 
 def test_half_precision(any_pipe: Any) -> None:

@@ -9,14 +9,22 @@ import pytest
 import torch
 from PIL import Image
 from tiny import RIDING, draw, trained_adapter
+from tiny_dit import draw as draw_dit
+from tiny_dit import trained_joint_adapter
 from tiny_subject import dog, half_mask, picture
 
-from interactdiff import Scene, SceneError, attach, generate
+from interactdiff import Interaction, Scene, SceneError, attach, generate
 from interactdiff.app.snippets import as_command, as_python
 from interactdiff.cli import main
 from interactdiff.picture import read_record
-from interactdiff.pipelines import InteractionStableDiffusionPipeline
+from interactdiff.pipelines import (
+    InteractionFluxPipeline,
+    InteractionStableDiffusion3Pipeline,
+    InteractionStableDiffusionPipeline,
+    InteractionStableDiffusionXLPipeline,
+)
 from interactdiff.scene_pictures import MAX_PICTURE_SIDE, Picture, picture_files
+from interactdiff.sites import denoiser_of
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.foreground import foreground, load_segmenter
 from interactdiff.subject.items import Subject
@@ -79,7 +87,7 @@ def test_what_is_no_picture_is_refused_in_words(value: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mask": half_mask((8, 16))}, "mask: expected the picture's 16 x 16 pixels, got 8 x 16"),
+        ({"mask": half_mask((8, 16))}, "mask: expected 16 x 16 pixels, as its picture has once both are"),
         (
             {"mask": Image.new("L", (16, 16), 20)},
             "mask: expected light pixels where the subject is, got an empty",
@@ -247,6 +255,40 @@ def test_pipelines_take_subjects(pipe: Any) -> None:
     ours.unload_subject_adapter()
     ours.unload_interaction_adapter()
     assert torch.equal(draw(ours), plain)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "kind"),
+    [
+        ("xl_pipe", InteractionStableDiffusionXLPipeline),
+        ("flux_pipe", InteractionFluxPipeline),
+        ("sd3_pipe", InteractionStableDiffusion3Pipeline),
+    ],
+)
+def test_pipelines_of_every_family_take_subjects(
+    fixture: str, kind: Any, request: pytest.FixtureRequest
+) -> None:
+    pipe = request.getfixturevalue(fixture)
+    ours = kind(**pipe.components)
+    ours.set_progress_bar_config(disable=True)
+    plain = draw_dit(ours)
+    with attach(pipe, SubjectAdapter()) as handle:
+        handle.set_scene([dog()])
+        expected = draw_dit(pipe)
+    assert torch.equal(draw_dit(ours, subjects=[dog()]), expected)
+    heavy = draw_dit(ours, subjects=[dog()], subject_settings={"reference_weight": 9})
+    assert not torch.allclose(heavy, expected, atol=1e-4)
+    denoiser = denoiser_of(ours)
+    adapter = trained_adapter(denoiser) if hasattr(ours, "unet") else trained_joint_adapter(denoiser)
+    ours.load_interaction_adapter(adapter)
+    dogs = Interaction("dog", "riding", "bike", RIDING.subject_box, RIDING.object_box)
+    by_interaction = draw_dit(ours, subjects=[dog()], interactions=[dogs])
+    placed = draw_dit(ours, subjects=[dog(box=RIDING.subject_box)], interactions=[dogs])
+    assert torch.equal(placed, by_interaction)
+    assert not torch.allclose(by_interaction, draw_dit(ours, interactions=[dogs]), atol=1e-4)
+    ours.unload_subject_adapter()
+    ours.unload_interaction_adapter()
+    assert torch.equal(draw_dit(ours), plain)
 
 
 def test_a_scene_of_a_crop_keeps_what_is_in_it() -> None:

@@ -152,6 +152,7 @@ class KnownBoxes:
 
     found: list[Instance]
     name: str = "known"
+    digest: str = ""
 
     def boxes(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Instance]]:
         return [[one for one in self.found if one.name in names] for _ in images]
@@ -162,6 +163,7 @@ class KnownVerbs:
     """The first verb is likelier the further left the object is."""
 
     name: str = "left"
+    digest: str = ""
 
     def verbs(
         self, image: Image.Image, candidates: Sequence[Candidate], verbs_of: Mapping[str, Sequence[str]]
@@ -225,6 +227,7 @@ class Knowing:
 
     truth: dict[tuple[float, ...], str]
     name: str = "knowing"
+    digest: str = ""
 
     def verbs(
         self, image: Image.Image, candidates: Sequence[Candidate], verbs_of: Mapping[str, Sequence[str]]

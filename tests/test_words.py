@@ -1,5 +1,7 @@
 """Where the words of things look: cross-attention of tiny pipelines, and maps made by hand."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,16 @@ from conftest import TEXT_WIDTH, tiny_unet
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from interactdiff import attach
+from interactdiff.concept.adapter import ConceptAdapter
+from interactdiff.concept.capture import AttentionCapture
+from interactdiff.concept.masks import from_zero_to_one
 from interactdiff.evaluation import words
 from interactdiff.evaluation.words import (
-    attention,
-    conditioning,
+    captured,
     mask_iou,
-    recorded,
     word_iou,
+    word_layers,
     word_map,
     word_mask,
     word_span,
@@ -50,91 +55,78 @@ def test_word_iou_is_measured_on_both_kinds_of_models_and_leaves_them_as_they_we
     assert hooks(pipeline) == before
 
 
-def test_attention_is_that_of_the_finest_grid_and_its_rows_are_shares(pipeline: Any) -> None:
-    weights = attention(pipeline, "a dog", PIXELS, seed=0)
-    to_words, to_image = weights.finest
-    unet = hasattr(pipeline, "unet")
-    tokens = 256 if unet else 64  # 16 x 16 latents; a transformer's tokens are of 2 x 2
-    assert to_words.shape == (tokens, 24 if unet else 10)
-    assert to_image.shape == (tokens, tokens)
-    torch.testing.assert_close(to_image.sum(1), torch.ones(tokens))
-    assert to_words.min() >= 0
-    calls = len(words.NOISE_LEVELS)
-    if unet:
-        grids = {n: weights.to_words[n].sum(1) for n in weights.to_words}
-        assert len(grids) > 1
-        assert all((rows / calls).allclose((rows / calls).round(), atol=1e-4) for rows in grids.values())
-    else:  # words and image share the attention of three blocks
-        total = to_words.sum(1) + weights.to_image[tokens].sum(1)
-        torch.testing.assert_close(total, torch.full((64,), 3.0 * calls))
-    assert not attention(pipeline, "a dog", PIXELS, seed=1).finest[0].equal(to_words)
-    assert not attention(pipeline, "a red bike", PIXELS, seed=0).finest[0].equal(to_words)
+@contextmanager
+def looking(pipeline: Any, caption: str = "a red bike", seed: int = 0) -> Iterator[AttentionCapture]:
+    with attach(pipeline, ConceptAdapter.for_pipeline(pipeline).named("words")) as handle:
+        yield captured(pipeline, handle["concept:words"], caption, PIXELS, seed)
 
 
-class Keeping:
-    """diffusers' own attention, written out, that keeps its weights."""
-
-    def __init__(self, kept: list[Tensor]):
-        self.kept = kept
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            attn.head_to_batch_dim(projected)
-            for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
-        weights = attn.get_attention_scores(query, key)
-        if encoder_hidden_states is not None:
-            self.kept.append(weights.mean(0))
-        return attn.to_out[0](attn.batch_to_head_dim(weights @ value))
+def matrices(capture: AttentionCapture, denoiser: Any) -> tuple[Tensor, Tensor]:
+    """The slow oracle: [N, T] attention to words and [N, N] to the image, rows of the second with sum 1."""
+    layers, text = word_layers(denoiser), capture.text_length
+    mean = {path: capture.probabilities(path).mean((0, 1)) for path in {*layers.cross, *layers.own}}
+    to_words: Any = sum(mean[path][:, :text] for path in layers.cross)
+    to_image: Any = sum(mean[path][:, -len(mean[path]) :] for path in layers.own)  # a transformer's come last
+    return to_words, to_image / to_image.sum(1, keepdim=True)
 
 
-def test_weights_of_a_unet_are_those_that_its_attention_uses(pipe: StableDiffusionPipeline) -> None:
-    unet: Any = pipe.unet
-    kept: list[Tensor] = []
-    unet.set_attn_processor(Keeping(kept))
-    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([5]))
-    text = torch.randn(1, 7, unet.config["cross_attention_dim"])
-    with torch.no_grad(), recorded(unet) as weights:
-        unet(*inputs, encoder_hidden_states=text)
-    for tokens, got in weights.to_words.items():
-        torch.testing.assert_close(got, sum(one for one in kept if len(one) == tokens))
-    assert sum(len(one) == 64 for one in kept) > 1
+def test_a_map_is_that_of_the_whole_matrices(pipeline: Any) -> None:
+    denoiser = denoiser_of(pipeline)
+    with looking(pipeline) as capture:
+        to_words, to_image = matrices(capture, denoiser)
+        assert to_words.shape == ((256, 24) if hasattr(pipeline, "unet") else (64, 10))
+        for tokens in ([2], [3, 4, 5]):
+            expected = to_words[:, tokens].mean(1).double().square()
+            for _ in range(words.REFINEMENTS):
+                expected = to_image.double() @ expected
+            expected = (expected - expected.min()) / (expected.max() - expected.min())
+            got = word_map(capture, tokens)
+            assert got.shape == ((16, 16) if hasattr(pipeline, "unet") else (8, 8))
+            torch.testing.assert_close(got.flatten().double(), expected, atol=5e-3, rtol=0)
+    with looking(pipeline, seed=1) as other:
+        assert not torch.allclose(word_map(other, [2]), word_map(capture, [2]), atol=1e-2)
 
 
-def test_weights_of_flux_make_the_output_of_its_attention(flux_pipe: Any) -> None:
-    """Of values that are 1 for text and 0 for the image, each image token gets what it gives to text."""
-    transformer = flux_pipe.transformer
-    arguments = conditioning(flux_pipe, "a dog", 32)
-    block = transformer.single_transformer_blocks[0].attn
-    seen: list[Tensor] = []
-    lengths = arguments["encoder_hidden_states"].shape[1]
-
-    def spoken(module: Any, args: Any, output: Tensor) -> Tensor:
-        marked = torch.zeros_like(output)
-        marked[:, :lengths] = 1
-        return marked
-
-    hook = block.to_v.register_forward_hook(spoken)
-    after = block.register_forward_hook(lambda m, a, output: seen.append(output[0, lengths:].mean(1)))
-    others = [transformer.transformer_blocks[0].attn, transformer.single_transformer_blocks[1].attn]
-    with torch.no_grad(), recorded(transformer) as weights:
-        for other in others:
-            other._forward_pre_hooks.clear()  # only this block is recorded
-        transformer(hidden_states=torch.randn(1, 64, 16), timestep=torch.tensor([0.2]), **arguments)
+def test_a_denoiser_is_called_at_the_noise_levels_that_are_said(pipeline: Any) -> None:
+    times: list[Any] = []
+    hook = denoiser_of(pipeline).register_forward_pre_hook(
+        lambda _, args, given: times.append(given["timestep"] if "timestep" in given else args[1]),
+        with_kwargs=True,
+    )
+    with looking(pipeline):
+        pass
     hook.remove()
-    after.remove()
-    torch.testing.assert_close(weights.to_words[64].sum(1), seen[0], atol=1e-5, rtol=1e-4)
+    (levels,) = times
+    scale = 1 if hasattr(pipeline, "unet") else 1000
+    assert (levels * scale).tolist() == pytest.approx(words.NOISE_LEVELS)
 
 
 def test_a_unet_whose_attention_is_all_to_words_is_not_refined(pipe: StableDiffusionPipeline) -> None:
-    """Each of the three blocks of the finest grid attends to words twice then, at every noise level."""
+    """Each of the three blocks of the finest grid attends to words twice then."""
     pipe.unet = tiny_unet(TEXT_WIDTH, only_cross_attention=True)
-    to_words, to_image = attention(pipe, "a dog", PIXELS, seed=0).finest
-    assert torch.equal(to_image, torch.eye(256))
-    torch.testing.assert_close(to_words.sum(1), torch.full((256,), 6.0 * len(words.NOISE_LEVELS)))
+    layers = word_layers(pipe.unet)
+    assert (len(layers.cross), layers.own) == (6, ())
+    with looking(pipe) as capture:
+        columns = capture.columns([[2]]).mean(0, keepdim=True)
+        assert torch.equal(word_map(capture, [2]), from_zero_to_one(columns.square())[0, 0])
+
+
+class ByHand:
+    """A capture of attention that is known: [N, T] to words, and [N, N] to the image of a square grid."""
+
+    has_own = True
+
+    def __init__(self, to_words: Tensor, to_image: Tensor):
+        self.to_words, self.to_image = to_words, to_image
+        self.side, self.text_length = round(len(to_words) ** 0.5), to_words.shape[1]
+
+    def columns(self, rows: Any) -> Tensor:
+        maps = torch.stack([self.to_words[:, own].mean(1) for own in rows])
+        return maps.unflatten(1, (self.side, self.side))[None]
+
+    def spread(self, maps: Tensor, renormalised: bool) -> Tensor:
+        assert not renormalised
+        return (maps.flatten(2) @ self.to_image.T).unflatten(2, maps.shape[2:])
 
 
 def test_a_map_made_by_hand_on_the_mask_has_iou_one(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,17 +136,14 @@ def test_a_map_made_by_hand_on_the_mask_has_iou_one(pipeline: Any, monkeypatch: 
     masks = [thing.mask for thing in render(scene, size).things]
     limit = 200
 
-    def by_hand(pipeline: Any, caption: str, image: np.ndarray, seed: int) -> words.WordAttention:
-        weights = words.WordAttention()
+    def by_hand(pipeline: Any, binding: Any, caption: str, image: np.ndarray, seed: int) -> Any:
         to_words = torch.zeros(size * size, limit)
         for described, mask in zip(scene.described.things, masks, strict=True):
             for token in word_tokens(pipeline, caption, word_span(caption, described), limit):
                 to_words[:, token] = torch.from_numpy(mask.flatten().astype(np.float32))
-        weights.to_words[size * size] = to_words
-        weights.to_image[size * size] = torch.eye(size * size)
-        return weights
+        return ByHand(to_words, torch.eye(size * size))
 
-    monkeypatch.setattr(words, "attention", by_hand)
+    monkeypatch.setattr(words, "captured", by_hand)
     assert word_iou(pipeline, [scene], size, 0) == {"objects": 1.0, "persons": 1.0}
     masks.reverse()
     assert max(word_iou(pipeline, [scene], size, 0).values()) < 0.5
@@ -166,10 +155,15 @@ def test_refinement_spreads_a_map_over_what_looks_alike() -> None:
     alike[4:, 4:] = 1 / 12
     to_words = torch.zeros(16, 3)
     to_words[1, 2] = 0.9
-    assert word_map(to_words, torch.eye(16), [2]).nonzero().flatten().tolist() == [1]
-    assert word_map(to_words, alike, [2]).tolist() == [1.0] * 4 + [0.0] * 12
-    assert word_map(to_words, alike, [0, 1]).tolist() == [0.0] * 16
-    mask = word_mask(word_map(to_words, alike, [2]), 8)
+
+    def looked(to_image: Tensor, tokens: list[int]) -> Tensor:
+        capture: Any = ByHand(to_words, to_image)
+        return word_map(capture, tokens)
+
+    assert looked(torch.eye(16), [2]).flatten().nonzero().flatten().tolist() == [1]
+    assert looked(alike, [2]).flatten().tolist() == [1.0] * 4 + [0.0] * 12
+    assert looked(alike, [0, 1]).flatten().tolist() == [0.0] * 16
+    mask = word_mask(looked(alike, [2]), 8)
     assert mask[:2].all()
     assert not mask[3:].any()
 

@@ -15,7 +15,8 @@ from PIL import Image
 from interactdiff.data.records import Inline
 from interactdiff.evaluation.box_scores import LEAST_SCORE, box_ious, wanted_boxes
 from interactdiff.evaluation.detection import Instance, Picture, PixelBox
-from interactdiff.evaluation.hoi import LEAST_IOU, iou
+from interactdiff.evaluation.hoi import iou
+from interactdiff.evaluation.hoi_protocols import LEAST_IOU
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.model_loading import load_box_detector, load_verb_scorer
 from interactdiff.evaluation.two_stage import BoxDetector, Candidate, VerbScorer

@@ -3,6 +3,7 @@
 import argparse
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +67,21 @@ def adapters_of(args: argparse.Namespace) -> dict[str, str]:
         name, at = (method, path) if is_name else ("interaction", text)
         chosen[name] = at
     return chosen
+
+
+def method_settings(texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What `--method NAME:SETTING=X,...` sets, by name; of two values of one setting the last."""
+    used: dict[str, dict[str, float]] = {}
+    for text in texts:
+        name, _, settings = text.partition(":")
+        values = used.setdefault(name.strip(), {})
+        for part in filter(None, settings.split(",")):
+            key, _, value = part.partition("=")
+            try:
+                values[key.strip()] = float(value)
+            except ValueError:
+                raise UsageError(f"--method: expected NAME:SETTING=number, got {text!r}") from None
+    return used
 
 
 def check_picture_name(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,16 @@ from interactdiff.commands.arguments import (
     UsageError,
     adapters_of,
     add_models,
+    method_settings,
     number,
     positive,
     quiet_libraries,
     whole,
 )
+from interactdiff.commands.evaluate_flags import check_flags, without_defaults
 from interactdiff.commands.evaluate_layouts import LAYOUT_STEPS, ROWS, add_layouts, compare, evaluate_data
 from interactdiff.files import why_unwritable, write_aside
-from interactdiff.method_specs import EvaluationOptions, load_attribute
+from interactdiff.method_specs import EvaluationOptions, MethodSpec, load_attribute
 from interactdiff.models import MODEL, default_adapter, model_info
 from interactdiff.registry import methods
 from interactdiff.scene import MAX_GUIDANCE, MAX_STEPS
@@ -37,16 +41,16 @@ def add_to(commands: Commands) -> None:
         "--compare says which differences between two such runs are larger than chance; any other by the "
         "scores of its method.",
     )
-    parser.set_defaults(run=_run, method=None)
+    parser.set_defaults(scored=None)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--world", action="store_true", help="on held-out stickworld scenes")
     add_layouts(parser, what)
     for name, spec in methods().items():
         if spec.scores is not None:
             what.add_argument(
-                f"--{name}", dest="method", action="store_const", const=name, help=f"scores of {spec.title}"
+                f"--{name}", dest="scored", action="store_const", const=name, help=f"scores of {spec.title}"
             )
-    parser.add_argument("--scenes", type=positive, default=50, help="how many (default: %(default)s)")
+    parser.add_argument("--scenes", type=positive, default=50, help="how many (default: 50)")
     for name in ("subjects", "photos"):
         parser.add_argument(
             f"--{name}",
@@ -61,6 +65,12 @@ def add_to(commands: Commands) -> None:
         nargs="+",
         metavar="ROW",
         help=f"of the table of a method, or of --data: {', '.join(ROWS)} (default: all that can be)",
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME:SETTING=X,...",
+        help="settings of the method that is scored, subject:reference_weight=8; may be repeated",
     )
     parser.add_argument("--seed", type=whole, default=0, help="which ones, and their noise (default: 0)")
     parser.add_argument("--steps", type=positive, help="denoising steps (default: 20, with --data 50)")
@@ -89,17 +99,21 @@ def add_to(commands: Commands) -> None:
         help="that scores the pictures: a folder with one of stickworld, whose world scenes are of (default: "
         "a packaged one); with --data also file:PATH or two-stage:BOXES,VERBS",
     )
-    parser.add_argument("--batch-size", type=positive, default=16, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=16, help="default: 16")
     parser.add_argument("--fast", action="store_true", help="also score fast control")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     add_models(parser)
+    parser.set_defaults(run=partial(_run, without_defaults(parser)))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(defaults: Mapping[str, Any], args: argparse.Namespace) -> None:
+    check_flags(args, defaults)
     if args.json is not None and (reason := why_unwritable(args.json)):
         raise UsageError(f"--json: expected a file that can be written, got {args.json}: {reason}")
     if args.compare is not None:
-        compare(args)
+        if args.json in args.compare:
+            raise UsageError(f"--json: expected another file than the two to compare, got {args.json}")
+        _write(args.json, compare(*args.compare))
         return
     model, adapters = args.model or MODEL, adapters_of(args)
     if args.fast and "interaction" not in adapters and default_adapter(model) is None:
@@ -115,10 +129,14 @@ def _run(args: argparse.Namespace) -> None:
     if args.data is not None:
         evaluate_data(args)
         return
-    table = _world(args, model, adapters) if args.method is None else _method(args, model, adapters)
-    if args.json is not None:
+    table = _world(args, model, adapters) if args.scored is None else _method(args, model, adapters)
+    _write(args.json, table)
+
+
+def _write(file: Path | None, table: Mapping[str, Any]) -> None:
+    if file is not None:
         text = json.dumps(table, indent=2) + "\n"
-        write_aside(args.json, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _world(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> dict[str, Any]:
@@ -158,8 +176,9 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
     from interactdiff.evaluation.world import load_detector
     from interactdiff.generation import ScenePipeline
 
-    spec = methods()[args.method]
+    spec = methods()[args.scored]
     assert spec.scores is not None
+    settings = _settings(spec, args.method or [])
     detector = None if args.detector is None else load_detector(Path(args.detector))
     used = {spec.name: {}} if spec.scores_need_adapter else {}
     pipeline = ScenePipeline.from_pretrained(model, adapters, args.device or "auto", methods=used)
@@ -173,6 +192,7 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
         args.size,
         tuple(args.rows or ()),
         detector,
+        settings,
     )
     scores = load_attribute(spec.scores)(pipeline, options)
     print(format_scores(scores))
@@ -180,3 +200,16 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
     del run["detector"], run["rows"]
     run |= {"method": spec.name, "model": pipeline.model, "adapters": dict(pipeline.adapters)}
     return {**run, **(scores if "rows" in scores else {"scores": scores})}
+
+
+def _settings(spec: MethodSpec, texts: list[str]) -> dict[str, int | float]:
+    """What `--method` sets of the method that is scored."""
+    known = {setting.name: setting for setting in spec.score_settings}
+    given = method_settings(texts)
+    for name, values in given.items():
+        if name != spec.name:
+            raise UsageError(f"--method: expected {spec.name} beside --{spec.name}, got {name!r}")
+        if unknown := next((key for key in values if key not in known), None):
+            of = ", ".join(known) or "none"
+            raise UsageError(f"--method {name}: expected settings of {of}, got {unknown!r}")
+    return {key: known[key].checked(value) for key, value in given.get(spec.name, {}).items()}

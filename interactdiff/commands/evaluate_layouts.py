@@ -72,7 +72,7 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
         type=Path,
         default=Path("evaluation"),
         metavar="DIR",
-        help="pictures and detections (%(default)s)",
+        help="pictures and detections (default: evaluation)",
     )
     layouts.add_argument(
         "--vcoco",
@@ -89,11 +89,28 @@ def add_layouts(parser: argparse.ArgumentParser, what: Any) -> None:
     )
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Print which differences between two runs are larger than chance."""
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """Print which differences between two runs are larger than chance.
+
+    Returns:
+        {"first", "second", "rows": {row: {score: {"difference", "interval", "larger_than_chance"}}}}.
+    """
     from interactdiff.evaluation.report import compare_reports, format_comparison
 
-    print(format_comparison(compare_reports(*args.compare)))
+    found = compare_reports(first, second)
+    print(format_comparison(found))
+    rows = {
+        row: {
+            score: {
+                "difference": one.value,
+                "interval": list(one.interval),
+                "larger_than_chance": one.larger_than_chance,
+            }
+            for score, one in scores.items()
+        }
+        for row, scores in found.items()
+    }
+    return {"first": str(first), "second": str(second), "rows": rows}
 
 
 def evaluate_data(args: argparse.Namespace) -> None:
@@ -154,20 +171,27 @@ def evaluate_data(args: argparse.Namespace) -> None:
 
 
 def _check_files(args: argparse.Namespace) -> None:
+    from interactdiff.evaluation.report import outcomes_file
+
     if args.sheet is not None:
         if args.sheet.suffix.lower() != ".png":
             raise UsageError(f"--sheet: expected a file name that ends in .png, got {str(args.sheet)!r}")
         if reason := why_unwritable(args.sheet):
             raise UsageError(f"--sheet: expected a file that can be written, got {args.sheet}: {reason}")
-    if args.json is not None and args.json.suffix == ".safetensors":
-        raise UsageError(f"--json: expected another ending than .safetensors, got {args.json}")
-    for name in ("fast", "interactions", "word_iou"):
-        if getattr(args, name):
-            raise UsageError(f"--{name.replace('_', '-')}: expected --world beside it, got --data")
+    if args.json is not None:
+        if args.json.suffix == ".safetensors":
+            raise UsageError(f"--json: expected another ending than .safetensors, got {args.json}")
+        if reason := why_unwritable(beside := outcomes_file(args.json)):
+            raise UsageError(f"--json: expected that {beside} can be written too, got {reason}")
     for name in args.scores:
         needed = MEASURES[name]
         if needed is not None and getattr(args, needed) is None:
             raise UsageError(f"--scores {name}: expected --{needed.replace('_', '-')} beside it, got none")
+    for needed in filter(None, MEASURES.values()):
+        scores = [name for name in MEASURES if MEASURES[name] == needed]
+        if getattr(args, needed) is not None and not set(scores) & set(args.scores):
+            flag, wanted = needed.replace("_", "-"), " or ".join(scores)
+            raise UsageError(f"--{flag}: expected --scores {wanted} beside it, got none")
     if args.pictures and (args.model or args.adapter):
         raise UsageError("--pictures: expected no --model and no --adapter beside it, got one")
 
@@ -314,6 +338,7 @@ def _file_detector(
     named: str, rows: list[str], seeds: tuple[int, ...], size: int | None
 ) -> tuple[Any, str, None]:
     """Detections from files: one for each row and seed where the name has {row} and {seed}."""
+    from interactdiff.errors import DataError
     from interactdiff.evaluation.detection_files import DetectionFile, load_detections
 
     pattern = named.removeprefix(FILE)
@@ -324,11 +349,17 @@ def _file_detector(
         raise UsageError(f"--detector: expected {{seed}} in its name for {len(seeds)} seeds, got {pattern}")
     loaded: dict[Path, DetectionFile] = {}
 
+    def path_of(of_row: str, seed: int) -> Path:
+        return Path(pattern.replace("{row}", of_row).replace("{seed}", str(seed)))
+
     def detector(of_row: str, seed: int) -> DetectionFile | None:
         if "{row}" not in pattern and of_row != row:
             return None
-        path = Path(pattern.replace("{row}", of_row).replace("{seed}", str(seed)))
+        path = path_of(of_row, seed)
         if "{row}" in pattern and not path.exists():
+            others = (path_of(of_row, one) for one in seeds if of_row in rows)
+            if (other := next((one for one in others if one.exists()), None)) is not None:
+                raise DataError(f"expected detections of every seed, got {other} but no {path}")
             return None
         if path not in loaded:
             loaded[path] = load_detections(path, None if size is None else (size, size))

@@ -12,6 +12,7 @@ from interactdiff.commands.arguments import (
     add_models,
     add_variant,
     check_picture_path,
+    method_settings,
     number,
     quiet_libraries,
     schedule,
@@ -154,15 +155,8 @@ def _scene(args: argparse.Namespace, record: Record | None) -> Scene:
 def _methods(args: argparse.Namespace, record: Record | None) -> dict[str, dict[str, float]]:
     """Those of the picture, if there is one, and over them what the flags say."""
     used = {} if record is None else {name: dict(values) for name, values in record.methods.items()}
-    for text in args.method or []:
-        name, _, settings = text.partition(":")
-        values = used.setdefault(name.strip(), {})
-        for part in filter(None, settings.split(",")):
-            key, _, value = part.partition("=")
-            try:
-                values[key.strip()] = float(value)
-            except ValueError:
-                raise UsageError(f"--method: expected NAME:SETTING=number, got {text!r}") from None
+    for name, values in method_settings(args.method or []).items():
+        used.setdefault(name, {}).update(values)
     return used
 
 

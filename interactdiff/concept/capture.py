@@ -122,6 +122,16 @@ class AttentionCapture:
         self._taken.clear()
 
     @property
+    def text_length(self) -> int:
+        """Rows of the text in the last call."""
+        return self._text_length
+
+    @property
+    def has_own(self) -> bool:
+        """Whether there are layers of the image's attention to itself."""
+        return bool(self._own)
+
+    @property
     def grid(self) -> Grid:
         """Rows and columns of the finest maps."""
         sites = self._own or self._cross
@@ -150,20 +160,25 @@ class AttentionCapture:
         return (total / len(self._cross)).transpose(1, 2).unflatten(2, (height, width))
 
     @torch.no_grad()
-    def spread(self, maps: Tensor) -> Tensor:
+    def spread(self, maps: Tensor, renormalised: bool = True) -> Tensor:
         """The attention of the image to itself, times maps: S x, S the mean over heads and layers.
 
-        In a transformer the rows of S are renormalised over the image's keys.
-
         Args:
-            maps: [B, K, h, w] float32 on `grid`.
+            maps: [B, K, h, w] float32 on `grid`, or [1, K, h, w] for all rows.
+            renormalised: in a transformer, whether the rows of S have sum 1 over the image's keys, of each
+                head and layer; else what goes to the text is missing from them.
         """
-        values, total = maps.flatten(2).transpose(1, 2), torch.zeros(())
+        own, total = maps.flatten(2).transpose(1, 2), torch.zeros(())
         for site in self._own:
             queries, keys, text = self._queries_and_keys(site)
+            values = own.expand(len(queries), -1, -1)
             if site.role in ("joint", "single"):
                 first = self._text_length if text == 0 else 0
-                keys = keys[:, :, first : first + queries.shape[2]]
+                after = keys.shape[2] - first - queries.shape[2]
+                if renormalised:
+                    keys = keys[:, :, first : first + queries.shape[2]]
+                else:
+                    values = F.pad(values, (0, 0, first, after))
             total = total + gathered(queries, keys, values)
         return (total / len(self._own)).transpose(1, 2).unflatten(2, maps.shape[2:])
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from interactdiff.evaluation.hoi import Share, found_at
+from interactdiff.evaluation.bootstrap import Share
+from interactdiff.evaluation.hoi import found_at
 from interactdiff.stickworld.detector import Detections, Found
 from interactdiff.stickworld.world import WorldScene
 
@@ -17,22 +18,16 @@ def right_attributes(found: Found | None, wanted: Mapping[str, str]) -> int:
     return sum(shown.get(name) == value for name, value in wanted.items())
 
 
-def identity(
-    found: Sequence[Detections],
-    scenes: Sequence[WorldScene],
-    numbers: Sequence[Sequence[int]] | None = None,
-) -> Share:
+def identity(found: Sequence[Detections], scenes: Sequence[WorldScene]) -> Share:
     """Of the attributes of persons and objects, the colour included, the share that is right at their boxes.
 
     Args:
         found: by picture.
         scenes: that the pictures should show; their appearances are those wanted.
-        numbers: for each scene, which of its things count; None is all of them.
     """
     right, total = np.zeros(len(scenes)), np.zeros(len(scenes))
     for n, (picture, scene) in enumerate(zip(found, scenes, strict=True)):
-        for number in range(len(scene.things)) if numbers is None else numbers[n]:
-            thing = scene.things[number]
+        for thing in scene.things:
             wanted = thing.appearance.attributes()
             right[n] += right_attributes(found_at(picture, thing), wanted)
             total[n] += len(wanted)

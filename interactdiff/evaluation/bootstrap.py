@@ -6,9 +6,27 @@ from typing import Protocol
 
 import numpy as np
 
-from interactdiff.evaluation.hoi import Score
-
 LEVEL = (0.025, 0.975)  # of intervals
+
+
+class Score(Protocol):
+    """A score over pictures, of which any may count several times or not at all."""
+
+    def value(self, counts: np.ndarray) -> np.ndarray:
+        """[R] values for [R, S] counts of how often each picture is taken."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """Hits out of a total; both [S], by picture."""
+
+    hits: np.ndarray
+    total: np.ndarray
+
+    def value(self, counts: np.ndarray) -> np.ndarray:
+        """[R]: the share of hits; 0 where the total is 0."""
+        return (counts @ self.hits) / np.maximum(counts @ self.total, 1)
 
 
 class Scores(Protocol):
@@ -49,6 +67,22 @@ def intervals(groups: Sequence[Scores], counts: np.ndarray) -> dict[str, list[fl
         name: [float(end) for end in np.quantile(value, LEVEL)]
         for name, value in all_values(groups, counts).items()
     }
+
+
+def with_interval(
+    score: Score, pictures: int, seed: int = 0, resamples: int = 1000
+) -> tuple[float, tuple[float, float]]:
+    """A score and its 95% interval.
+
+    Args:
+        score: what to value.
+        pictures: S, how many it is over.
+        seed: of the resampling.
+        resamples: how often.
+    """
+    groups = [NamedScores({"": score})]
+    low, high = intervals(groups, resampled(pictures, resamples, seed))[""]
+    return once(groups, pictures)[""], (low, high)
 
 
 def once(groups: Sequence[Scores], pictures: int) -> dict[str, float]:

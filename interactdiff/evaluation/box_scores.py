@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image
 
 from interactdiff.errors import ModelError
+from interactdiff.evaluation.bootstrap import Share
 from interactdiff.evaluation.detection import Instance, Picture, PixelBox, in_pixels
-from interactdiff.evaluation.hoi import LEAST_IOU, Share, iou
+from interactdiff.evaluation.hoi import iou
+from interactdiff.evaluation.hoi_protocols import LEAST_IOU
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.two_stage import BoxDetector
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from interactdiff.errors import ModelError
 from interactdiff.evaluation.detection import Picture, in_pixels
-from interactdiff.evaluation.hoi import LEAST_IOU, iou
+from interactdiff.evaluation.hoi import iou
+from interactdiff.evaluation.hoi_protocols import LEAST_IOU
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_data import LayoutData
 from interactdiff.evaluation.two_stage import Candidate, VerbScorer

@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 
 from interactdiff.evaluation.attributes import right_attributes
-from interactdiff.evaluation.hoi import Score, Share
+from interactdiff.evaluation.bootstrap import Score, Share
 from interactdiff.stickworld.captions import Described
 from interactdiff.stickworld.detector import Detections, Found
 from interactdiff.stickworld.world import WorldScene

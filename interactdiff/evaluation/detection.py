@@ -18,7 +18,7 @@ PixelBox = tuple[float, float, float, float]
 
 
 def in_pixels(box: Sequence[float], size: tuple[int, int]) -> PixelBox:
-    """A box of shares in pixels of a picture of this width and height; it ends behind its last pixel."""
+    """A box of shares in pixels of a picture of this width and height, with exclusive end coordinates."""
     return box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1]
 
 
@@ -53,7 +53,7 @@ class PictureDetections:
         persons: who.
         objects: what; persons to whom something is done are here too.
         pairs: who does what to what.
-        inclusive: whether boxes end with their last pixel, rather than behind it.
+        inclusive: whether end coordinates are the last pixel's, rather than exclusive.
     """
 
     size: tuple[int, int] | None
@@ -138,6 +138,11 @@ class HoiDetector(Protocol):
     @property
     def name(self) -> str:
         """What tables call it."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of its weights: what it finds is kept for these alone. Empty where there are none."""
         ...
 
     def detect(self, pictures: Sequence[Picture]) -> list[PictureDetections]:

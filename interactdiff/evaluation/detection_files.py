@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class DetectionFile:
     name: str
     find: Callable[[str], PictureDetections | None]
     size: tuple[int, int] | None = None
+    digest: ClassVar[str] = ""
 
     def detect(self, pictures: Sequence[Picture]) -> list[PictureDetections]:
         """What the file says of each picture; nothing is found in those that it does not name."""

@@ -5,67 +5,29 @@ Every score is kept as counts by scene, so that one resampling of scenes gives t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
+from interactdiff.evaluation.bootstrap import Score, Share
+from interactdiff.evaluation.hoi_matching import HoiEvaluator, Outcomes, Pairs
+from interactdiff.evaluation.hoi_precision import average_precisions, mean_of_classes
+from interactdiff.evaluation.hoi_protocols import LEAST_IOU, PROTOCOLS
 from interactdiff.scene import Box
 from interactdiff.stickworld.detector import Detections, Found, FoundTriplet
 from interactdiff.stickworld.world import Triplet, WorldEntity, WorldScene
 
-LEAST_IOU = 0.5  # a box is right above this
-
-
-class Score(Protocol):
-    """A score over scenes, of which any scene may count several times or not at all."""
-
-    def value(self, counts: np.ndarray) -> np.ndarray:
-        """[R] values for [R, S] counts of how often each scene is taken."""
-        ...
-
-
-@dataclass(frozen=True)
-class Share:
-    """Hits out of a total; both [S], by scene."""
-
-    hits: np.ndarray
-    total: np.ndarray
-
-    def value(self, counts: np.ndarray) -> np.ndarray:
-        """[R]: the share of hits; 0 where the total is 0."""
-        return (counts @ self.hits) / np.maximum(counts @ self.total, 1)
-
-
-@dataclass(frozen=True)
-class Matched:
-    """The detections of one class in all pictures, surest first.
-
-    Attributes:
-        correct: [D] bool, whether it matches a triplet of the ground truth.
-        scene: [D] the scene of each detection.
-        positives: [S] how many triplets of this class each scene has.
-    """
-
-    correct: np.ndarray
-    scene: np.ndarray
-    positives: np.ndarray
+WORLD = PROTOCOLS["world"]
 
 
 @dataclass(frozen=True)
 class HoiMap:
-    """Mean average precision over the classes (action, object) of the ground truth."""
+    """Mean average precision over the classes (action, object) of the truth, by the protocol `world`."""
 
-    classes: dict[tuple[str, str], Matched]
+    outcomes: Outcomes
 
     def value(self, counts: np.ndarray) -> np.ndarray:
         """[R]: the mean over the classes that occur in the scenes taken; 0 where none does."""
-        precisions = np.zeros((len(self.classes), len(counts)))
-        occurs = np.zeros_like(precisions, dtype=bool)
-        for row, matched in enumerate(self.classes.values()):
-            positives = counts @ matched.positives
-            precisions[row] = average_precision(matched.correct, counts[:, matched.scene], positives)
-            occurs[row] = positives > 0
-        return (precisions * occurs).sum(0) / np.maximum(occurs.sum(0), 1)
+        return mean_of_classes(average_precisions(self.outcomes, WORLD, counts))
 
 
 def iou(a: Box, b: Box) -> float:
@@ -75,26 +37,6 @@ def iou(a: Box, b: Box) -> float:
     shared = width * height
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
     return shared / union if union > 0 else 0.0
-
-
-def average_precision(correct: np.ndarray, weights: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Area under the curve of precision over recall, made monotone, as Pascal VOC has it since 2010.
-
-    Args:
-        correct: [D] bool by detection, surest first.
-        weights: [R, D] how often each detection counts.
-        positives: [R] how many there are to be found.
-
-    Returns:
-        [R] in 0..1; 0 where there is nothing to be found.
-    """
-    if not len(correct):
-        return np.zeros(len(weights))
-    hits = np.cumsum(weights * correct, 1)
-    precision = hits / np.maximum(np.cumsum(weights, 1), 1e-9)
-    envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-    gained = np.diff(hits, axis=1, prepend=0.0)
-    return (gained * envelope).sum(1) / np.maximum(positives, 1)
 
 
 def hoi_map(found: Sequence[Sequence[FoundTriplet]], truth: Sequence[Sequence[Triplet]]) -> HoiMap:
@@ -107,33 +49,25 @@ def hoi_map(found: Sequence[Sequence[FoundTriplet]], truth: Sequence[Sequence[Tr
         found: by picture.
         truth: by picture.
     """
-    classes = {}
-    for name in sorted({(t.action, t.object) for triplets in truth for t in triplets}):
-        wanted = [[t for t in triplets if (t.action, t.object) == name] for triplets in truth]
-        sure = sorted(
-            (-t.score, scene, order, t)
-            for scene, triplets in enumerate(found)
-            for order, t in enumerate(triplets)
-            if (t.action, t.object.name) == name
+    names = sorted({(t.action, t.object) for triplets in truth for t in triplets})
+    numbers = {name: number for number, name in enumerate(names)}
+    evaluator = HoiEvaluator((WORLD,), len(names))
+    for wanted, detected in zip(truth, found, strict=True):
+        ours = [t for t in detected if (t.action, t.object.name) in numbers]
+        evaluator.add(
+            Pairs.of(
+                [numbers[t.action, t.object] for t in wanted],
+                [t.subject_box for t in wanted],
+                [t.object_box for t in wanted],
+            ),
+            Pairs.of(
+                [numbers[t.action, t.object.name] for t in ours],
+                [t.person.box for t in ours],
+                [t.object.box for t in ours],
+                [t.score for t in ours],
+            ),
         )
-        left = [list(triplets) for triplets in wanted]
-        correct = []
-        for _, scene, _, triplet in sure:
-            best = max(left[scene], key=lambda t: _overlap(triplet, t), default=None)
-            correct.append(False)
-            if best is not None and _overlap(triplet, best) > LEAST_IOU:
-                correct[-1] = True
-                left[scene].remove(best)
-        classes[name] = Matched(
-            np.array(correct, dtype=bool),
-            np.array([scene for _, scene, _, _ in sure], dtype=int),
-            np.array([len(triplets) for triplets in wanted]),
-        )
-    return HoiMap(classes)
-
-
-def _overlap(found: FoundTriplet, truth: Triplet) -> float:
-    return min(iou(found.person.box, truth.subject_box), iou(found.object.box, truth.object_box))
+    return HoiMap(evaluator.outcomes())
 
 
 def at_box(things: Sequence[Found], name: str, box: Box) -> Found | None:
@@ -175,22 +109,3 @@ def picture_scores(found: Sequence[Detections], scenes: Sequence[WorldScene]) ->
     shares = {name: Share(h, triplets if name == "action_acc" else things) for name, h in hits.items()}
     mean_precision = hoi_map([one.triplets for one in found], [scene.triplets for scene in scenes])
     return {"hoi_map": mean_precision, **shares}
-
-
-def with_interval(
-    score: Score, scenes: int, seed: int = 0, resamples: int = 1000
-) -> tuple[float, tuple[float, float]]:
-    """A score and its 95% interval, by bootstrap: scenes are drawn again with replacement.
-
-    Args:
-        score: what to value.
-        scenes: S, how many scenes it is over.
-        seed: of the resampling.
-        resamples: how often.
-
-    Returns:
-        The value over all scenes, and the 2.5% and 97.5% quantiles over the resamplings.
-    """
-    counts = np.random.default_rng(seed).multinomial(scenes, np.full(scenes, 1 / scenes), resamples)
-    low, high = np.quantile(score.value(counts), (0.025, 0.975))
-    return float(score.value(np.ones((1, scenes)))[0]), (float(low), float(high))

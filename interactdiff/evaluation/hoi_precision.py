@@ -50,7 +50,7 @@ def average_precisions(
         wanted = counts[:, truth_picture[truth_edges[number] : truth_edges[number + 1]]].sum(1)
         if correct[found].any():
             weights = counts[:, picture[found]]
-            precisions[:, number] = _precision(correct[found], weights, wanted, protocol)
+            precisions[:, number] = class_precision(correct[found], weights, wanted, protocol)
         if truth_edges[number] < truth_edges[number + 1]:
             precisions[wanted == 0, number] = np.nan
         elif protocol.empty == "left out" or (
@@ -60,10 +60,20 @@ def average_precisions(
     return precisions
 
 
-def _precision(
+def class_precision(
     correct: np.ndarray, weights: np.ndarray, wanted: np.ndarray, protocol: Protocol
 ) -> np.ndarray:
-    """[R] average precision of one class: correct [D] surest first, weights [R, D], wanted [R]."""
+    """Average precision of one class.
+
+    Args:
+        correct: [D] bool by detection, surest first.
+        weights: [R, D] how often each detection counts.
+        wanted: [R] how many there are to be found.
+        protocol: of which `points` counts.
+
+    Returns:
+        [R] in 0..1; 0 where there is nothing to be found.
+    """
     hits = np.cumsum(weights * correct, 1)
     precision = hits / np.maximum(np.cumsum(weights, 1), 1)
     envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]

@@ -60,8 +60,8 @@ class Looking:
 
 
 def detections_folder(out: Path, detector: HoiDetector, table: ClassTable) -> Path:
-    """A folder for what a detector finds: another one for another detector, calibration or classes."""
-    decides = [detector.name, getattr(detector, "scale", None), table.classes]
+    """A folder for what a detector finds: another one for other weights, calibration or classes."""
+    decides = [detector.name, detector.digest, getattr(detector, "scale", None), table.classes]
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
     return out / "detections" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', detector.name)[:60]}-{digest}"
 

@@ -1,7 +1,7 @@
 """Draws layouts to files: resumable, shared out over processes, the same pictures however many there are.
 
-Noise comes of the seed and the picture's file name. A process takes whole batches, so that what is drawn
-together does not depend on how many processes there are: what a batch holds changes the last bits.
+A picture's noise is seeded by the run's seed and its file name. A process takes whole batches, so that what
+is drawn together does not depend on how many processes there are: what a batch holds changes the last bits.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from interactdiff.errors import DataError
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.sampling import Sampling, draw_batch
 from interactdiff.files import write_aside
+from interactdiff.fingerprints import weights_digest
 from interactdiff.generation import ScenePipeline
 from interactdiff.scene_items import Entity, Interaction
 from interactdiff.stickworld.captions import article
@@ -124,6 +125,18 @@ def most_items(scene_pipeline: ScenePipeline, paper: bool = False) -> int:
         return 0
     config: Any = scene_pipeline.handle["interaction"].adapter.config
     return min(config.max_interactions, PAPER_ITEMS) if paper else config.max_interactions
+
+
+def weights_of(scene_pipeline: ScenePipeline) -> dict[str, str]:
+    """Digests of what pictures are drawn by, "model" and each adapter, whatever their names or paths."""
+    parts = scene_pipeline.pipeline.components
+    modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    weights = sorted((name, weights_digest(module)) for name, module in modules.items())
+    scheduler = sorted((k, v) for k, v in parts["scheduler"].config.items() if not k.startswith("_"))
+    digests = {"model": hashlib.sha256(repr((weights, scheduler)).encode()).hexdigest()[:16]}
+    if (handle := scene_pipeline.handle) is not None:
+        digests |= {name: weights_digest(handle[name].adapter) for name in handle}
+    return digests
 
 
 def check_run(folder: Path, settings: dict[str, Any], ranks: Ranks) -> None:

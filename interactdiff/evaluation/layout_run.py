@@ -19,7 +19,14 @@ from interactdiff.evaluation.layout_detection import (
     found_in,
     look,
 )
-from interactdiff.evaluation.layout_drawing import Drawing, Ranks, check_run, draw_layouts, most_items
+from interactdiff.evaluation.layout_drawing import (
+    Drawing,
+    Ranks,
+    check_run,
+    draw_layouts,
+    most_items,
+    weights_of,
+)
 from interactdiff.evaluation.report import CEILING, RowScores, build_report, layouts_digest
 from interactdiff.evaluation.vcoco import RoleEvaluator, RoleTruth
 from interactdiff.generation import ScenePipeline
@@ -158,7 +165,9 @@ def evaluate_layouts(
             scores.shares |= more.shares
             scores.plain |= more.plain
         rows[name] = scores
-    report = build_report(rows, run.protocols, run.data.table.rare, _about(run, drawn, matched_by))
+    about = _about(run, drawn, matched_by)
+    about["detector_digest"] = looking(next(iter(sets.values()))[0]).detector.digest
+    report = build_report(rows, run.protocols, run.data.table.rare, about)
     return Evaluation(report, rows, sets, looking)
 
 
@@ -169,6 +178,7 @@ def _settings(run: LayoutRun, drawn: Drawn) -> dict[str, Any]:
         "layouts_digest": layouts_digest(run.data.layouts),
         "model": drawn.pipeline.model,
         "adapters": dict(drawn.pipeline.adapters),
+        **{f"weights of {name}": digest for name, digest in weights_of(drawn.pipeline).items()},
         "steps": how.steps,
         "guidance_scale": how.guidance_scale,
         "size": how.size,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from interactdiff.errors import ModelError
-from interactdiff.evaluation.hoi import Share, with_interval
+from interactdiff.evaluation.bootstrap import Share, with_interval
 from interactdiff.evaluation.sampling import Sampling
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
@@ -73,10 +73,10 @@ def lone_scene(known: Sequence[Known], seed: int) -> KnownScene:
 
     Args:
         known: who and what is in it.
-        seed: which scene.
+        seed: which scene, from 0 up.
     """
-    for n in range(_TRIES):
-        scene = sample_scene(HELD_OUT + seed * _TRIES + n, 0, len(known))
+    for scene_seed in _scene_seeds(seed):
+        scene = sample_scene(scene_seed, 0, len(known))
         if (numbers := _places(known, scene.things)) is not None:
             return _with_looks(scene, known, numbers)
     raise AssertionError(f"no scene of {[one.name for one in known]}")
@@ -89,14 +89,14 @@ def acting_scene(known: Sequence[Known], seed: int, other_than: str | None = Non
 
     Args:
         known: who and what is in it.
-        seed: which scene.
+        seed: which scene, from 0 up.
         other_than: a background that it does not have.
     """
     actor = next((one for one in known if one.name == PERSON), None)
     target = next((one for one in known if one.name != PERSON), None)
     others = [one for one in known if one is not actor and one is not target]
-    for n in range(_TRIES):
-        scene = sample_scene(HELD_OUT + seed * _TRIES + n, 1, len(others))
+    for scene_seed in _scene_seeds(seed):
+        scene = sample_scene(scene_seed, 1, len(others))
         fits = target is None or scene.triplets[0].object == target.name
         places = _places(others, scene.entities)
         if fits and places is not None and scene.background != other_than:
@@ -104,6 +104,14 @@ def acting_scene(known: Sequence[Known], seed: int, other_than: str | None = Non
             numbers = [0 if one is actor else 1 if one is target else 2 + next(standing) for one in known]
             return _with_looks(scene, known, numbers)
     raise AssertionError(f"no scene of {[one.name for one in known]}")
+
+
+def _scene_seeds(seed: int) -> range:
+    """The seeds of the scenes among which one is looked for; training has none of them."""
+    if seed < 0:
+        raise ValueError(f"expected a number from 0 up, got {seed}: scenes below it are not held out")
+    first = HELD_OUT + seed * _TRIES
+    return range(first, first + _TRIES)
 
 
 def _places(known: Sequence[Known], things: Sequence[WorldEntity]) -> list[int] | None:

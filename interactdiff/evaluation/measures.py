@@ -5,9 +5,9 @@ from functools import cache
 
 import numpy as np
 
+from interactdiff.evaluation.bootstrap import Share
 from interactdiff.evaluation.box_scores import Answer, ap50, mean_iou, relation_score
 from interactdiff.evaluation.detection import Picture
-from interactdiff.evaluation.hoi import Share
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.layout_data import LayoutData
 from interactdiff.evaluation.layout_detection import PictureSet

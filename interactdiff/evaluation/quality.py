@@ -13,8 +13,8 @@ from torch import Tensor
 
 from interactdiff.data.pictures import picture_info
 from interactdiff.errors import DataError, ModelError
+from interactdiff.evaluation.bootstrap import Share
 from interactdiff.evaluation.detection import Picture, in_pixels
-from interactdiff.evaluation.hoi import Share
 from interactdiff.evaluation.layout import Layout
 from interactdiff.evaluation.two_stage import on_device
 from interactdiff.evaluation.verb_scorers import ContrastiveVerbs, normalised

@@ -16,12 +16,12 @@ from interactdiff.evaluation.bootstrap import (
     Difference,
     NamedScores,
     Scores,
+    Share,
     differences,
     intervals,
     once,
     resampled,
 )
-from interactdiff.evaluation.hoi import Share
 from interactdiff.evaluation.hoi_matching import Outcomes
 from interactdiff.evaluation.hoi_precision import SETTINGS, HoiPrecisions
 from interactdiff.evaluation.layout import Layout
@@ -201,8 +201,8 @@ def _described(report: Mapping[str, Any]) -> list[str]:
 
 
 def outcomes_file(report_file: Path) -> Path:
-    """What is kept beside a report."""
-    return report_file.with_suffix(".safetensors")
+    """What is kept beside a report, by a name that no weights have."""
+    return report_file.with_name(f"{report_file.name.removesuffix('.json')}.outcomes.safetensors")
 
 
 def save_report(file: Path, report: Mapping[str, Any], rows: Mapping[str, RowScores]) -> None:
@@ -294,9 +294,10 @@ def compare_reports(first: Path, second: Path) -> dict[str, dict[str, Difference
     if a["layouts_digest"] != b["layouts_digest"]:
         of = [f"{one['pictures']} of {one['data']} ({one['layouts_digest']})" for one in (a, b)]
         raise DataError(f"expected the same layouts in {first} and {second}, got {of[0]} and {of[1]}")
-    for what in ("detector", "classes"):
-        if a[what] != b[what]:
-            raise DataError(f"expected the same {what} in {first} and {second}, got {a[what]} and {b[what]}")
+    for what in ("detector", "detector_digest", "classes"):
+        if a.get(what) != b.get(what):
+            got = f"{a.get(what)} and {b.get(what)}"
+            raise DataError(f"expected the same {what} in {first} and {second}, got {got}")
     protocols = [name for name in a["protocols"] if name in b["protocols"]]
     common = [name for name in rows_a if name in rows_b]
     if not protocols or not common:

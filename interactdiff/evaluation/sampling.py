@@ -189,7 +189,8 @@ def draw_batch(
         **noise: `generator`, one for each picture, or `latents`.
     """
     if scene_pipeline.handle is not None:
-        scene_pipeline.handle.set_scene(items, fast=fast)
+        # an option of interactions, which other adapters alone do not know
+        scene_pipeline.handle.set_scene(items, **({"fast": True} if fast else {}))
     negative = None if negative_prompt is None else [negative_prompt] * len(prompts)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         drawn = scene_pipeline.pipeline(

@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from interactdiff.evaluation.detection import PictureDetections, PixelBox, in_pixels
-from interactdiff.evaluation.hoi import LEAST_IOU, iou
+from interactdiff.evaluation.hoi import iou
 from interactdiff.evaluation.hoi_matching import Outcomes
+from interactdiff.evaluation.hoi_protocols import LEAST_IOU
 from interactdiff.evaluation.layout_detection import PictureSet, found_in
 from interactdiff.evaluation.report import CEILING, ROWS
 

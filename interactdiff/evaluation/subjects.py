@@ -1,7 +1,7 @@
 """Scores subjects on stickworld: one reference picture each, in other actions, places and backgrounds."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,23 +38,29 @@ from interactdiff.scene import Entity
 from interactdiff.stickworld.captions import describe_object, describe_person
 from interactdiff.stickworld.detector import Detections, Detector, Found
 from interactdiff.stickworld.render import render
+from interactdiff.stickworld.world import WorldScene
 from interactdiff.subject.items import Subject
+from interactdiff.subject.spec import MASKS
 
 ROWS: dict[str, dict[str, float] | None] = {
     "real": None,
     "text": None,
     "text_full": None,
-    "encoder": {"reference_weight": 0.0},
-    "attention": {"encoder_weight": 0.0},
-    "both": {},
-    "guided": {"guidance": 2.0},
+    "encoder": {"reference_weight": 0.0, "guidance": 0.0},
+    "attention": {"encoder_weight": 0.0, "guidance": 0.0},
+    "both": {"guidance": 0.0},
+    "guided": {},
 }
-"""The rows of the table, and the method's settings in those in which a subject acts."""
+"""The rows of the table, and what those in which a subject acts fix of the method's settings."""
+GUIDANCE = 2.0
+"""Of the row guided, where no other is given."""
 NEEDS_ENCODER = ("encoder", "both")
 SCENES_EACH = 2
 """Pictures of each subject in a row."""
 PAIR_WORDS = ("person", "someone")
 """What a prompt calls the two persons of a pair."""
+PAIR_SEEDS = 2**52
+"""Scenes of pairs have seeds from here on; those of single subjects stay below it."""
 _CROP = 64  # pixels a side, at which a picture's person is compared with the reference's
 
 
@@ -76,9 +82,6 @@ class _Task:
     crop: Tensor
     wanted: tuple[KnownScene, ...]
 
-    def subject(self, phrase: str, box: Any = None) -> Subject:
-        return Subject(phrase, self.image, self.mask, box)
-
 
 def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> dict[str, Any]:
     """Draw persons and objects that are known by one reference picture, and let the detector look at them.
@@ -86,6 +89,9 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
     Rows: real renders of what is wanted; text, whose prompt names no attribute of the subject; text_full,
     whose prompt names all; encoder; attention (self-subject attention); both; guided (both with reference
     guidance). Without an encoder's weights there are the rows without one, and guided is without it too.
+
+    `options.settings` are those of all rows but where a row fixes its own, of pairs too; with `masks` 0
+    references come without their masks.
 
     Columns: identity, the share of the subject's attributes that are right; action_acc and object_acc,
     whether the person does the action and the object is there; background_acc; copy, the structural
@@ -106,6 +112,7 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
     Raises:
         ModelError: the detector is of the plain world.
         SceneError: there is no such row.
+        AdapterError: a row needs an encoder and there is none, or a setting does not suit the base.
     """
     detector = whole_world_detector(options.detector, pipeline)
     size = options.size or pipeline.size
@@ -113,6 +120,7 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
     assert pipeline.handle is not None
     has_encoder = pipeline.handle["subject"].adapter.config is not None
     rows = chosen_rows(ROWS, options.rows)
+    _configure(pipeline, options.settings)  # refused before anything is drawn
     if not has_encoder:
         if missing := [row for row in options.rows if row in NEEDS_ENCODER]:
             raise AdapterError(f"expected a subject encoder for the row {missing[0]}, got an adapter without")
@@ -158,12 +166,18 @@ def _full_words(known: Known, rng: random.Random) -> str:
     return describe_object(known.name, known.attributes, rng)
 
 
+def row_settings(row: str, given: Mapping[str, float]) -> dict[str, float]:
+    """The settings of a row: those that are given but for those that it fixes; none where no subject acts."""
+    fixed = ROWS[row]
+    return {} if fixed is None else {"guidance": GUIDANCE, **given, **fixed}
+
+
 def _row(
     row: str, tasks: Sequence[_Task], pipeline: ScenePipeline, detector: Detector, options: EvaluationOptions
 ) -> Counts:
     counts = Counts(len(tasks))
     jobs = [(n, one) for n, task in enumerate(tasks) for one in task.wanted]
-    _configure(pipeline, ROWS[row] or {})
+    _configure(pipeline, row_settings(row, options.settings))
     for first in range(0, len(jobs), options.batch_size):
         batch = jobs[first : first + options.batch_size]
         if row == "real":
@@ -175,7 +189,8 @@ def _row(
                 rng = random.Random(one.scene.seed)
                 words = _full_words(known, rng) if row == "text_full" else f"a {known.name}"
                 prompts.append(prompt_of(one.scene, {one.numbers[0]: words}))
-                items.append([] if ROWS[row] is None else [tasks[n].subject(known.name)])
+                subject = Subject(known.name, tasks[n].image, _mask(tasks[n].mask, options))
+                items.append([] if ROWS[row] is None else [subject])
             images = _drawn(pipeline, prompts, items, [one.scene.seed for _, one in batch], options)
         for (n, one), image, found in zip(batch, images, _detected(images, detector), strict=True):
             _count(counts, n, tasks[n], one, image, found)
@@ -200,32 +215,46 @@ def _pairs(
 ) -> dict[str, float]:
     counts = Counts(options.scenes)
     places = pipeline.adapter is not None
-    _configure(pipeline, {})
-    jobs = []
-    for n in range(options.scenes):
-        rng = random.Random(f"pair {options.seed} {n}")
-        known = [sample_known(PERSON, rng) for _ in PAIR_WORDS]
-        jobs.append((known, lone_scene(known, -1 - options.seed * 100_000 - n)))
-    for first in range(0, len(jobs), options.batch_size):
-        batch = jobs[first : first + options.batch_size]
+    _configure(pipeline, options.settings)
+    pairs = [_pair(n, options.seed) for n in range(options.scenes)]
+    for first in range(0, len(pairs), options.batch_size):
+        batch = pairs[first : first + options.batch_size]
         prompts, items = [], []
-        for number, (known, one) in enumerate(batch, first):
+        for pair in batch:
+            one = pair.wanted
             boxes = [one.scene.things[n].box for n in one.numbers]
             words = dict(zip(one.numbers, ("a person", "someone"), strict=True))
             prompts.append(prompt_of(one.scene, words))
             of_scene: list[Any] = []
-            for k, (word, box) in enumerate(zip(PAIR_WORDS, boxes, strict=True)):
-                alone = lone_scene([known[k]], (options.seed * 100_000 + number) * 2 + k).scene
+            for word, box, alone in zip(PAIR_WORDS, boxes, pair.references, strict=True):
                 image, mask, _ = _reference(alone, size)
-                of_scene.append(Subject(word, image, mask, box))
+                of_scene.append(Subject(word, image, _mask(mask, options), box))
                 if places:
                     of_scene.append(Entity(word, box))
             items.append(of_scene)
-        images = _drawn(pipeline, prompts, items, [one.scene.seed for _, one in batch], options)
+        seeds = [pair.wanted.scene.seed for pair in batch]
+        images = _drawn(pipeline, prompts, items, seeds, options)
         seen = zip(batch, _detected(images, detector), strict=True)
-        for number, ((known, one), found) in enumerate(seen, first):
-            _count_pair(counts, number, known, one, found)
+        for number, (pair, found) in enumerate(seen, first):
+            _count_pair(counts, number, pair.known, pair.wanted, found)
     return counts.scores(options.seed)[0]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two persons, the scene in which they are wanted, and a scene of each alone."""
+
+    known: tuple[Known, ...]
+    wanted: KnownScene
+    references: tuple[WorldScene, ...]
+
+
+def _pair(number: int, seed: int) -> _Pair:
+    rng = random.Random(f"pair {seed} {number}")
+    known = tuple(sample_known(PERSON, rng) for _ in PAIR_WORDS)
+    first = PAIR_SEEDS + (seed * 100_000 + number) * (1 + len(known))
+    references = tuple(lone_scene([one], first + 1 + k).scene for k, one in enumerate(known))
+    return _Pair(known, lone_scene(known, first), references)
 
 
 def _count_pair(
@@ -268,8 +297,13 @@ def nearest_two(
     return (two[0], two[1]) if straight <= crossed else (two[1], two[0])
 
 
-def _configure(pipeline: ScenePipeline, settings: dict[str, float]) -> None:
+def _mask(mask: Image.Image, options: EvaluationOptions) -> Image.Image | None:
+    return mask if options.settings.get(MASKS.name, MASKS.default) else None
+
+
+def _configure(pipeline: ScenePipeline, settings: Mapping[str, float]) -> None:
     assert pipeline.handle is not None
+    settings = {name: value for name, value in settings.items() if name != MASKS.name}
     pipeline.handle["subject"].configure(**methods()["subject"].checked(pipeline.model, settings))
 
 

@@ -7,6 +7,7 @@ score is s_h^l s_o^l s_v as in UPT and PViC (Zhang et al., 2022 and 2023), with 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from interactdiff.evaluation.detection import (
     PixelBox,
 )
 from interactdiff.evaluation.hoi_classes import ClassTable
+from interactdiff.fingerprints import weights_digest
 
 LEAST_SCORE = 0.05  # of a box
 FEWEST, MOST = 3, 15  # persons, and objects, that are kept whatever their scores, and at most
@@ -34,6 +36,11 @@ class BoxDetector(Protocol):
     @property
     def name(self) -> str:
         """What tables call it."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of its weights."""
         ...
 
     def boxes(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Instance]]:
@@ -56,6 +63,11 @@ class VerbScorer(Protocol):
     @property
     def name(self) -> str:
         """What tables call it."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of its weights."""
         ...
 
     def verbs(
@@ -102,6 +114,11 @@ class ClosedBoxes:
     model: Any
     processor: Any
     name: str = "detr"
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the model's weights."""
+        return weights_digest(self.model)
 
     @torch.no_grad()
     def boxes(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Instance]]:
@@ -159,6 +176,11 @@ class PhraseBoxes:
     processor: Any
     name: str = "grounding-dino"
     at_once: int = 20
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the model's weights."""
+        return weights_digest(self.model)
 
     @torch.no_grad()
     def boxes(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Instance]]:
@@ -251,6 +273,11 @@ class TwoStageDetector:
     def name(self) -> str:
         """What tables call it."""
         return f"{self.box_detector.name} + {self.verb_scorer.name}, l = {self.exponent:g}"
+
+    @property
+    def digest(self) -> str:
+        """Of both models' weights."""
+        return f"{self.box_detector.digest}-{self.verb_scorer.digest}"
 
     def detect(self, pictures: Sequence[Picture]) -> list[PictureDetections]:
         """What is in each picture; one at a time, so that nothing depends on what is looked at together."""

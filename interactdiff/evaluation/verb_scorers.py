@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from interactdiff.data.classes import SUBJECT
 from interactdiff.errors import ModelError
 from interactdiff.evaluation.detection import PixelBox
 from interactdiff.evaluation.two_stage import Candidate, on_device
+from interactdiff.fingerprints import weights_digest
 
 MARGIN = 0.1  # of the union's sides, around the crop
 PERSON_COLOUR, OBJECT_COLOUR = "red", "blue"
@@ -47,6 +49,11 @@ class ContrastiveVerbs:
     processor: Any
     name: str = "clip"
     _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the model's weights."""
+        return weights_digest(self.model)
 
     @torch.no_grad()
     def verbs(
@@ -97,6 +104,11 @@ class VisionLanguage:
     processor: Any
     name: str = "vlm"
     most_tokens: int = 256
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the model's weights."""
+        return weights_digest(self.model)
 
     def _inputs(self, image: Image.Image, question: str) -> dict[str, Any]:
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -151,6 +163,11 @@ class AskedVerbs:
     def name(self) -> str:
         """What tables call it."""
         return self.model.name
+
+    @property
+    def digest(self) -> str:
+        """Of the model's weights."""
+        return self.model.digest
 
     def verbs(
         self, image: Image.Image, candidates: Sequence[Candidate], verbs_of: Mapping[str, Sequence[str]]

@@ -9,8 +9,9 @@ import numpy as np
 from interactdiff.clear import ClearAdapter
 from interactdiff.errors import AdapterError
 from interactdiff.evaluation.attributes import identity
+from interactdiff.evaluation.bootstrap import Score, Share, with_interval
 from interactdiff.evaluation.captions import text_scores
-from interactdiff.evaluation.hoi import Score, Share, at_box, picture_scores, with_interval
+from interactdiff.evaluation.hoi import at_box, picture_scores
 from interactdiff.evaluation.sampling import (
     ActionSwap,
     PictureRequest,

@@ -7,6 +7,7 @@ import torch
 
 from interactdiff.evaluation.detection import DetectedPair, Instance, Picture, PictureDetections, in_pixels
 from interactdiff.evaluation.sampling import reduced
+from interactdiff.fingerprints import weights_digest
 from interactdiff.stickworld.detector import Detector, Found
 
 
@@ -19,7 +20,7 @@ class StickworldDetector:
     """
 
     def __init__(self, detector: Detector, name: str = "stickworld"):
-        self.detector, self.name = detector, name
+        self.detector, self.name, self.digest = detector, name, weights_digest(detector)
 
     def detect(self, pictures: Sequence[Picture]) -> list[PictureDetections]:
         """What is in each picture."""

@@ -138,11 +138,12 @@ class SubjectScene:
                 index = [signs.index(sign) if sign in signs else 0 for sign in rows.signs]
                 keys, values = (torch.cat([one[n] for one in both])[index] for n in range(2))
             reference = self.subjects[number].reference
-            _, shares = reference.foreground(site.grid(*reference.grid))
+            of_reference = site.grid(*reference.grid)
+            _, shares = reference.foreground(of_reference)
             of_keys: Tensor | float = 0.0
             if bool((shares < 1).any()):
                 of_keys = self._kept(
-                    ("keys", number, len(shares)), shares.log().view(1, 1, 1, -1), call.device
+                    ("keys", number, of_reference), shares.log().view(1, 1, 1, -1), call.device
                 )
             of_queries = self._query_weights(number, rows, grid, weight, call.device)
             blocks.append(KeyBlock(keys, values, of_keys, of_queries))

@@ -26,7 +26,7 @@ from interactdiff.scene_items import (
     required_and_optional,
     text_of_parts,
 )
-from interactdiff.scene_pictures import Picture
+from interactdiff.scene_pictures import MAX_PICTURE_SIDE, Picture
 
 MAX_SUBJECTS = 8
 """References of one picture; several of one phrase are references of one subject."""
@@ -68,7 +68,10 @@ class Subject:
             mask = Picture.of("mask", mask, mask=True)
             if mask.size != image.size:
                 sizes = [" x ".join(map(str, one.size)) for one in (image, mask)]
-                raise SceneError(f"mask: expected the picture's {sizes[0]} pixels, got {sizes[1]}")
+                raise SceneError(
+                    f"mask: expected {sizes[0]} pixels, as its picture has once both are reduced to "
+                    f"{MAX_PICTURE_SIDE} a side at most, got {sizes[1]}"
+                )
             if max(mask.data) < LEAST_MASK:
                 raise SceneError("mask: expected light pixels where the subject is, got an empty mask")
         checked = {

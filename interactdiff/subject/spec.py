@@ -32,44 +32,47 @@ SUBJECT: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+SETTINGS = (
+    Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Of what the subject encoder adds."),
+    Setting(
+        "reference_weight", "Reference weight", 3.0, 0.0, 100.0,
+        "How often each key of the reference counts; 0: no self-subject attention.",
+    ),
+    Setting(
+        "guidance", "Reference guidance", 0.0, 0.0, 30.0,
+        "Scale of guidance by the reference; 0: guidance by the prompt alone.",
+    ),
+    Setting(
+        "guidance_share", "Share of reference guidance", 0.9, 0.0, 1.0,
+        "Of the steps, drawn by chance; the others are guided by the prompt.",
+    ),
+    Setting(
+        "time_gap", "Time gap", 1, 0, 100,
+        "With reference guidance: timesteps, of 1000, that the reference is less noisy or noisier.",
+    ),
+    Setting("layers", "Share of layers", 1.0, 0.0, 1.0, "That see the reference, widest first."),
+    Setting("schedule", "Schedule", 1.0, 0.0, 1.0, "Share of the steps, from the first, to act in."),
+    Setting(
+        "extra_row", "Row for guidance", 0, 0, 1,
+        "Where a step has one row (guidance off, or distilled): 1 adds one for reference guidance.",
+        (0, 1),
+    ),
+    Setting(
+        "fresh_noise", "Fresh noise", 0, 0, 1,
+        "1: new noise on the reference at each step, which is then run at each step.", (0, 1),
+    ),
+    Setting(
+        "position_shift", "Position shift", 0.0, -8.0, 8.0,
+        "In Flux: by how many of its widths the reference's positions lie beside the picture's.",
+    ),
+)  # fmt: skip
+MASKS = Setting("masks", "Masks", 1, 0, 1, "0: references come without their masks.", (0, 1))
+
 SPEC = MethodSpec(
     name="subject",
     title="Subjects (DreamTuner)",
     description="This very person or object, from one picture.",
-    settings=(
-        Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Of what the subject encoder adds."),
-        Setting(
-            "reference_weight", "Reference weight", 3.0, 0.0, 100.0,
-            "How often each key of the reference counts; 0: no self-subject attention.",
-        ),
-        Setting(
-            "guidance", "Reference guidance", 0.0, 0.0, 30.0,
-            "Scale of guidance by the reference; 0: guidance by the prompt alone.",
-        ),
-        Setting(
-            "guidance_share", "Share of reference guidance", 0.9, 0.0, 1.0,
-            "Of the steps, drawn by chance; the others are guided by the prompt.",
-        ),
-        Setting(
-            "time_gap", "Time gap", 1, 0, 100,
-            "With reference guidance: timesteps, of 1000, that the reference is less noisy or noisier.",
-        ),
-        Setting("layers", "Share of layers", 1.0, 0.0, 1.0, "That see the reference, widest first."),
-        Setting("schedule", "Schedule", 1.0, 0.0, 1.0, "Share of the steps, from the first, to act in."),
-        Setting(
-            "extra_row", "Row for guidance", 0, 0, 1,
-            "Where a step has one row (guidance off, or distilled): 1 adds one for reference guidance.",
-            (0, 1),
-        ),
-        Setting(
-            "fresh_noise", "Fresh noise", 0, 0, 1,
-            "1: new noise on the reference at each step, which is then run at each step.", (0, 1),
-        ),
-        Setting(
-            "position_shift", "Position shift", 0.0, -8.0, 8.0,
-            "In Flux: by how many of its widths the reference's positions lie beside the picture's.",
-        ),
-    ),
+    settings=SETTINGS,
     adapter="interactdiff.subject.adapter:SubjectAdapter",
     items=(
         ItemSpec(
@@ -87,5 +90,6 @@ SPEC = MethodSpec(
     needs_weights=False,
     recipes={"subject": "interactdiff.training.subject:SubjectRecipe"},
     scores="interactdiff.evaluation.subjects:evaluate_subjects",
+    score_settings=(*SETTINGS, MASKS),
     benches=("interactdiff.commands.bench_subject",),
-)  # fmt: skip
+)
