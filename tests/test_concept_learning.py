@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny_concept import PAIR, draw, halves, photo
 from torch import Tensor
 
@@ -44,8 +45,8 @@ def any_pipe(request: pytest.FixtureRequest) -> Any:
 
 
 def learned(pipe: Any, **changes: Any) -> ConceptAdapter:
-    options = {"masks": halves(), "prompt": "{0} on {1}"} | SHORT | changes
-    return learn(pipe, photo(), PAIR, **options)
+    options = {"image": photo(), "masks": halves(), "prompt": "{0} on {1}"} | SHORT | changes
+    return learn(pipe, concepts=PAIR, **options)
 
 
 # --- losses ---
@@ -263,6 +264,16 @@ def test_a_run_that_was_interrupted_goes_on_as_it_would_have(pipe: Any, tmp_path
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6), name
     with pytest.raises(ConceptError, match="got one with another options: delete it"):
         learned(pipe, steps=5, checkpoint=tmp_path, learning_rate=1.0)
+    for changes, what in (
+        ({"image": photo().transpose(Image.Transpose.FLIP_LEFT_RIGHT)}, "photo"),
+        ({"masks": halves() | {"<hero>": halves(16, 16)["<blob>"]}}, "masks"),
+        ({"boxes": {"<hero>": (0.0, 0.0, 0.5, 1.0)}}, "boxes"),
+    ):
+        with pytest.raises(ConceptError, match=f"got one with another {what}: delete it"):
+            learned(pipe, steps=5, checkpoint=tmp_path, **changes)
+    pipe.unet.conv_in.weight.data.add_(1)
+    with pytest.raises(ConceptError, match="got one with another model: delete it"):
+        learned(pipe, steps=5, checkpoint=tmp_path)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
     with pytest.raises(ConceptError, match="expected a whole checkpoint"):
         learned(pipe, steps=5, checkpoint=tmp_path)

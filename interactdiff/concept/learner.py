@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from interactdiff.concept.adapter import MASKS, ConceptAdapter
 from interactdiff.concept.binding import ConceptBinding
-from interactdiff.concept.checkpoints import load_checkpoint, remove_checkpoint, save_checkpoint
+from interactdiff.concept.checkpoints import hash_of, load_checkpoint, remove_checkpoint, save_checkpoint
 from interactdiff.concept.config import METHOD
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
 from interactdiff.concept.finding import Finder, default_size
@@ -30,6 +29,7 @@ from interactdiff.concept.options import LearnOptions
 from interactdiff.concept.pictures import side_by_side
 from interactdiff.concept.sampling import chosen_concepts
 from interactdiff.concept.words import Concept, ConceptError, as_concepts, joint_prompt, subset_prompt
+from interactdiff.fingerprints import digest
 from interactdiff.handle import Handle, attach
 from interactdiff.models import model_info
 from interactdiff.pipeline_calls import call_arguments
@@ -195,6 +195,7 @@ class Learner:
             ConceptError: one is not found, or a box or mask is of no concept.
         """
         self._boxes, self._given = dict(boxes or {}), dict(given or {})
+        self._run = self._agreed()
         if not self._resume():
             scores = self.finder.scores()
             if self.options.published_refresh and min(scores.shape[1:]) < SSIM_WINDOW:
@@ -387,16 +388,22 @@ class Learner:
             for parameter in self._trained
         ]
 
-    @cached_property
-    def _run(self) -> dict[str, Any]:
+    def _agreed(self) -> dict[str, Any]:
         """What a checkpoint has to agree in; steps may be added to."""
         options = asdict(self.options)
         for name in ("steps", "checkpoint_every", "sample_every"):
             del options[name]
+        modules = (part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
         values = {
+            "model": digest(modules),
             "concepts": [asdict(concept) for concept in self.concepts],
             "prompt": self._template,
-            "photo": list(self.photo.size),
+            "photo": hash_of(self.photo.size, self.photo.tobytes()),
+            "boxes": dict(sorted(self._boxes.items())),
+            "masks": {
+                name: hash_of(mask.shape, mask.float().cpu().numpy().tobytes())
+                for name, mask in sorted(self._given.items())
+            },
             "options": options,
         }
         return json.loads(json.dumps(values))
