@@ -289,8 +289,8 @@ def test_words_that_are_refused(given: Any, words: str) -> None:
 
 
 def test_prompts() -> None:
-    assert joint_prompt(None, ["<a>", "<b>", "<c>"]) == "a photo of <a> and <b> and <c>"
-    assert joint_prompt("{1}, by {0}", ["<a>", "<b>"]) == "<b>, by <a>"
+    assert joint_prompt(None, ["<a>", "<b>", "<c>"]).text == "a photo of <a> and <b> and <c>"
+    assert joint_prompt("{1}, by {0}", ["<a>", "<b>"]).text == "<b>, by <a>"
     for wrong in ("{0}", "{0} {1} {1}", "{0} {1", "{} {}", "{0.x} {1}"):
         with pytest.raises(ConceptError, match="expected a prompt"):
             joint_prompt(wrong, ["<a>", "<b>"])

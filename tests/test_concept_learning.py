@@ -309,7 +309,7 @@ def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
             parts = []
             for seed in range(4):
                 generator = torch.Generator().manual_seed(seed)
-                value, _, _ = learner.objective.denoise("<hero> on <blob>", list(PAIR), [0, 1], generator)
+                value, _, _ = learner.objective.denoise(learner.finder.prompt, [0, 1], generator)
                 parts.append(float(value))
             return sum(parts)
 

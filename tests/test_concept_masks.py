@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_concept import PAIR, PROMPT, photo
+from tiny_concept import PAIR, photo
 from torch import Tensor
 
 from interactdiff import AdapterError, attach
@@ -27,6 +27,7 @@ from interactdiff.concept.masks import (
 )
 from interactdiff.concept.prompts import prompt_rows
 from interactdiff.concept.reference import reference_classes, reference_scores
+from interactdiff.concept.words import joint_prompt
 from interactdiff.sites import denoiser_of, find_sites
 
 EVERYTHING = MaskSettings(minimum_area=0.0)
@@ -47,7 +48,7 @@ def captured(pipe: Any, size: tuple[int, int] = (32, 48), layers: Layers | None 
         finder = Finder(denoising, handle["concept:masks"], sized, ["c", "d"], "{0} on {1}")
         capture = AttentionCapture(denoising.denoiser, layers)
         latents = finder.latents.expand(2, -1, -1, -1)
-        prompt = denoising.encode([finder.prompt], sized.size[::-1]).repeated(2)
+        prompt = denoising.encode([finder.prompt.text], sized.size[::-1]).repeated(2)
         times = torch.tensor([100, 600])
         with handle["concept:masks"].capturing(capture):
             denoising.predict(denoising.noisy(latents, torch.randn(latents.shape), times), times, prompt)
@@ -254,20 +255,32 @@ def test_a_photo_of_any_aspect_is_looked_at(any_pipe: Any) -> None:
 
 
 def test_where_words_are(any_pipe: Any) -> None:
-    rows = prompt_rows(any_pipe, "cd on d", ["cd", "on"])
+    rows = prompt_rows(any_pipe, joint_prompt("{0} {1} d", ["cd", "on"]))
     is_flux = type(any_pipe).__name__ == "FluxPipeline"
     if type(any_pipe).__name__ == "StableDiffusion3Pipeline":
         assert rows.concepts == ((1, 2), (3, 4))
     elif not is_flux:
         assert rows == type(rows)(((1, 2), (3, 4)), (0,), (5,))
     with attach(any_pipe, ConceptAdapter.for_pipeline(any_pipe, PAIR)):
-        both = prompt_rows(any_pipe, PROMPT, list(PAIR))
-        turned = prompt_rows(any_pipe, "<blob>, on <hero>", list(PAIR))
+        both = prompt_rows(any_pipe, joint_prompt("{0} on {1}", list(PAIR)))
+        turned = prompt_rows(any_pipe, joint_prompt("{1}, on {0}", list(PAIR)))
     assert [len(own) for own in both.concepts] == [1, 1]
     assert both.concepts[0] < both.concepts[1]
     assert turned.concepts[0] > turned.concepts[1]
-    with pytest.raises(ConceptError, match="expected cow in the prompt"):
-        prompt_rows(any_pipe, "a cat", ["cow"])
+    with pytest.raises(ConceptError, match="expected a word with tokens of its own in 'a  ', got ' '"):
+        prompt_rows(any_pipe, joint_prompt("a {0}", [" "]))
+
+
+def test_words_within_others_are_where_their_slots_are(pipe: Any) -> None:
+    """Neither a word within another concept's, nor one within the template's, nor the template's itself."""
+    rows = partial(prompt_rows, pipe)
+    inside = rows(joint_prompt("{0} or {1}", ["adman", "man"]))
+    assert inside.concepts == ((1, 2, 3, 4, 5), (8, 9, 10))
+    assert rows(joint_prompt("{0} or {1}", ["man", "adman"])).concepts == ((1, 2, 3), (6, 7, 8, 9, 10))
+    assert rows(joint_prompt("photo of {0}", ["hot"])).concepts == ((8, 9, 10),)
+    assert rows(joint_prompt("man or {0}", ["man"])).concepts == ((6, 7, 8),)
+    with attach(pipe, ConceptAdapter.for_pipeline(pipe, {"<a>": "cat"}, vectors=2)):
+        assert rows(joint_prompt("a {0} <a>", ["<a>"])).concepts == ((2, 3),)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +289,7 @@ def test_where_words_are(any_pipe: Any) -> None:
         ({"size": 256}, "expected a photo of at least 64 pixels a side, got 48 x 24"),
         ({"words": [*"abcdefghijklmnopqrst"]}, "expected at most 4 concepts in a photo of 48 x 24 pixels"),
         ({"words": ["a", "a"]}, "expected each concept once"),
+        ({"words": ["a", ""]}, "expected a word for each concept, got an empty one"),
         ({"prompt": "very " * 9 + "{0} and {1}"}, "expected a prompt of at most 24 tokens, got c beyond"),
         (
             {"boxes": {"d": (0.0, 0.0, 0.01, 0.01)}},

@@ -14,7 +14,7 @@ from interactdiff.concept.capture import AttentionCapture, Layers
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
 from interactdiff.concept.masks import ConceptMasks, MaskSettings, make_masks, refined, with_background
 from interactdiff.concept.prompts import prompt_rows, segments
-from interactdiff.concept.words import ConceptError, check_distinct, joint_prompt
+from interactdiff.concept.words import PREFIX, ConceptError, check_distinct, joint_prompt
 from interactdiff.handle import attach
 from interactdiff.models import model_info
 from interactdiff.pipeline_calls import denoiser_config
@@ -99,6 +99,7 @@ class Finder:
         names: of the concepts, in the prompt: words or tokens.
         template: of the prompt, see `joint_prompt`.
         looking: noise levels, layers, thresholds.
+        prefix: of the prompt where there is no template.
     """
 
     def __init__(
@@ -109,12 +110,13 @@ class Finder:
         names: Sequence[str],
         template: str | None = None,
         looking: Looking | None = None,
+        prefix: str = PREFIX,
     ):
         self.denoising, self.binding, self.photo, self.names = denoising, binding, photo, list(names)
         self.looking = looking or Looking()
         self.settings = self.looking.masks or default_settings(denoising.pipeline)
         self.layers = Layers.of(denoising.denoiser, self.looking.blocks)
-        self.prompt = joint_prompt(template, self.names)
+        self.prompt = joint_prompt(template, self.names, prefix)
         self.latents = denoising.latents(photo)
         height, width = self.latents.shape[2:]
         if len(self.names) * CELLS_EACH > (cells := height * width // 4):
@@ -122,7 +124,7 @@ class Finder:
                 f"expected at most {cells // CELLS_EACH} concepts in a photo of {photo.width} x "
                 f"{photo.height} pixels, got {len(self.names)}"
             )
-        self.rows = prompt_rows(denoising.pipeline, self.prompt, self.names)
+        self.rows = prompt_rows(denoising.pipeline, self.prompt)
 
     @torch.no_grad()
     def scores(self, timesteps: Sequence[int] | None = None, seed: int | None = None) -> Tensor:
@@ -139,7 +141,8 @@ class Finder:
         latents = self.latents.expand(count, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         times = torch.tensor(list(timesteps), device=device)
-        prompt = self.denoising.encode([self.prompt], (self.photo.height, self.photo.width)).repeated(count)
+        size = (self.photo.height, self.photo.width)
+        prompt = self.denoising.encode([self.prompt.text], size).repeated(count)
         capture = AttentionCapture(self.denoising.denoiser, self.layers)
         with self.binding.capturing(capture):
             self.denoising.predict(self.denoising.noisy(latents, noise, times), times, prompt)

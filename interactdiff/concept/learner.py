@@ -159,10 +159,9 @@ class Learner:
                 self.binding,
                 self.photo,
                 self.names,
-                joint_prompt(
-                    self._template, [f"{{{n}}}" for n in range(len(self.names))], self.options.prefix
-                ),
+                self._template,
                 self.options.looking,
+                self.options.prefix,
             )
             self.objective = Objective(self.finder, self.options)
             self._make_optimizer()
@@ -268,7 +267,7 @@ class Learner:
         panels = [(self.photo, "photo")]
         together = [self.names] if len(self.names) > 1 else []
         for names in (*([name] for name in self.names), *together):
-            prompt = subset_prompt(names, self.options.prefix)
+            prompt = subset_prompt(names, self.options.prefix).text
             arguments = call_arguments(self.pipeline, prompt, None, guidance)
             drawn = self.pipeline(
                 **arguments,
@@ -301,7 +300,7 @@ class Learner:
         names = [self.names[n] for n in chosen]
         is_half = options.mixed_precision == "bf16"
         with torch.autocast(self.denoising.device.type, torch.bfloat16, enabled=is_half):
-            denoising, maps, named_masks = self.objective.denoise(prompt, names, chosen, generator)
+            denoising, maps, named_masks = self.objective.denoise(prompt, chosen, generator)
             attention = self.objective.attention(maps, named_masks)
             loss = denoising + options.attention_weight * attention.mean()
             if options.prior_pictures:

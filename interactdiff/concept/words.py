@@ -1,7 +1,7 @@
 """What a person names: a concept's new token, and the word whose embedding it starts from. No torch."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
@@ -80,16 +80,38 @@ def check_distinct(names: Sequence[str]) -> None:
     """Make sure that concepts have a name each.
 
     Raises:
-        ConceptError: there are none, or two have the same.
+        ConceptError: there are none, one is empty, or two have the same.
     """
     if not names:
         raise ConceptError("expected at least one concept, got none")
+    if not all(name.strip() for name in names):
+        raise ConceptError("expected a word for each concept, got an empty one")
     twice = next((name for name in names if list(names).count(name) > 1), None)
     if twice is not None:
         raise ConceptError(f"expected each concept once, got {twice} twice")
 
 
-def joint_prompt(template: str | None, names: Sequence[str], prefix: str = PREFIX) -> str:
+@dataclass(frozen=True)
+class ConceptPrompt:
+    """A prompt that names concepts.
+
+    Attributes:
+        names: of the concepts: tokens or words.
+        parts: of the text; `slots` says which of them are names.
+        slots: for each name the number of its part.
+    """
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    slots: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.parts)
+
+
+def joint_prompt(template: str | None, names: Sequence[str], prefix: str = PREFIX) -> ConceptPrompt:
     """The prompt that names all concepts.
 
     Args:
@@ -103,17 +125,25 @@ def joint_prompt(template: str | None, names: Sequence[str], prefix: str = PREFI
     if template is None:
         return subset_prompt(names, prefix)
     try:
-        slots = [slot for _, slot, _, _ in Formatter().parse(template) if slot is not None]
+        parsed = [(text, slot) for text, slot, _, _ in Formatter().parse(template)]
     except ValueError as error:
         raise ConceptError(
             f"expected a prompt such as 'a photo of {{0}}', got {template!r}: {error}"
         ) from None
-    if sorted(slots) != sorted(str(n) for n in range(len(names))):
+    numbers = [slot for _, slot in parsed if slot is not None]
+    if sorted(numbers) != sorted(str(n) for n in range(len(names))):
         wanted = ", ".join(f"{{{n}}}" for n in range(len(names)))
         raise ConceptError(f"expected a prompt with each of {wanted} once, got {template!r}")
-    return template.format(*names)
+    parts, slots = [], [0] * len(names)
+    for text, slot in parsed:
+        parts.append(text)
+        if slot is not None:
+            slots[int(slot)] = len(parts)
+            parts.append(names[int(slot)])
+    return ConceptPrompt(tuple(names), tuple(parts), tuple(slots))
 
 
-def subset_prompt(names: Iterable[str], prefix: str = PREFIX) -> str:
+def subset_prompt(names: Sequence[str], prefix: str = PREFIX) -> ConceptPrompt:
     """The prompt that names some concepts, as published: "a photo of <new1> and <new2>"."""
-    return prefix + " and ".join(names)
+    parts = [part for name in names for part in (" and ", name)]
+    return ConceptPrompt(tuple(names), (prefix, *parts[1:]), tuple(range(1, 2 * len(names), 2)))
