@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from interactdiff.method_specs import Cost
 from interactdiff.models import PACKAGED, ModelError, absolute_name, packaged_adapters
+from interactdiff.picture_reading import UnreadablePicture, as_rgb, read_picture
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import SceneError, shown
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_UPLOAD = 20 * 2**20  # bytes
-MAX_UPLOAD_PIXELS = 40_000_000
 
 LEARNING_OFF = (
     "Learning is off on this server, because it takes minutes for each photo: start `interactdiff app` on a "
@@ -111,7 +110,7 @@ class Limits:
 
 
 def opened_picture(path: str | Path, alpha: bool = False) -> Image.Image:
-    """An uploaded picture in RGB.
+    """An uploaded picture in RGB, as a browser shows it.
 
     Args:
         path: of the file.
@@ -120,15 +119,8 @@ def opened_picture(path: str | Path, alpha: bool = False) -> Image.Image:
     Raises:
         SceneError: in one sentence, if it is none of the formats that are taken, damaged, or too large.
     """
-    formats = ", ".join(PICTURE_FORMATS)
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            if image.width * image.height > MAX_UPLOAD_PIXELS:
-                size = f"{image.width} x {image.height}"
-                raise SceneError(f"picture: expected at most {MAX_UPLOAD_PIXELS} pixels, got {size}")
-            upright = ImageOps.exif_transpose(image)  # as a browser shows it
-            return upright if alpha else upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, SceneError):
-            raise
-        raise SceneError(f"picture: expected a whole {formats}, got something else") from None
+        picture = read_picture(path)
+        return picture if alpha else as_rgb(picture)
+    except UnreadablePicture as error:
+        raise SceneError(f"picture: {error}") from None

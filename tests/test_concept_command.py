@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,8 @@ from tiny_concept import PAIR, photo, trained_concept
 
 from interactdiff.bench.concept import BASES, bench_concept, published_bytes
 from interactdiff.cli import main
-from interactdiff.concept import ConceptAdapter, Learner
+from interactdiff.concept import ConceptAdapter, ConceptError, Learner
+from interactdiff.concept.pictures import read_masks, read_photo
 from interactdiff.picture import read_record
 
 NAMED = ["--concept", "<hero>=cat", "--concept", "<blob>=dog"]
@@ -111,6 +113,23 @@ def test_masks_alone(model: str, tmp_path: Path, capsys: Any) -> None:
         assert white.size[0] > white.size[1]
         assert set(white.getdata()) == {0, 255}
     assert (tmp_path / "m.c.png").is_file()
+
+
+def test_photos_and_masks_are_read_as_they_are_shown(tmp_path: Path) -> None:
+    """As the studio and the recipes read them: turned by EXIF, white behind transparency, 16 bits as 8."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGBA", (40, 60), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    turned = read_photo(str(tmp_path / "turned.jpg"))
+    assert (turned.size, turned.mode) == ((40, 60), "RGB")
+    assert read_photo(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.full((30, 20), 32768, dtype=np.uint16)).save(tmp_path / "half.png")
+    masks = read_masks({"<hero>": str(tmp_path / "half.png")}, turned)
+    assert masks["<hero>"].shape == (30, 20)
+    assert float(masks["<hero>"][0, 0]) == pytest.approx(128 / 255)
+    with pytest.raises(ConceptError, match=r"the photo's 60 x 40 pixels, or of its aspect, at .*, got 20 x"):
+        read_masks({"<hero>": str(tmp_path / "half.png")}, Image.new("RGB", (60, 40)))
 
 
 def test_convert(pipe: Any, model: str, tmp_path: Path, capsys: Any) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from interactdiff.concept.losses import (
     sampling_weights,
 )
 from interactdiff.concept.sampling import chosen_concepts
+from interactdiff.latent_encoding import picture_latents
 
 LOOKING = Looking((100, 200), masks=MaskSettings(0.0, minimum_area=0.0, background="template"))
 SHORT = {"steps": 3, "size": 32, "looking": LOOKING, "prefix": "", "refresh_every": 2, "checkpoint_every": 0}
@@ -148,6 +150,21 @@ def test_noise_levels_are_those_of_the_schedulers(any_pipe: Any) -> None:
     with torch.no_grad():
         predicted = denoising.predict(noisy, times, denoising.encode(["a cat"], sized.size[::-1]))
     assert predicted.shape == latents.shape
+
+
+@pytest.mark.parametrize(("dtype", "raised"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_a_vae_that_overflows_encodes_in_float32(xl_pipe: Any, dtype: torch.dtype, raised: bool) -> None:
+    """In float16 alone, and is afterwards what it was; another VAE stays in its own precision."""
+    vae, picture, seen = xl_pipe.vae.to(dtype), Denoising.of(xl_pipe).sized(photo(), 32), []
+    vae.register_to_config(force_upcast=True)
+    vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    latents = picture_latents(vae, picture)
+    assert (seen, vae.dtype) == ([torch.float32 if raised else dtype], dtype)
+    assert latents.dtype == torch.float32
+    with torch.no_grad():
+        pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        own = vae.float().encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    assert torch.allclose(latents, own, atol=1e-6 if raised else 0.05)
 
 
 def test_velocity_is_the_target_where_the_scheduler_predicts_it(pipe: Any) -> None:

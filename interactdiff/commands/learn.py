@@ -73,10 +73,10 @@ def _run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from interactdiff.concept.learner import Learner
-    from interactdiff.concept.pictures import masks_picture, read_mask, read_photo
+    from interactdiff.concept.pictures import masks_picture, read_masks, read_photo
 
     photo = read_photo(args.photo)
-    given = {name: read_mask(path) for name, path in named("--mask", args.mask).items()}
+    given = read_masks(named("--mask", args.mask), photo)
     pipeline, size = loaded(args)
     options = _options(args, looking(args, pipeline), size)
     with Learner(pipeline, photo, concepts, options, args.prompt, args.out) as learner:

@@ -42,10 +42,10 @@ def _run(args: argparse.Namespace) -> None:
 
     from interactdiff.concept.denoising import Denoising
     from interactdiff.concept.finding import find_masks
-    from interactdiff.concept.pictures import masks_picture, read_mask, read_photo
+    from interactdiff.concept.pictures import masks_picture, read_masks, read_photo
 
     photo = read_photo(args.photo)
-    given = {name: read_mask(path) for name, path in named("--mask", args.mask).items()}
+    given = read_masks(named("--mask", args.mask), photo)
     pipeline, size = loaded(args)
     masks = find_masks(
         pipeline,
