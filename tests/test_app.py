@@ -233,11 +233,12 @@ def test_uploads_are_whole_pictures_of_a_known_kind(tmp_path: Path) -> None:
     image.save(tmp_path / "a.gif")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     (tmp_path / "c.png").write_text("<script>")
-    for name in ("a.gif", "c.png"):
+    (tmp_path / "d.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for name in ("a.gif", "b.png", "c.png"):
         with pytest.raises(SceneError, match="picture: expected a whole PNG, JPEG, WEBP, got a file that is"):
             opened_picture(tmp_path / name)
     with pytest.raises(SceneError, match="picture: expected a whole PNG, JPEG, WEBP, got a file that en"):
-        opened_picture(tmp_path / "b.png")
+        opened_picture(tmp_path / "d.png")
     with pytest.raises(SceneError, match="picture: expected a picture, got no file"):
         opened_picture(tmp_path / "none.png")
     Image.new("1", (8000, 5001)).save(tmp_path / "large.png")
