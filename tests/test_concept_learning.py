@@ -338,7 +338,16 @@ def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"steps": 0}, "expected steps from 1 up, got 0"),
+        ({"steps": 0}, "expected steps to be a whole number from 1 up, got 0"),
+        ({"steps": 2.0}, "expected steps to be a whole number from 1 up, got 2.0"),
+        ({"learning_rate": -1.0}, "expected learning_rate to be a number from 0 up, got -1.0"),
+        ({"attention_weight": float("nan")}, "expected attention_weight to be a number from 0 up, got nan"),
+        ({"weight_decay": float("inf")}, "expected weight_decay to be a number from 0 up, got inf"),
+        ({"full_image_weight": 5}, "expected full_image_weight to be a number from 0 to 1, got 5"),
+        ({"joint_share": 7.0}, "expected joint_share to be a number from 0 to 1, got 7.0"),
+        ({"seed": 10**20}, "expected seed to be a whole number from 0 to 4294967295, got 1000000"),
+        ({"vectors": 0}, "expected vectors to be a whole number from 1 to 16, got 0"),
+        ({"size": 0}, "expected size to be a whole number from 1 up, got 0"),
         ({"sampling": "random"}, "expected sampling of uniform, reweighted"),
         ({"prior_pictures": 2}, "expected acts_on 'all' with prior_pictures"),
         ({"projections": "q"}, "expected projections of kv, k, v, none"),
@@ -365,7 +374,8 @@ def test_options_of_the_command_line() -> None:
     assert LearnOptions.parsed(["rank=8", "learning_rate=1e-3", "freeze_last_token=true", "prefix="]) == {
         "rank": 8, "learning_rate": 1e-3, "freeze_last_token": True, "prefix": "",
     }  # fmt: skip
-    for wrong, words in (("ranks=1", "expected an option of"), ("rank=x", "expected rank like 0, got 'x'")):
+    for wrong, words in (("ranks=1", "expected an option of"), ("rank=x", "expected rank like 0, got 'x'"),
+                         ("vectors=4", "expected --vectors for vectors, got 'vectors=4'")):  # fmt: skip
         with pytest.raises(ConceptError, match=words):
             LearnOptions.parsed([wrong])
     assert LearnOptions.custom_diffusion(steps=2).full_image_weight == 1.0

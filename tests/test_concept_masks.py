@@ -308,6 +308,11 @@ def test_settings_that_are_refused() -> None:
     for make, words in (
         (lambda: Looking((1000,)), "expected timesteps of 0 to 999"),
         (lambda: Looking(()), "expected timesteps of 0 to 999"),
+        (lambda: Looking(seed=10**20), "expected seed to be a whole number from 0 to 4294967295"),
+        (lambda: Looking(blocks=()), "expected some of a transformer's blocks, got none"),
+        (lambda: MaskSettings(power=-1), "expected power to be a whole number from 0 to 64, got -1"),
+        (lambda: MaskSettings(exponent=0.0), r"expected exponent to be a number from 0\.1 to 10, got 0\.0"),
+        (lambda: MaskSettings(minimum_area=2.0), "expected minimum_area to be a number from 0 to 1, got 2"),
         (lambda: MaskSettings(threshold=1.0), "expected a threshold of 0 up to 1"),
         (
             lambda: MaskSettings(background="sky"),

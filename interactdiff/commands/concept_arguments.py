@@ -3,10 +3,13 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from interactdiff.commands.arguments import UsageError, add_models, positive
+from interactdiff.commands.arguments import UsageError, add_models, number, positive, whole
 from interactdiff.scene_checks import Box, SceneError, parse_box
+
+if TYPE_CHECKING:
+    from interactdiff.concept.finding import Looking
 
 
 def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
@@ -45,15 +48,22 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
     parser.add_argument(
         "--timesteps",
         metavar="T,T",
-        default="50,100,150,200",
-        help="noise levels that the photo is looked at at, 0 to 999 (default: %(default)s)",
+        help="noise levels that the photo is looked at at, 0 to 999 (default: 50,100,150,200)",
     )
     parser.add_argument(
         "--threshold",
-        type=float,
-        default=0.1,
+        type=number,
         metavar="X",
-        help="by how much a concept wins a pixel (default: %(default)s)",
+        help="by how much a concept wins a pixel (default: 0.1)",
+    )
+    parser.add_argument(
+        "--exponent", type=number, metavar="X", help="of the maps before they are spread (default: 2)"
+    )
+    parser.add_argument(
+        "--power",
+        type=whole,
+        metavar="N",
+        help="how often the photo's attention to itself spreads the maps (default: 4)",
     )
     parser.add_argument(
         "--background",
@@ -73,7 +83,7 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
         help="side in pixels at which the photo is used (default: the model's own)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of all noise (default: %(default)s)"
+        "--seed", type=whole, default=0, metavar="N", help="of all noise (default: %(default)s)"
     )
     add_models(parser)
 
@@ -127,9 +137,9 @@ def checked_photo(args: argparse.Namespace) -> None:
         if not Path(path).is_file():
             raise UsageError(f"expected a picture file, got no file {path}")
     boxes(args.box)
-    whole_numbers("--timesteps", args.timesteps)
-    if args.blocks:
-        whole_numbers("--blocks", args.blocks)
+    for flag in ("timesteps", "blocks"):
+        if getattr(args, flag) is not None:
+            whole_numbers(f"--{flag}", getattr(args, flag))
 
 
 def loaded(args: argparse.Namespace) -> tuple[Any, int]:
@@ -152,19 +162,27 @@ def loaded(args: argparse.Namespace) -> tuple[Any, int]:
     return pipeline, args.size or model_info(model).size or default_size(pipeline)
 
 
-def looking(args: argparse.Namespace, pipeline: Any) -> Any:
+def looking(args: argparse.Namespace, pipeline: Any, base: "Looking | None" = None) -> "Looking":
     """How a photo is looked at.
+
+    Args:
+        args: flags that are left out change nothing.
+        pipeline: whose text encoder says what stands for the background where nobody does.
+        base: what flags change; None for the defaults.
 
     Raises:
         ConceptError: a value is out of range.
     """
     from interactdiff.concept.finding import Looking, default_settings
 
-    settings = replace(
-        default_settings(pipeline),
-        threshold=args.threshold,
-        unassigned="nearest" if args.nearest else "ignore",
-        **({"background": args.background} if args.background else {}),
-    )
-    blocks = whole_numbers("--blocks", args.blocks) if args.blocks else None
-    return Looking(whole_numbers("--timesteps", args.timesteps), args.seed, blocks, settings)
+    base = base or Looking()
+    names = ("threshold", "exponent", "power", "background")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.nearest:
+        given["unassigned"] = "nearest"
+    lists = ("timesteps", "blocks")
+    chosen: dict[str, Any] = {
+        name: whole_numbers(f"--{name}", text) for name in lists if (text := getattr(args, name)) is not None
+    }
+    settings = replace(base.masks or default_settings(pipeline), **given)
+    return replace(base, seed=args.seed, masks=settings, **chosen)

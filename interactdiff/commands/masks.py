@@ -1,6 +1,8 @@
 """interactdiff masks: where things are in a photo, by a model's attention to their words."""
 
 import argparse
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from interactdiff.commands.arguments import Commands, check_picture_path, quiet_libraries
@@ -62,10 +64,16 @@ def _run(args: argparse.Namespace) -> None:
     if args.each:
         for number, name in enumerate(masks.names):
             white = Image.fromarray(masks.masks[number].numpy().astype(np.uint8) * 255)
-            beside = args.out.with_suffix(f".{name.replace(' ', '_')}.png")
-            written[beside] = white.resize(sized.size, Image.Resampling.NEAREST)
+            written[_beside(args.out, name, written)] = white.resize(sized.size, Image.Resampling.NEAREST)
     for path, picture in written.items():
         write_aside(path, lambda file, picture=picture: picture.save(file, format="PNG"))
         print(path)
     for name, area in masks.areas.items():
         print(f"{name}: {100 * area:.1f} % of the photo")
+
+
+def _beside(out: Path, word: str, taken: Collection[Path]) -> Path:
+    """A file of its own for a word, of letters that every file system takes."""
+    name = re.sub(r"[^\w-]+", "_", word)[:60]
+    names = (f"{out.stem}.{name}{end}.png" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 2))))
+    return next(path for one in names if (path := out.with_name(one)) not in taken)

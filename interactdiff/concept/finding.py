@@ -14,7 +14,14 @@ from interactdiff.concept.capture import AttentionCapture, Layers
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
 from interactdiff.concept.masks import ConceptMasks, MaskSettings, make_masks, refined, with_background
 from interactdiff.concept.prompts import prompt_rows, segments
-from interactdiff.concept.words import PREFIX, ConceptError, check_distinct, joint_prompt
+from interactdiff.concept.words import (
+    MAX_SEED,
+    PREFIX,
+    ConceptError,
+    check_distinct,
+    check_range,
+    joint_prompt,
+)
 from interactdiff.handle import attach
 from interactdiff.models import model_info
 from interactdiff.pipeline_calls import denoiser_config
@@ -43,6 +50,9 @@ class Looking:
     def __post_init__(self) -> None:
         if not self.timesteps or not all(0 <= t < TRAIN_STEPS for t in self.timesteps):
             raise ConceptError(f"expected timesteps of 0 to {TRAIN_STEPS - 1}, got {list(self.timesteps)}")
+        check_range("seed", self.seed, 0, MAX_SEED, whole=True)
+        if self.blocks is not None and not self.blocks:
+            raise ConceptError("expected some of a transformer's blocks, got none")
 
 
 def find_masks(

@@ -1,15 +1,18 @@
 """What a person names: a concept's new token, and the word whose embedding it starts from. No torch."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
+from typing import Any
 
 from interactdiff.errors import InteractdiffError
-from interactdiff.scene_checks import shown
+from interactdiff.scene_checks import as_float, shown
 
 TOKEN = re.compile(r"<[\w-]+>")
 MAX_VECTORS = 16
+MAX_SEED = 2**32 - 1
 PREFIX = "a photo of "
 
 
@@ -62,6 +65,20 @@ class Concept:
     def tokens(self) -> tuple[str, ...]:
         """One token for each vector, as diffusers' textual inversion names them: `<hero>`, `<hero>_1`."""
         return (self.token, *(f"{self.token}_{n}" for n in range(1, self.vectors)))
+
+
+def check_range(name: str, value: Any, low: float, high: float = math.inf, whole: bool = False) -> None:
+    """Make sure that an option is a finite number within a range, both ends included.
+
+    Raises:
+        ConceptError: it is not, or it should be a whole number and is none.
+    """
+    number = as_float(value)
+    is_right = number is not None and math.isfinite(number) and low <= number <= high
+    if not is_right or (whole and type(value) is not int):
+        upper = "up" if math.isinf(high) else f"to {high:.12g}"
+        kind = "a whole number" if whole else "a number"
+        raise ConceptError(f"expected {name} to be {kind} from {low:g} {upper}, got {shown(value)}")
 
 
 def as_concepts(given: Mapping[str, str] | Sequence[Concept], vectors: int = 1) -> tuple[Concept, ...]:
