@@ -1,6 +1,8 @@
 """Concepts attached: new tokens, changes at their rows of the text alone, and nothing left behind."""
 
 import copy
+import warnings
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -127,6 +129,26 @@ def test_rows_are_found_however_text_is_joined_repeated_or_cast(pipe: Any) -> No
         skipped = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
         own, _ = handle["concept"]._rows(pipe.text_encoder.final_layer_norm(skipped))
         assert own[1].tolist() == [1, 4], "what clip_skip reads"
+
+
+def test_texts_act_however_long_ago_they_were_encoded(pipe: Any, monkeypatch: Any) -> None:
+    """Many are remembered, one that is encoded again once; if the memory is full, the user is told."""
+    prompts = [f"{letter} <hero>" for letter in ascii_lowercase]
+    with attach(pipe, trained_concept(pipe)) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tokens,) = handle["concept"].new_tokens
+        texts = [pipe.encode_prompt(prompt, pipe.device, 1, False)[0] for prompt in prompts * 2]
+        assert len(tokens.states) == len(prompts)
+        assert all(len(handle["concept"]._rows(text)[0][1]) == 1 for text in texts)
+        given = {"prompt_embeds": texts[0], "negative_prompt_embeds": torch.zeros_like(texts[0])}
+        early = draw(pipe, None, **given)
+        assert not torch.equal(early, draw(pipe, None, **given | {"prompt_embeds": texts[0] * 1.0001}))
+        monkeypatch.setattr("interactdiff.concept.encoders.MOST_BYTES", 10 * 24 * 4)
+        pipe.encode_prompt("on <blob>", pipe.device, 1, False)
+        assert len(tokens.states) == 10
+        draw(pipe, "a <blob>")  # which is known
+        with pytest.raises(UserWarning, match="concept: expected one of the latest texts with <hero>"):
+            draw(pipe, None, **given | {"prompt_embeds": texts[0].clone()})
 
 
 @every_base
