@@ -116,6 +116,7 @@ class ItemSpec:
             takes no picture. The studio then has fields for these. The item has a `phrase` and a `box`.
         preview: "module:attribute" of a function of such an item that returns its picture with what of it is
             not taken shaded, and one sentence about how that was found.
+        most: of them in a scene; more are refused before any of them is read.
     """
 
     type: type
@@ -126,6 +127,7 @@ class ItemSpec:
     from_box: Callable[[str, Box], Any] | None = None
     from_picture: Callable[[str, Any, Any, Box | None], Any] | None = None
     preview: str | None = None
+    most: int | None = None
 
     @property
     def name(self) -> str:
