@@ -1,15 +1,18 @@
 """The studio learns concepts, without a browser: names and boxes, the worker's job, what is kept, limits."""
 
 import threading
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 from tiny_concept import photo
 
+from interactdiff.app import worker as worker_module
 from interactdiff.app.canvas_items import CanvasBox, CanvasLink
 from interactdiff.app.concept_panel import ConceptPanel
 from interactdiff.app.document import Document
@@ -186,6 +189,27 @@ def test_a_concept_that_is_not_found_is_shown_and_named(worker: Worker) -> None:
     ):
         with pytest.raises(InteractdiffError, match=message):
             list(learn(worker, request, threading.Event()))
+
+
+def test_two_models_are_never_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model is loaded anew in float32 to learn on."""
+    worker = Worker(Limits(learn_steps=1), device="cpu", dtype="bfloat16")
+    alive: list[bool] = []
+    try:
+        worker.describe("stickworld", {})
+        assert worker._loaded is not None
+        before = weakref.ref(worker._loaded[2].denoiser)
+        load = worker_module.load_pipeline
+
+        def watched(*args: Any) -> Any:
+            alive.append(before() is not None)
+            return load(*args)
+
+        monkeypatch.setattr(worker_module, "load_pipeline", watched)
+        assert worker._thread.submit(worker.without_adapters, "stickworld").result().dtype == torch.float32
+        assert alive == [False]
+    finally:
+        worker.close()
 
 
 # --- limits ---
