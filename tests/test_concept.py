@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from string import ascii_lowercase
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from tiny import RIDING, Graphs, trained_adapter
 from tiny_concept import PROMPT, draw, trained_concept
 from tiny_dit import trained_joint_adapter, trained_layers
+from tiny_subject import dog, trained_subject_adapter
 
 from interactdiff import AdapterError, attach
 from interactdiff.clear import ClearConfig
@@ -223,6 +225,39 @@ def test_beside_interactions_and_windows(fixture: str, order: tuple[int, ...], r
     word = type(RIDING)("cat", "riding", "bike", RIDING.subject_box, RIDING.object_box)
     assert not torch.equal(everything, drawn(order, word)), "the phrase is not read with the token"
     assert torch.equal(draw(pipe, "a cat"), plain)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # subjects that the prompt does not name
+@pytest.mark.parametrize("any_pipe", ["sd1", "flux", "sd3"], indirect=True)
+def test_beside_subjects_in_any_order(any_pipe: Any) -> None:
+    """Each acts beside the other; a subject's phrase is read with the learned token, keys and values too."""
+    tokens = trained_concept(any_pipe)
+    subjects = trained_subject_adapter(denoiser_of(any_pipe))
+    plain = draw(any_pipe, "a cat")
+
+    def drawn(*chosen: Any, phrase: str = "<hero>", prompt: str = PROMPT) -> torch.Tensor:
+        handles = [attach(any_pipe, one) for one in chosen]
+        if subjects in chosen:
+            handles[chosen.index(subjects)].set_scene([replace(dog(), phrase=phrase)])
+        picture = draw(any_pipe, prompt)
+        for handle in handles:
+            handle.detach()
+        return picture
+
+    both = drawn(tokens, subjects)
+    assert torch.equal(drawn(subjects, tokens), both)
+    assert not torch.equal(drawn(tokens), both), "the subject does not act"
+    assert not torch.equal(drawn(tokens, subjects, phrase="<blob>"), both), "its phrase does not count"
+    with_word = drawn(tokens, subjects, phrase="dog", prompt="a cat")
+    assert torch.equal(drawn(subjects, phrase="dog", prompt="a cat"), with_word), "acts on other words"
+    with_token = drawn(tokens, subjects, prompt="a cat")
+    for name, parameter in tokens.named_parameters():
+        if not name.startswith("concept_tokens"):
+            parameter.data.zero_()
+    assert not torch.equal(drawn(tokens, subjects, prompt="a cat"), with_token), (
+        "the reference's keys and values are the base's"
+    )
+    assert torch.equal(draw(any_pipe, "a cat"), plain)
 
 
 @pytest.mark.parametrize("any_pipe", ["sd1", "sdxl", "flux"], indirect=True)
