@@ -149,6 +149,7 @@ class EvaluationOptions:
 
     Attributes:
         scenes: how many.
+        changes: of `--set`, "NAME=VALUE" each, for methods whose `scores_take_changes`.
         seed: which ones, and their noise.
         steps: denoising steps.
         batch_size: pictures at a time.
@@ -159,6 +160,7 @@ class EvaluationOptions:
     """
 
     scenes: int
+    changes: tuple[str, ...] = field(default=(), kw_only=True)
     seed: int
     steps: int
     batch_size: int
@@ -244,6 +246,7 @@ class MethodSpec(Configurable):
         benches: modules with an `add_to(parsers)`, which `interactdiff bench` adds.
         commands: modules with an `add_to(commands)`, which `interactdiff` adds.
         exports: what `interactdiff convert --export NAME` can make of an adapter's files.
+        scores_take_changes: whether `evaluate --NAME` takes `--set`, whose values `scores` reads.
     """
 
     adapter: str | None = None
@@ -257,6 +260,7 @@ class MethodSpec(Configurable):
     benches: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     exports: tuple[ExportSpec, ...] = ()
+    scores_take_changes: bool = False
 
     def load_adapter_class(self) -> Any:
         """The class of the method's adapters.

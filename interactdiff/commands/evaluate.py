@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,15 @@ def add_to(commands: Commands) -> None:
         help="also whether words look where their things are, on N renders (default: 0, not at all)",
     )
     parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="how a method that is scored learns; of --concept options of interactdiff.concept.LearnOptions, "
+        "such as steps=200 projections=v rank=8",
+    )
+    parser.add_argument(
         "--detector",
         metavar="DETECTOR",
         help="that scores the pictures: a folder with one of stickworld, whose world scenes are of (default: "
@@ -104,6 +113,8 @@ def _run(args: argparse.Namespace) -> None:
     model, adapters = args.model or MODEL, adapters_of(args)
     if args.fast and "interaction" not in adapters and default_adapter(model) is None:
         raise UsageError(f"--fast: expected --adapter for the model {model}, got none")
+    if args.set and (args.world or args.data is not None):
+        raise UsageError(f"--set: expected it beside the scores of a method, got {' '.join(args.set)!r}")
     checked_side("--size", args.size)
     checked_whole("--seed", args.seed, 0, 2**32 - 1)
     if args.steps is None:
@@ -160,6 +171,8 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
 
     spec = methods()[args.method]
     assert spec.scores is not None
+    if args.set and not spec.scores_take_changes:
+        raise UsageError(f"--set: expected none beside --{spec.name}, got {' '.join(args.set)!r}")
     detector = None if args.detector is None else load_detector(Path(args.detector))
     used = {spec.name: {}} if spec.scores_need_adapter else {}
     pipeline = ScenePipeline.from_pretrained(model, adapters, args.device or "auto", methods=used)
@@ -174,6 +187,7 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
         tuple(args.rows or ()),
         detector,
     )
+    options = replace(options, changes=tuple(args.set))
     scores = load_attribute(spec.scores)(pipeline, options)
     print(format_scores(scores))
     run = {field.name: getattr(options, field.name) for field in fields(options)}

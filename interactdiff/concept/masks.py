@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interactdiff.concept.capture import AttentionCapture
-from interactdiff.concept.words import ConceptError, check_range
+from interactdiff.concept.words import ConceptError, NotFoundError, check_range
 from interactdiff.scene_checks import Box
 
 UNASSIGNED = -1
@@ -81,11 +81,11 @@ class ConceptMasks:
         """Make sure that each concept was found.
 
         Raises:
-            ConceptError: naming the first that was not, and what to try.
+            NotFoundError: naming the first that was not, and what to try.
         """
         for name, area in self.areas.items():
             if area < max(minimum_area, 1e-9):
-                raise ConceptError(
+                raise NotFoundError(
                     f"expected {name} in the photo, got a mask of {100 * area:.1f} % of it: try another "
                     "word, a lower threshold, a box, or a mask of your own"
                 )

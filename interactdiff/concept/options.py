@@ -1,11 +1,11 @@
 """How concepts are learned. Each published behaviour that is a bug is an option, off by default."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf
-from typing import Any
+from typing import Any, get_args
 
-from interactdiff.concept.config import Acts
+from interactdiff.concept.config import PROJECTIONS, Acts
 from interactdiff.concept.finding import Looking
 from interactdiff.concept.masks import MaskSettings
 from interactdiff.concept.words import MAX_SEED, MAX_VECTORS, PREFIX, ConceptError, check_range
@@ -107,6 +107,8 @@ class LearnOptions:
     def __post_init__(self) -> None:
         for name, known in (
             ("attention_loss", ("normalised", "published", "none")),
+            ("projections", PROJECTIONS),
+            ("acts_on", get_args(Acts)),
             ("sampling", ("uniform", "reweighted")),
             ("mixed_precision", ("no", "bf16")),
         ):
@@ -130,18 +132,25 @@ class LearnOptions:
         return self.attention_loss != "none" or self.full_image_weight < 1
 
     @classmethod
-    def parsed(cls, texts: Sequence[str]) -> dict[str, Any]:
+    def parsed(
+        cls, texts: Sequence[str], flags: Collection[str] = WITH_FLAGS, without: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Options of the command line, "name=value" each, as keyword arguments.
+
+        Args:
+            texts: as they were typed.
+            flags: options that have a flag of their own there.
+            without: options that mean nothing there.
 
         Raises:
             ConceptError: there is no such option, it has a flag of its own, or its value is of another type.
         """
-        own = [one for one in fields(cls) if one.name not in WITH_FLAGS]
+        own = [one for one in fields(cls) if one.name not in (*flags, *without)]
         simple = {one.name: type(one.default) for one in own if type(one.default) in PARSED}
         values: dict[str, Any] = {}
         for text in texts:
             name, _, value = text.partition("=")
-            if name in WITH_FLAGS:
+            if name in flags:
                 raise ConceptError(f"expected --{name.replace('_', '-')} for {name}, got {text!r} of --set")
             kind = simple.get(name)
             if kind is None:

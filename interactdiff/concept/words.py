@@ -20,6 +20,10 @@ class ConceptError(InteractdiffError):
     """Concepts that cannot be learned, found or read as they were given."""
 
 
+class NotFoundError(ConceptError):
+    """A concept that attention does not find in a photo."""
+
+
 @dataclass(frozen=True)
 class Concept:
     """A thing that is learned.
