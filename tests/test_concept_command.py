@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_concept import PAIR, photo, trained_concept
 
+from interactdiff import Entity, Scene
 from interactdiff.bench.concept import BASES, bench_concept, published_bytes
 from interactdiff.cli import main
 from interactdiff.commands import learn
@@ -116,6 +117,12 @@ def test_masks_alone(model: str, tmp_path: Path, capsys: Any) -> None:
         assert white.size[0] > white.size[1]
         assert set(white.getdata()) == {0, 255}
     assert (tmp_path / "m.c.png").is_file()
+    (tmp_path / "scene.json").write_text(Scene("", (), (Entity("C", (0.0, 0.0, 0.5, 1.0)),)).to_json())
+    at = command.index("--box")
+    in_scene = [*command[:at], "--scene", str(tmp_path / "scene.json"), *command[at + 2 : -1]]
+    pixels = (tmp_path / "m.png").read_bytes()
+    assert main([*in_scene, str(tmp_path / "s.png")]) == 0
+    assert (tmp_path / "s.png").read_bytes() == pixels
     given = [part for name, file in (("c/d", "hero"), ("c d", "blob"))
              for part in ("--concept", name, "--mask", f"{name}={tmp_path / file}.png")]  # fmt: skip
     command = [*command[:2], *given, "--each", "--size", "32", "--model", model, "--prompt", "{0} on {1}"]
@@ -188,6 +195,7 @@ def test_convert(pipe: Any, model: str, tmp_path: Path, capsys: Any) -> None:
         (["--prompt", "{0} alone"], "expected a prompt with each of"),
         (["--mask", "<hero>=nowhere.png"], "expected a picture file, got no file nowhere.png"),
         (["--box", "<hero>=1,2"], "--box: "),
+        (["--scene", "nowhere.json"], "expected a scene file, got 'nowhere.json'"),
         (["--set", "nothing=1"], "expected an option of"),
         (["--threshold", "2"], "expected a threshold of 0 up to 1"),
         (["--set", "learning_rate=-1"], "expected learning_rate to be a number from 0 up, got -1.0"),

@@ -8,9 +8,9 @@ import torch
 from tiny_concept import PAIR, photo
 from torch import Tensor
 
-from interactdiff import AdapterError, attach
+from interactdiff import AdapterError, Entity, Interaction, Scene, attach
 from interactdiff.bench.memory import peak_memory
-from interactdiff.concept import ConceptAdapter, ConceptError, Looking, MaskSettings, find_masks
+from interactdiff.concept import ConceptAdapter, ConceptError, Looking, MaskSettings, find_masks, learn
 from interactdiff.concept.capture import AttentionCapture, Layers, gathered
 from interactdiff.concept.denoising import Denoising
 from interactdiff.concept.finding import Finder, default_settings
@@ -27,6 +27,7 @@ from interactdiff.concept.masks import (
 )
 from interactdiff.concept.prompts import prompt_rows
 from interactdiff.concept.reference import reference_classes, reference_scores
+from interactdiff.concept.scene_boxes import scene_boxes
 from interactdiff.concept.words import joint_prompt
 from interactdiff.sites import denoiser_of, find_sites
 
@@ -208,6 +209,29 @@ def test_given_masks_and_boxes() -> None:
     assert box_mask((0.25, 0.0, 0.75, 1.0), (2, 4)).tolist() == [[0, 1, 1, 0]] * 2
     assert to_grid(torch.eye(4), (2, 2)).tolist() == [[0.5, 0.0], [0.0, 0.5]]
     assert to_grid(torch.ones(2, 2), (4, 4)).max() == 1
+
+
+def test_boxes_of_interactions_are_concepts_boxes(pipe: Any) -> None:
+    """Of phrases that are the word or the token; a concept's own box comes before the scene's."""
+    left, right, low = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.25, 0.5, 0.75, 1.0)
+    rides = (
+        Interaction("Person", "riding", "bike", left, low),
+        Interaction("person", "near", "d", low, right),
+    )
+    scene = Scene("", rides, (Entity("<ball>", right), Entity("tall person", (0.0, 0.0, 1.0, 1.0))))
+    words = {"<hero>": "person", "<ball>": "red ball", "<cow>": "cow"}
+    assert scene_boxes(scene, words) == {"<hero>": (0.0, 0.0, 0.75, 1.0), "<ball>": right}
+    with pytest.raises(ConceptError, match="expected phrases of the scene of cow, got Person, person, bi"):
+        scene_boxes(scene, {"<cow>": "cow"})
+    options: Any = {"size": 32, "prompt": "{0} on {1}", "looking": Looking((100,), masks=EVERYTHING)}
+    given = find_masks(pipe, photo(), ["c", "d"], boxes={"c": left, "d": right}, **options)
+    read = find_masks(pipe, photo(), ["c", "d"], boxes={"c": left}, scene=scene, **options)
+    assert torch.equal(read.scores, given.scores)
+    assert not read.scores[1, :, : read.scores.shape[2] // 2].any()
+    seen: list[Any] = []
+    looking = Looking((100,), masks=MaskSettings(0.0, minimum_area=0.0, unassigned="nearest"))
+    learn(pipe, photo(), {"<c>": "d"}, scene=scene, steps=1, size=32, looking=looking, on_masks=seen.append)
+    assert not seen[0].scores[0, :, : seen[0].scores.shape[2] // 2].any()
 
 
 def squares(side: int, shift: int = 0, grow: int = 0) -> Tensor:

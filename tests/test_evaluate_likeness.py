@@ -261,9 +261,7 @@ def test_rows_learn_as_their_names_say(flux_pipe: Any, monkeypatch: pytest.Monke
     assert torch.equal(adapter.state_dict()[first], adapters["untrained"][first])
     assert found is None
     monkeypatch.setattr(concepts, "learn", learn)
-    with pytest.raises(
-        ConceptError, match="expected a photo of at least 128 pixels"
-    ):  # not counted as unfound
+    with pytest.raises(ConceptError, match="expected a photo of at least 128 pixels"):  # another fault
         concepts._learned("ours", flux_pipe, photo, replace(learning, size=512))
     changes = replace(learning, projections="v", rank=2)
     changed, _ = concepts._learned("given_masks", flux_pipe, photo, changes)

@@ -1,11 +1,14 @@
 """What the commands learn and masks share: a photo, its concepts, and what is known of where they are."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interactdiff.commands.arguments import UsageError, add_models, number, positive, whole
+from interactdiff.concept.scene_boxes import scene_boxes
+from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box, SceneError, parse_box
 
 if TYPE_CHECKING:
@@ -44,6 +47,11 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
         default=[],
         metavar="NAME=x0,y0,x1,y1",
         help="outside which the concept is not, as shares of width and height",
+    )
+    parser.add_argument(
+        "--scene",
+        metavar="FILE",
+        help="what the photo shows, as a scene file: the boxes of phrases that are a concept's word are its",
     )
     parser.add_argument(
         "--timesteps",
@@ -103,12 +111,23 @@ def named(flag: str, texts: list[str]) -> dict[str, str]:
     return values
 
 
-def boxes(texts: list[str]) -> dict[str, Box]:
-    """Boxes by the names of their concepts.
+def boxes(args: argparse.Namespace, words: Mapping[str, str]) -> dict[str, Box]:
+    """Boxes by the names of their concepts: those of the flag, and for others those of the scene.
+
+    Args:
+        args: as they were typed.
+        words: of the concepts, by their names.
 
     Raises:
-        UsageError: one is none.
+        UsageError: a box is none.
+        SceneError: there is no such scene.
+        ConceptError: none of the scene's phrases is a concept's word.
     """
+    own = _boxes(args.box)
+    return own if args.scene is None else {**scene_boxes(Scene.from_file(args.scene), words), **own}
+
+
+def _boxes(texts: list[str]) -> dict[str, Box]:
     try:
         return {name: parse_box("box", text) for name, text in named("--box", texts).items()}
     except SceneError as error:
@@ -136,7 +155,9 @@ def checked_photo(args: argparse.Namespace) -> None:
     for path in (args.photo, *named("--mask", args.mask).values()):
         if not Path(path).is_file():
             raise UsageError(f"expected a picture file, got no file {path}")
-    boxes(args.box)
+    _boxes(args.box)
+    if args.scene is not None:
+        Scene.from_file(args.scene)
     for flag in ("timesteps", "blocks"):
         if getattr(args, flag) is not None:
             whole_numbers(f"--{flag}", getattr(args, flag))

@@ -77,11 +77,12 @@ def _run(args: argparse.Namespace) -> None:
     from interactdiff.concept.pictures import masks_picture, read_masks, read_photo
 
     photo = read_photo(args.photo)
+    places = boxes(args, {concept.token: concept.word for concept in concepts})
     given = read_masks(named("--mask", args.mask), photo)
     pipeline, size = loaded(args)
     options = _options(args, pipeline, size)
     with Learner(pipeline, photo, concepts, options, args.prompt, args.out) as learner:
-        masks = learner.find(boxes(args.box), given)
+        masks = learner.find(places, given)
         args.out.mkdir(parents=True, exist_ok=True)
         picture = masks_picture(learner.photo, masks)
         write_aside(args.out / MASKS, lambda file: picture.save(file, format="PNG"))

@@ -48,15 +48,17 @@ def _run(args: argparse.Namespace) -> None:
 
     photo = read_photo(args.photo)
     given = read_masks(named("--mask", args.mask), photo)
+    words = [word.rpartition("=")[2] for word in args.concept]
+    places = boxes(args, dict(zip(words, words, strict=True)))
     pipeline, size = loaded(args)
     masks = find_masks(
         pipeline,
         photo,
-        [word.rpartition("=")[2] for word in args.concept],
+        words,
         size=size,
         prompt=args.prompt,
         looking=looking(args, pipeline),
-        boxes=boxes(args.box),
+        boxes=places,
         given=given,
     )
     sized = Denoising.of(pipeline).sized(photo, size)

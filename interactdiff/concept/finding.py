@@ -14,6 +14,7 @@ from interactdiff.concept.capture import AttentionCapture, Layers
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
 from interactdiff.concept.masks import ConceptMasks, MaskSettings, make_masks, refined, with_background
 from interactdiff.concept.prompts import prompt_rows, segments
+from interactdiff.concept.scene_boxes import scene_boxes
 from interactdiff.concept.words import (
     MAX_SEED,
     PREFIX,
@@ -25,6 +26,7 @@ from interactdiff.concept.words import (
 from interactdiff.handle import attach
 from interactdiff.models import model_info
 from interactdiff.pipeline_calls import denoiser_config
+from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box
 
 TIMESTEPS = (50, 100, 150, 200)
@@ -65,6 +67,7 @@ def find_masks(
     looking: Looking | None = None,
     boxes: Mapping[str, Box] | None = None,
     given: Mapping[str, Tensor] | None = None,
+    scene: Scene | None = None,
 ) -> ConceptMasks:
     """Masks of words in a photo, without learning anything.
 
@@ -77,12 +80,15 @@ def find_masks(
         looking: noise levels, layers, thresholds.
         boxes: for some words a box, xyxy in [0, 1], outside which they are not.
         given: for some words a mask [h, w] in [0, 1], in the place of what would be found.
+        scene: what the photo shows; boxes of phrases that are a word are its, where `boxes` has none of it.
 
     Raises:
         ConceptError: a word that is not found, or what a photo of this size cannot hold.
         AdapterError: the pipeline is of no such family.
     """
     check_distinct(list(words))
+    if scene is not None:
+        boxes = {**scene_boxes(scene, dict(zip(words, words, strict=True))), **(boxes or {})}
     denoising = Denoising.of(pipeline)
     sized = denoising.sized(photo, size or default_size(pipeline))
     adapter = ConceptAdapter.for_pipeline(pipeline).named("masks")

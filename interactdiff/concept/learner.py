@@ -28,11 +28,13 @@ from interactdiff.concept.objective import SAMPLE_STEPS, Objective
 from interactdiff.concept.options import LearnOptions
 from interactdiff.concept.pictures import side_by_side
 from interactdiff.concept.sampling import chosen_concepts
+from interactdiff.concept.scene_boxes import scene_boxes
 from interactdiff.concept.words import Concept, ConceptError, as_concepts, joint_prompt, subset_prompt
 from interactdiff.fingerprints import digest
 from interactdiff.handle import Handle, attach
 from interactdiff.models import model_info
 from interactdiff.pipeline_calls import call_arguments
+from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box
 
 NAME = "learning"
@@ -70,6 +72,7 @@ def learn(
     prompt: str | None = None,
     boxes: Mapping[str, Box] | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    scene: Scene | None = None,
     checkpoint: Path | None = None,
     on_masks: Callable[[ConceptMasks], None] | None = None,
     on_step: OnStep | None = None,
@@ -85,6 +88,8 @@ def learn(
         prompt: with slots that the concepts fill, "{0} beside {1}"; None is "a photo of {0} and {1}".
         boxes: for some tokens a box, xyxy in [0, 1], outside which they are not.
         masks: for some tokens a mask [h, w] in [0, 1], in the place of what would be found.
+        scene: what the photo shows; boxes of phrases that are a concept's word or token are that concept's,
+            where `boxes` has none of it.
         checkpoint: folder in which training is kept, and from which it goes on; None for none.
         on_masks: called with the masks before training.
         on_step: called after each step; what it raises ends training and comes through.
@@ -99,6 +104,9 @@ def learn(
     """
     options = LearnOptions(**{**vars(options or LearnOptions()), **changes})
     with Learner(pipeline, image, concepts, options, prompt, checkpoint) as learner:
+        if scene is not None:
+            words = {concept.token: concept.word for concept in learner.concepts}
+            boxes = {**scene_boxes(scene, words), **(boxes or {})}
         learner.find(boxes, masks)
         if on_masks is not None:
             on_masks(learner.masks)
