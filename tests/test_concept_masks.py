@@ -1,6 +1,8 @@
 """Masks from attention: narrow attention equals the published matrices, and classes are those of its rule."""
 
+import runpy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +234,21 @@ def test_boxes_of_interactions_are_concepts_boxes(pipe: Any) -> None:
     looking = Looking((100,), masks=MaskSettings(0.0, minimum_area=0.0, unassigned="nearest"))
     learn(pipe, photo(), {"<c>": "d"}, scene=scene, steps=1, size=32, looking=looking, on_masks=seen.append)
     assert not seen[0].scores[0, :, : seen[0].scores.shape[2] // 2].any()
+
+
+def test_the_table_of_masks_is_of_what_is_found(pipe: Any) -> None:
+    """A row for each choice of layers and power; with the default ones the IoU is that of find_masks."""
+    bench = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/concept_masks.py"))
+    settings = MaskSettings(0.0, unassigned="nearest", minimum_area=0.0)
+    values = bench["scored"](pipe, 1, 64, settings, 0)
+    assert list(values) == [(n, p) for n in bench["chosen_layers"](pipe.unet) for p in bench["POWERS"]]
+    assert len(bench["as_markdown"](values).splitlines()) == 2 + len(values)
+    image, words, truths = bench["rendered"](0, 0, 64)
+    looking = Looking(bench["TIMESTEPS"], masks=settings)
+    found = find_masks(pipe, image, words, size=64, prompt=bench["TEMPLATE"], looking=looking)
+    expected = sum(bench["overlaps"](found, truths)) / 2
+    assert values["default", 4][-1] == pytest.approx(expected)
+    assert 0 < expected < 1
 
 
 def squares(side: int, shift: int = 0, grow: int = 0) -> Tensor:

@@ -107,6 +107,7 @@ class Finder:
         latents: of the photo, [1, C, H, W].
         prompt: that names all concepts.
         settings: how masks are made.
+        layers: which attentions are read.
 
     Args:
         denoising: of the pipeline.
@@ -142,13 +143,28 @@ class Finder:
             )
         self.rows = prompt_rows(denoising.pipeline, self.prompt)
 
-    @torch.no_grad()
     def scores(self, timesteps: Sequence[int] | None = None, seed: int | None = None) -> Tensor:
         """R [K + 1, h, w] on the CPU, the mean over noise levels, in one pass of the denoiser.
 
         Args:
             timesteps: noise levels; None for those of `looking`.
             seed: of the noise; None for that of `looking`.
+        """
+        capture, columns = self.look(timesteps, seed)
+        return with_background(refined(capture, columns, self.settings).mean(0), self.settings).cpu()
+
+    @torch.no_grad()
+    def look(
+        self, timesteps: Sequence[int] | None = None, seed: int | None = None
+    ) -> tuple[AttentionCapture, Tensor]:
+        """Pass the photo through the denoiser, at each noise level a row.
+
+        Args:
+            timesteps: as of `scores`.
+            seed: likewise.
+
+        Returns:
+            What `layers` have shown, and of that the columns of the classes, [T, K or K + 1, h', w'].
         """
         timesteps = self.looking.timesteps if timesteps is None else timesteps
         seed = self.looking.seed if seed is None else seed
@@ -162,8 +178,7 @@ class Finder:
         capture = AttentionCapture(self.denoising.denoiser, self.layers)
         with self.binding.capturing(capture):
             self.denoising.predict(self.denoising.noisy(latents, noise, times), times, prompt)
-        columns = capture.columns(self.rows.classes(self.settings.background))
-        return with_background(refined(capture, columns, self.settings).mean(0), self.settings).cpu()
+        return capture, capture.columns(self.rows.classes(self.settings.background))
 
 
 def default_settings(pipeline: Any) -> MaskSettings:
