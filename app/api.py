@@ -26,6 +26,7 @@ def add_to(blocks: gr.Blocks, worker: Worker, model: str, adapters: Mapping[str,
 
     def generate(scene: Any, chosen: Any, given: Any, methods: Any) -> str:
         try:
+            worker.limits.check_values(scene)
             request = GenerationRequest(
                 Scene.from_dict(scene),
                 model=_text("model", chosen) or model,

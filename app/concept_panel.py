@@ -202,7 +202,7 @@ class ConceptPanel:
         learned: Sequence[LearnedConcept],
     ) -> Iterator[Updates]:
         """Find the masks, and with steps learn too."""
-        message, line = "Not learned: see the message beside the field.", self.photo_error
+        ended, line = "Stopped.", self.photo_error
         try:
             picture = _opened(photo)
             line = self.names_error
@@ -213,20 +213,21 @@ class ConceptPanel:
             line = self.names_error
             yield self._errors() | {self.samples: gr.update(visible=False)}
             for report in learn(self.studio.worker, request, self.studio.stop_of(job)):
-                message = report.message
+                if report.is_result:
+                    ended = report.message
                 if report.learned is not None:
                     learned = (*learned, report.learned)
                 yield self._shown(report, learned)
-            if message.startswith("Step "):
-                message = "Stopped."
         except InteractdiffError as error:
+            ended = "Not learned: see the message beside the field."
             yield self._errors(line, error)
         except Exception as error:  # whatever a model raises, the page and the server go on
+            ended = "Not learned: see the message beside the field."
             failure = RuntimeError(f"The model failed: {type(error).__name__}: {error}")
             yield self._errors(line, failure)
         finally:
             self.studio.end_job(job)
-        yield self._ended(message)
+        yield self._ended(ended)
 
     def _shown(self, report: LearnProgress, learned: Sequence[LearnedConcept]) -> Updates:
         line = theme.progress_html(report.message, report.fraction, report.seconds_left)

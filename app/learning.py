@@ -16,10 +16,11 @@ from interactdiff.app.worker import PREVIEW_EVERY, GenerationRequest, Stopped, W
 from interactdiff.concept.words import Concept, ConceptError, check_distinct
 from interactdiff.models import model_info
 from interactdiff.scene import NULL_ACTION
-from interactdiff.scene_checks import Box, parse_box
+from interactdiff.scene_checks import Box, SceneError, parse_box
 
 METHOD = "concept"
 MOST_CONCEPTS = 4  # of one photo
+KEPT_IN = "concepts"  # folder of what was learned, within the worker's
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class LearnProgress:
         masks: the photo and each concept in its mask, once they are found.
         samples: the photo, each concept alone and all together, drawn at the end.
         learned: once it is kept.
+        is_result: whether it says what came of the request; one that is stopped early has no such report.
     """
 
     message: str
@@ -80,6 +82,7 @@ class LearnProgress:
     masks: Image.Image | None = None
     samples: Image.Image | None = None
     learned: LearnedConcept | None = None
+    is_result: bool = False
 
 
 def parsed_concepts(text: str) -> tuple[tuple[Concept, ...], dict[str, Box]]:
@@ -144,11 +147,17 @@ def _with_token(word: str, lines: Sequence[str]) -> str:
 
 
 def with_learned(request: GenerationRequest, learned: Sequence[LearnedConcept]) -> GenerationRequest:
-    """A request with the learned concepts whose tokens are in its prompt or phrases, the latest first."""
+    """A request with the learned concepts whose tokens are in its prompt or phrases, the latest first.
+
+    Raises:
+        SceneError: a token was learned on other models alone, where no concept is chosen that may have it.
+    """
     scene = request.scene
     phrases = (text for item in scene.items for text in vars(item).values() if isinstance(text, str))
     texts = " ".join((scene.prompt, scene.negative_prompt, *phrases))
     adapters, methods = dict(request.adapters), dict(request.methods)
+    folders = {one.folder for one in learned}
+    is_chosen = any(name.split(":")[0] == METHOD and at not in folders for name, at in adapters.items())
     known = {token for one in learned if one.folder in adapters.values() for token in one.tokens}
     for one in reversed(learned):
         is_named = any(token in texts for token in one.tokens)
@@ -158,6 +167,13 @@ def with_learned(request: GenerationRequest, learned: Sequence[LearnedConcept]) 
         adapters[name] = one.folder
         methods.setdefault(METHOD, {})
         known.update(one.tokens)
+    for one in reversed(learned):
+        token = next((token for token in one.tokens if token in texts and token not in known), None)
+        if token is not None and one.model != request.model and not is_chosen:
+            raise SceneError(
+                f"prompt: expected the model {one.model}, on which {token} was learned, got {request.model}: "
+                f"choose that model, or learn {token} on this one"
+            )
     return replace(request, adapters=adapters, methods=methods)
 
 
@@ -194,7 +210,7 @@ def _learn(
             raise Stopped
 
     with Learner(pipeline, request.photo, request.concepts, options) as learner:
-        _find(learner, request.boxes, report)
+        _find(learner, request, report)
         if not request.steps:
             return
         began, last = time.monotonic(), 0.0
@@ -221,10 +237,10 @@ def _learn(
         message = f"Learned in {learner.step} steps: write {' and '.join(kept.tokens)} in the prompt."
         if learner.step < options.steps:
             message = f"Stopped after step {learner.step} of {options.steps}: what is learned so far is kept."
-        report(LearnProgress(message, 1.0, samples=samples, learned=kept))
+        report(LearnProgress(message, 1.0, samples=samples, learned=kept, is_result=True))
 
 
-def _find(learner: Any, boxes: Mapping[str, Box], report: Callable[[LearnProgress], None]) -> None:
+def _find(learner: Any, request: LearnRequest, report: Callable[[LearnProgress], None]) -> None:
     """Find the masks and show them, also if a concept is not found.
 
     One that attention does not find within its box gets the whole box.
@@ -232,7 +248,7 @@ def _find(learner: Any, boxes: Mapping[str, Box], report: Callable[[LearnProgres
     from interactdiff.concept.masks import box_mask
     from interactdiff.concept.pictures import masks_picture
 
-    given: dict[str, Any] = {}
+    boxes, given = request.boxes, dict[str, Any]()
     while True:
         try:
             learner.find(boxes, given)
@@ -250,7 +266,8 @@ def _find(learner: Any, boxes: Mapping[str, Box], report: Callable[[LearnProgres
     found = ", ".join(f"{name} {100 * area:.0f} %" for name, area in shares.items())
     whole = f"; the whole box of {' and '.join(given)}" if given else ""
     picture = masks_picture(learner.photo, learner.masks)
-    report(LearnProgress(f"Masks, in shares of the photo: {found}{whole}", 0.0, masks=picture))
+    message = f"Masks, in shares of the photo: {found}{whole}"
+    report(LearnProgress(message, 0.0, masks=picture, is_result=not request.steps))
     if missing is not None:
         tip = "try another box" if missing in boxes else "draw a box around it, or try another word"
         raise ConceptError(
@@ -260,7 +277,8 @@ def _find(learner: Any, boxes: Mapping[str, Box], report: Callable[[LearnProgres
 
 def _kept(worker: Worker, adapter: Any, request: LearnRequest) -> LearnedConcept:
     """Store what was learned, as a folder and, for downloads, as an archive of it."""
-    folder = worker.folder / "concepts" / uuid4().hex
+    plain = "-".join(concept.token.strip("<>") for concept in request.concepts)[:60]
+    folder = worker.folder / KEPT_IN / f"concept-{plain}-{uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     adapter.save_pretrained(folder)
     shutil.make_archive(str(folder), "zip", folder)

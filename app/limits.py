@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from interactdiff.method_specs import Cost
 from interactdiff.models import PACKAGED, ModelError, absolute_name, packaged_adapters
+from interactdiff.picture_reading import UnreadablePicture, as_rgb, read_picture
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import SceneError, shown
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_UPLOAD = 20 * 2**20  # bytes
-MAX_UPLOAD_PIXELS = 40_000_000
 
 LEARNING_OFF = (
     "Learning is off on this server, because it takes minutes for each photo: start `interactdiff app` on a "
@@ -26,6 +26,7 @@ class Limits:
 
     Attributes:
         letters: of a prompt or a phrase.
+        items: of a scene.
         steps: denoising steps of a picture, those of enlargements included.
         pixels: of the largest picture.
         images: pictures at a time.
@@ -37,6 +38,7 @@ class Limits:
     """
 
     letters: int = 2000
+    items: int = 64
     steps: int = 200
     pixels: int = 4 * 2**20
     images: int = 8
@@ -46,16 +48,52 @@ class Limits:
     names: tuple[str, ...] = ()
     hub: bool = False
 
+    def check_values(self, values: Any) -> None:
+        """Refuse a scene as JSON values before anything of it is read or decoded.
+
+        Raises:
+            SceneError: in one sentence: too many items, texts longer than anybody means, or pictures that are
+                larger in all than an upload may be.
+        """
+        if not isinstance(values, dict):
+            return  # which no scene is
+        pictures = 0
+        for key, value in values.items():
+            self._check_text(key, value)
+            if not isinstance(value, list):
+                continue
+            self._check_count(key, len(value))
+            for number, item in enumerate(value, start=1):
+                for name, text in item.items() if isinstance(item, dict) else ():
+                    if isinstance(text, str) and text.startswith("data:"):
+                        pictures += len(text)
+                    else:
+                        self._check_text(f"{key} {number}, {name}", text)
+        if (got := pictures * 3 // 4) > MAX_UPLOAD:  # three bytes are four letters
+            raise SceneError(
+                f"scene: expected pictures of at most {MAX_UPLOAD >> 20} MB in all, got {got / 2**20:.1f} MB"
+            )
+
     def check_scene(self, scene: Scene) -> None:
-        """Refuse texts that are longer than anybody means.
+        """Refuse more items than anybody means, and texts that are longer.
 
         Raises:
             SceneError: in one sentence.
         """
-        phrases = (text for item in scene.items for text in vars(item).values() if isinstance(text, str))
-        for text in (scene.prompt, scene.negative_prompt, *phrases):
-            if len(text) > self.letters:
-                raise SceneError(f"prompt: expected at most {self.letters} letters, got {len(text)}")
+        self._check_text("prompt", scene.prompt)
+        self._check_text("negative_prompt", scene.negative_prompt)
+        self._check_count("scene", len(scene.items))
+        for item in scene.items:
+            for name, text in vars(item).items():
+                self._check_text(f"{type(item).__name__.lower()}, {name}", text)
+
+    def _check_text(self, name: str, text: Any) -> None:
+        if isinstance(text, str) and len(text) > self.letters:
+            raise SceneError(f"{name}: expected at most {self.letters} letters, got {len(text)}")
+
+    def _check_count(self, name: str, count: int) -> None:
+        if count > self.items:
+            raise SceneError(f"{name}: expected at most {self.items} items on this server, got {count}")
 
     def check_cost(self, cost: Cost, images: int) -> None:
         """Refuse what takes too long.
@@ -111,7 +149,7 @@ class Limits:
 
 
 def opened_picture(path: str | Path, alpha: bool = False) -> Image.Image:
-    """An uploaded picture in RGB.
+    """An uploaded picture in RGB, as a browser shows it.
 
     Args:
         path: of the file.
@@ -120,15 +158,8 @@ def opened_picture(path: str | Path, alpha: bool = False) -> Image.Image:
     Raises:
         SceneError: in one sentence, if it is none of the formats that are taken, damaged, or too large.
     """
-    formats = ", ".join(PICTURE_FORMATS)
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            if image.width * image.height > MAX_UPLOAD_PIXELS:
-                size = f"{image.width} x {image.height}"
-                raise SceneError(f"picture: expected at most {MAX_UPLOAD_PIXELS} pixels, got {size}")
-            upright = ImageOps.exif_transpose(image)  # as a browser shows it
-            return upright if alpha else upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, SceneError):
-            raise
-        raise SceneError(f"picture: expected a whole {formats}, got something else") from None
+        picture = read_picture(path)
+        return picture if alpha else as_rgb(picture)
+    except UnreadablePicture as error:
+        raise SceneError(f"picture: {error}") from None

@@ -1,7 +1,8 @@
 """Code that generates a picture again, from its record; of the package's public names alone."""
 
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from interactdiff.picture import Record
@@ -12,17 +13,19 @@ LONGEST_FLAG = 1000  # letters
 LONGEST_CODE = 50_000  # letters; of a scene with photos, whose pixels are code too, there would be millions
 
 
-def as_python(record: Record, name: str = "downloaded.png") -> str:
+def as_python(record: Record, name: str = "downloaded.png", server: Path | None = None) -> str:
     """A script that generates the same picture.
 
     Args:
         record: of the picture.
         name: of its file, which is read where the scene is too long for code.
+        server: a folder that goes with the server; adapters in it are read from their downloaded archives.
     """
+    record, unpacked = _with_archives(record, server)
     scene = record.scene
     own = sorted({type(item).__name__ for item in (*scene.interactions, *scene.entities)})
     names = [*own, "Scene", "generate"]
-    lines = [f"from interactdiff import {', '.join(names)}"]
+    lines = [*unpacked, f"from interactdiff import {', '.join(names)}"]
     others = sorted({(type(item).__module__, type(item).__name__) for item in scene.extra_items})
     lines += [f"from {module} import {name}" for module, name in others]
     options = {"model": record.model, "adapters": record.adapters}
@@ -34,15 +37,18 @@ def as_python(record: Record, name: str = "downloaded.png") -> str:
     code = "\n".join(lines) + "\n"
     if len(code) <= LONGEST_CODE:
         return code
-    options = "".join(f", {key}=record.{key}" for key in ("model", "adapters", "methods", "device", "dtype"))
-    return (
+    given = {key: f"record.{key}" for key in ("model", "adapters", "methods", "device", "dtype")}
+    if unpacked:
+        given["adapters"] = repr(record.adapters)
+    options = "".join(f", {key}={value}" for key, value in given.items())
+    return "".join(f"{line}\n" for line in unpacked) + (
         "from interactdiff import generate\nfrom interactdiff.picture import read_record\n\n"
         f"record = read_record({name!r})  # the scene with its pictures is in the PNG: download it\n"
         f'picture = generate(record.scene{options})\npicture.save("picture.png")\n'
     )
 
 
-def as_command(record: Record, name: str = "downloaded.png") -> str:
+def as_command(record: Record, name: str = "downloaded.png", server: Path | None = None) -> str:
     """A command line that generates the same picture.
 
     A phrase with a bar in it cannot be a flag's, nor can a picture's pixels; the scene is then a file that
@@ -51,19 +57,25 @@ def as_command(record: Record, name: str = "downloaded.png") -> str:
     Args:
         record: of the picture.
         name: of its file.
+        server: as of `as_python`.
     """
+    original, (record, unpacked) = record, _with_archives(record, server)
     scene = record.scene
     words = ["interactdiff", "generate"]
-    before = ""
+    before = "".join(f"{line}\n" for line in unpacked)
     try:
         flags = _item_flags(scene) + _flags(scene)
         if any(len(flag) > LONGEST_FLAG for flag in flags):  # a picture's pixels
             raise SceneError(f"expected flags of at most {LONGEST_FLAG} letters")
     except SceneError:
-        before = f"cat > scene.json <<'SCENE'\n{scene.to_json()}SCENE\n"
-        if len(before) > LONGEST_CODE:
-            download = "# the scene with its pictures is in the PNG: download it\n"
-            return download + shlex.join([*words, "--from", name, "--out", "picture.png"]) + "\n"
+        written = f"cat > scene.json <<'SCENE'\n{scene.to_json()}SCENE\n"
+        if len(written) > LONGEST_CODE:
+            before += "# the scene with its pictures is in the PNG: download it\n"
+            words += ["--from", name]
+            for method, at in record.adapters.items():
+                words += ["--adapter", f"{method}={at}"] if at != original.adapters[method] else []
+            return before + shlex.join([*words, "--out", "picture.png"]) + "\n"
+        before += written
         words += ["--scene", "scene.json"]
     else:
         words += ["--", scene.prompt] if scene.prompt.startswith("-") else [scene.prompt]
@@ -78,6 +90,19 @@ def as_command(record: Record, name: str = "downloaded.png") -> str:
         options += ["--method", f"{name}:{settings}" if settings else name]
     options += ["--out", "picture.png"]
     return before + shlex.join(words[:2] + options + words[2:]) + "\n"
+
+
+def _with_archives(record: Record, server: Path | None) -> tuple[Record, list[str]]:
+    """A record that names the server's adapters by their folders alone, and comments on how to get those."""
+    adapters, lines = dict(record.adapters), []
+    for name, at in record.adapters.items():
+        if at is None or server is None or not Path(at).is_relative_to(server):
+            continue
+        adapters[name] = folder = Path(at).name
+        lines.append(
+            f"# what was learned is in the archive that the page offers: unzip {folder}.zip -d {folder}"
+        )
+    return replace(record, adapters=adapters), lines
 
 
 def _item_flags(scene: Scene) -> list[str]:

@@ -316,9 +316,11 @@ class Studio(Page):
             if path.lower().endswith(".json"):
                 text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
                 scene = Scene.from_json(text, source=Path(path).name)
+                self.worker.limits.check_scene(scene)
                 return self._restored(Record(scene, "", {}, "", ""), document)
             try:
                 record = read_record(path)
+                self.worker.limits.check_scene(record.scene)
             except NoRecordError:
                 opened_picture(path)
                 return self._errors() | {self.canvas: document.changed(picture=self.served(Path(path)))}

@@ -1,5 +1,6 @@
 """Generates what the pages ask for: one load of a model, one picture at a time, whoever asks."""
 
+import gc
 import queue
 import shutil
 import tempfile
@@ -161,12 +162,17 @@ class Worker:
                 self._loaded = model, {}, pipeline.detached()  # if the others are refused
                 self._loaded = model, chosen, ScenePipeline.attached(pipeline.pipeline, model, chosen)
         else:
-            self._loaded = None  # first, so that two models are never in memory
+            self._unload()
             options = self._device, self._dtype
             pipeline = ScenePipeline.from_pretrained(model, adapters, *options, methods=methods)
             pipeline.pipeline.set_progress_bar_config(disable=True)
             self._loaded = model, chosen, pipeline
         return self._loaded[2]
+
+    def _unload(self) -> None:
+        """Free the model before another is loaded, so that two are never in memory. Nobody may hold it."""
+        self._loaded = None
+        gc.collect()  # hooks and modules refer to each other
 
     def without_adapters(self, model: str) -> Any:
         """A model's diffusers pipeline in float32, with no adapter attached, for use on the worker's thread.
@@ -175,12 +181,12 @@ class Worker:
             ModelError: this server does not open it, or there is no such model.
         """
         self._check_names(model, {})
-        if self._loaded is not None and self._loaded[0] == model:
-            pipeline = self._loaded[2]
-            if pipeline.denoiser.dtype == torch.float32:
-                self._loaded = model, {}, pipeline.detached()
-                return pipeline.pipeline
-        self._loaded = None  # first, so that two models are never in memory
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and loaded[0] == model and loaded[2].denoiser.dtype == torch.float32:
+            self._loaded = model, {}, loaded[2].detached()
+            return loaded[2].pipeline
+        loaded = None
+        self._unload()
         alone = load_pipeline(resolve("model", model), usable_device(self._device), torch.float32)
         alone.set_progress_bar_config(disable=True)
         return alone

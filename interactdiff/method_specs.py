@@ -116,6 +116,7 @@ class ItemSpec:
             takes no picture. The studio then has fields for these. The item has a `phrase` and a `box`.
         preview: "module:attribute" of a function of such an item that returns its picture with what of it is
             not taken shaded, and one sentence about how that was found.
+        most: of them in a scene; more are refused before any of them is read.
     """
 
     type: type
@@ -126,6 +127,7 @@ class ItemSpec:
     from_box: Callable[[str, Box], Any] | None = None
     from_picture: Callable[[str, Any, Any, Box | None], Any] | None = None
     preview: str | None = None
+    most: int | None = None
 
     @property
     def name(self) -> str:
@@ -147,6 +149,7 @@ class EvaluationOptions:
 
     Attributes:
         scenes: how many.
+        changes: of `--set`, "NAME=VALUE" each, for methods whose `scores_take_changes`.
         seed: which ones, and their noise.
         steps: denoising steps.
         batch_size: pictures at a time.
@@ -158,6 +161,7 @@ class EvaluationOptions:
     """
 
     scenes: int
+    changes: tuple[str, ...] = field(default=(), kw_only=True)
     seed: int
     steps: int
     batch_size: int
@@ -246,6 +250,7 @@ class MethodSpec(Configurable):
         benches: modules with an `add_to(parsers)`, which `interactdiff bench` adds.
         commands: modules with an `add_to(commands)`, which `interactdiff` adds.
         exports: what `interactdiff convert --export NAME` can make of an adapter's files.
+        scores_take_changes: whether `evaluate --NAME` takes `--set`, whose values `scores` reads.
     """
 
     adapter: str | None = None
@@ -260,6 +265,7 @@ class MethodSpec(Configurable):
     benches: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     exports: tuple[ExportSpec, ...] = ()
+    scores_take_changes: bool = False
 
     def load_adapter_class(self) -> Any:
         """The class of the method's adapters.

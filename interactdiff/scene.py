@@ -193,6 +193,8 @@ class Scene:
             listed = given.pop(key, [])
             if not isinstance(listed, list):
                 raise SceneError(f"{key}: expected a list, got {shown(listed)}")
+            if spec.most is not None and len(listed) > spec.most:
+                raise SceneError(f"{key}: expected at most {spec.most}, got {len(listed)}")
             items = [
                 numbered(spec.type, number, lambda one=one, spec=spec: spec.type.from_dict(one))
                 for number, one in enumerate(listed, start=1)

@@ -21,10 +21,9 @@ from typing import Any, Literal
 from PIL import Image, ImageOps
 
 from interactdiff.errors import SceneError
+from interactdiff.picture_reading import MAX_PIXELS, UnreadablePicture, eight_bits, read_picture
 from interactdiff.scene_checks import shown
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_FILE_PIXELS = 40_000_000
 MAX_PICTURE_SIDE = 1024
 """Pixels of the longer side of what a method sees, and a record holds; larger pictures are made smaller."""
 DATA = "data:image/png;base64,"
@@ -112,10 +111,10 @@ class Picture:
             image = _opened(name, path, shown(path))
         elif isinstance(value, Image.Image):
             _check_size(name, value)
-            image = value
+            image = ImageOps.exif_transpose(value)
         else:
             image = _of_numbers(name, value)
-        image = _converted(ImageOps.exif_transpose(image), mask)
+        image = _converted(image, mask)
         if (longer := max(image.size)) > MAX_PICTURE_SIDE:
             size = [max(1, round(side * MAX_PICTURE_SIDE / longer)) for side in image.size]
             image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
@@ -161,25 +160,16 @@ def _data(name: str, text: str) -> io.BytesIO:
 
 
 def _opened(name: str, file: Any, words: str) -> Image.Image:
-    formats = ", ".join(FORMATS)
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            _check_size(name, image)
-            image.load()
-            return image
-    except SceneError:
-        raise
-    except FileNotFoundError:
-        raise SceneError(f"{name}: expected a picture, got no file at {words}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "something else"
-        raise SceneError(f"{name}: expected a whole {formats} at {words}, got {reason}") from None
+        return eight_bits(read_picture(file))
+    except UnreadablePicture as error:
+        raise SceneError(f"{name}: expected {error.expected} at {words}, got {error.got}") from None
 
 
 def _check_size(name: str, image: Image.Image) -> None:
-    if image.width * image.height > MAX_FILE_PIXELS:
+    if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
-        raise SceneError(f"{name}: expected at most {MAX_FILE_PIXELS} pixels, got {size}")
+        raise SceneError(f"{name}: expected at most {MAX_PIXELS} pixels, got {size}")
     if 0 in image.size:
         raise SceneError(f"{name}: expected a picture, got one without pixels")
 

@@ -17,7 +17,7 @@ from interactdiff import Entity, Interaction, Scene, SceneError
 from interactdiff.app.document import Document
 from interactdiff.app.examples import EXAMPLES
 from interactdiff.app.form import OWN, error_place, filled, request_of, with_layout
-from interactdiff.app.limits import MAX_UPLOAD_PIXELS, Limits, opened_picture
+from interactdiff.app.limits import Limits, opened_picture
 from interactdiff.app.snippets import as_command, as_python
 from interactdiff.app.views import attention_over, detections_in, detections_over, recorded_tokens
 from interactdiff.app.worker import GenerationRequest as Request
@@ -180,6 +180,11 @@ def test_a_method_draws_through_the_worker(worker: Worker) -> None:
         (Request(DEMO, model="stickworld", methods=TWICE), "high_resolution: expected a Flux or Stable "),
         (Request(DEMO, methods={"magic": {}}), "method: expected one of clear, concept, subject, "),
         (Request(replace(DEMO, prompt="a" * 2001)), "prompt: expected at most 2000 letters, got 2001"),
+        (Request(replace(DEMO, negative_prompt="a" * 2001)), "negative_prompt: expected at most 2000"),
+        (Request(replace(DEMO, entities=(Entity("a" * 2001, (0, 0, 1, 1)),))),
+         "entity, phrase: expected at most 2000 letters, got 2001"),
+        (Request(replace(DEMO, entities=(Entity("a", (0, 0, 1, 1)),) * 65)),
+         "scene: expected at most 64 items on this server, got "),
         (Request(DEMO, methods={"high_resolution": 2}), "high_resolution: expected "),
         (Request(DEMO, model="x" * 5000), "expected a model that this server has, got 'xxx"),
         (Request(DEMO, model="a\0b"), "expected a model that this server has, got 'a"),
@@ -223,7 +228,7 @@ def test_work_is_bounded_by_its_largest_picture() -> None:
         Limits(steps=10, pixels=100).check_cost(Cost(100, 11), 1)
 
 
-def test_uploads_are_whole_pictures_of_a_known_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_are_whole_pictures_of_a_known_kind(tmp_path: Path) -> None:
     image = Image.new("RGBA", (20, 10), "red")
     image.save(tmp_path / "a.png")
     assert (opened_picture(tmp_path / "a.png").mode, opened_picture(tmp_path / "a.png").size) == (
@@ -233,13 +238,17 @@ def test_uploads_are_whole_pictures_of_a_known_kind(tmp_path: Path, monkeypatch:
     image.save(tmp_path / "a.gif")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     (tmp_path / "c.png").write_text("<script>")
-    for name in ("a.gif", "b.png", "c.png", "none.png"):
-        with pytest.raises(SceneError, match="picture: expected a whole PNG, JPEG, WEBP, got something else"):
+    (tmp_path / "d.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for name in ("a.gif", "b.png", "c.png"):
+        with pytest.raises(SceneError, match="picture: expected a whole PNG, JPEG, WEBP, got a file that is"):
             opened_picture(tmp_path / name)
-    monkeypatch.setattr("interactdiff.app.limits.MAX_UPLOAD_PIXELS", 199)
-    with pytest.raises(SceneError, match="picture: expected at most 199 pixels, got 20 x 10"):
-        opened_picture(tmp_path / "a.png")
-    assert MAX_UPLOAD_PIXELS == 40_000_000
+    with pytest.raises(SceneError, match="picture: expected a whole PNG, JPEG, WEBP, got a file that en"):
+        opened_picture(tmp_path / "d.png")
+    with pytest.raises(SceneError, match="picture: expected a picture, got no file"):
+        opened_picture(tmp_path / "none.png")
+    Image.new("1", (8000, 5001)).save(tmp_path / "large.png")
+    with pytest.raises(SceneError, match="picture: expected at most 40000000 pixels, got 8000 x 5001"):
+        opened_picture(tmp_path / "large.png")
 
 
 # --- the form ---

@@ -1,15 +1,19 @@
 """The studio learns concepts, without a browser: names and boxes, the worker's job, what is kept, limits."""
 
 import threading
+import weakref
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 from tiny_concept import photo
 
+from interactdiff.app import worker as worker_module
 from interactdiff.app.canvas_items import CanvasBox, CanvasLink
 from interactdiff.app.concept_panel import ConceptPanel
 from interactdiff.app.document import Document
@@ -25,12 +29,14 @@ from interactdiff.app.learning import (
 )
 from interactdiff.app.limits import LEARNING_OFF, Limits, opened_picture
 from interactdiff.app.serve import LOCAL, PUBLIC
+from interactdiff.app.snippets import as_command, as_python
+from interactdiff.app.studio import Studio
 from interactdiff.app.worker import GenerationRequest, Worker
 from interactdiff.cli import main
 from interactdiff.concept.words import Concept
-from interactdiff.errors import InteractdiffError
+from interactdiff.errors import InteractdiffError, SceneError
 from interactdiff.models import ModelError
-from interactdiff.picture import read_record
+from interactdiff.picture import Record, read_record
 from interactdiff.scene import Interaction, Scene
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.25, 1.0, 1.0)
@@ -95,6 +101,15 @@ def test_learned_concepts_are_used_where_their_tokens_are() -> None:
         scene, model="stickworld", adapters={"concept": "/hero"}, methods={"concept": {}}
     )
     assert with_learned(chosen, learned).adapters == {"concept": "/hero", "concept:1": "/blob"}
+    other = GenerationRequest(scene, model="stickworld-dit")
+    with pytest.raises(
+        SceneError, match="prompt: expected the model stickworld, on which <hero> was learned, go"
+    ):
+        with_learned(other, learned)
+    unknown = {"concept": "/of/the/user"}  # which may have the token
+    assert with_learned(replace(other, adapters=unknown), learned).adapters == {
+        "concept": "/of/the/user", "concept:1": "/elsewhere",
+    }  # fmt: skip
     plain = GenerationRequest(Scene("a hero"))
     assert with_learned(plain, learned) == plain
 
@@ -131,6 +146,7 @@ def test_from_a_photo_to_a_picture_and_no_more_than_is_kept(worker: Worker) -> N
     done = reports[-1]
     assert done.samples is not None
     assert done.learned is not None
+    assert Path(done.learned.folder).name.startswith("concept-hero-blob-")
     with zipfile.ZipFile(archive_of(done.learned)) as archive:
         assert sorted(archive.namelist()) == ["adapter.safetensors", "config.json"]
 
@@ -186,6 +202,61 @@ def test_a_concept_that_is_not_found_is_shown_and_named(worker: Worker) -> None:
     ):
         with pytest.raises(InteractdiffError, match=message):
             list(learn(worker, request, threading.Event()))
+
+
+def test_the_panel_says_how_a_job_ended(worker: Worker, tmp_path: Path) -> None:
+    """Stopped while it waits, which is no mistake beside a field; what is one; and what came of it."""
+    studio = Studio(worker, "stickworld")
+    panel, lines = studio.concepts, "<hero>=person|0,0,0.5,1\n<blob>=ball|0.5,0.25,1,1"
+    photo(96, 96).save(tmp_path / "photo.png")
+
+    def ended(steps: int, text: str = lines, stopped: bool = False) -> str:
+        studio._stops["job"] = "page", threading.Event()
+        if stopped:
+            studio.stop_job("job")
+        *_, last = panel._run("job", str(tmp_path / "photo.png"), text, steps, "stickworld", ())
+        return last[panel.status]["value"]
+
+    assert "Stopped." in ended(3, stopped=True)
+    assert "Not learned: see the message beside the field." in ended(3, "<hero>")
+    assert "Masks, in shares of the photo" in ended(0)
+    assert "Learned in 1 steps" in ended(1)
+
+
+def test_code_reads_what_was_learned_from_its_archive(tmp_path: Path) -> None:
+    """And not from the server, whose folder is gone and nobody else's."""
+    folder = str(tmp_path / "concepts" / "concept-hero-1a2b3c4d")
+    record = Record(Scene("a <hero>"), "stickworld", {"concept": folder, "clear": "/a"}, "cpu", "float32")
+    long = replace(record, scene=Scene("a " * 30_000))
+    for made in (record, long):
+        for code in (as_python(made, "a.png", tmp_path), as_command(made, "a.png", tmp_path)):
+            first, rest = code.split("\n", 1)
+            assert first.startswith("# ")
+            assert first.endswith("unzip concept-hero-1a2b3c4d.zip -d concept-hero-1a2b3c4d")
+            assert str(tmp_path) not in code
+            assert rest.count("concept-hero-1a2b3c4d") == 1
+    assert folder in as_python(record, "a.png", tmp_path / "elsewhere")
+
+
+def test_two_models_are_never_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model is loaded anew in float32 to learn on."""
+    worker = Worker(Limits(learn_steps=1), device="cpu", dtype="bfloat16")
+    alive: list[bool] = []
+    try:
+        worker.describe("stickworld", {})
+        assert worker._loaded is not None
+        before = weakref.ref(worker._loaded[2].denoiser)
+        load = worker_module.load_pipeline
+
+        def watched(*args: Any) -> Any:
+            alive.append(before() is not None)
+            return load(*args)
+
+        monkeypatch.setattr(worker_module, "load_pipeline", watched)
+        assert worker._thread.submit(worker.without_adapters, "stickworld").result().dtype == torch.float32
+        assert alive == [False]
+    finally:
+        worker.close()
 
 
 # --- limits ---

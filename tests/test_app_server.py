@@ -139,6 +139,44 @@ def test_the_api_refuses_in_one_sentence_and_goes_on(
     assert Image.open(draw(client, SCENE.to_dict())).size == (96, 96)
 
 
+def test_the_api_refuses_items_and_pictures_before_they_are_read(client: Client) -> None:
+    """Too many, too large in all, and files of the server, which a scene from elsewhere must not open."""
+    picture = Path(__file__).parent.parent / "docs/demo.png"
+    ride = SCENE.to_dict()["interactions"][0]
+    broken = "data:image/png;base64,AAAA"  # which would be refused in other words once it is read
+    for key, items, message in (
+        ("subjects", [{"phrase": "cat", "image": broken}] * 9, "subjects: expected at most 8, got 9"),
+        (
+            "subjects",
+            [{"phrase": "cat", "image": broken}] * 500,
+            "subjects: expected at most 64 items",
+        ),
+        ("interactions", [ride] * 65, "interactions: expected at most 64 items on this server, got 65"),
+        (
+            "interactions",
+            [ride, ride | {"action": "a" * 2001}],
+            "interactions 2, action: expected at most",
+        ),
+        (
+            "subjects",
+            [{"phrase": "cat", "image": "data:" + "A" * 28 * 2**20}],
+            "at most 20 MB in all",
+        ),
+        (
+            "subjects",
+            [{"phrase": "cat", "image": str(picture)}],
+            "subject 1: image: expected data:image",
+        ),
+        (
+            "subjects",
+            [{"phrase": "cat", "image": broken, "mask": str(picture)}],
+            "subject 1: mask: expected",
+        ),
+    ):
+        with pytest.raises(AppError, match=message):
+            draw(client, {"prompt": "a cat", key: items})
+
+
 def status(address: str) -> int:
     try:
         with urllib.request.urlopen(address) as answer:

@@ -1,6 +1,9 @@
 """Concepts attached: new tokens, changes at their rows of the text alone, and nothing left behind."""
 
 import copy
+import warnings
+from dataclasses import replace
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from tiny import RIDING, Graphs, trained_adapter
 from tiny_concept import PROMPT, draw, trained_concept
 from tiny_dit import trained_joint_adapter, trained_layers
+from tiny_subject import dog, trained_subject_adapter
 
 from interactdiff import AdapterError, attach
 from interactdiff.clear import ClearConfig
@@ -129,6 +133,26 @@ def test_rows_are_found_however_text_is_joined_repeated_or_cast(pipe: Any) -> No
         assert own[1].tolist() == [1, 4], "what clip_skip reads"
 
 
+def test_texts_act_however_long_ago_they_were_encoded(pipe: Any, monkeypatch: Any) -> None:
+    """Many are remembered, one that is encoded again once; if the memory is full, the user is told."""
+    prompts = [f"{letter} <hero>" for letter in ascii_lowercase]
+    with attach(pipe, trained_concept(pipe)) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tokens,) = handle["concept"].new_tokens
+        texts = [pipe.encode_prompt(prompt, pipe.device, 1, False)[0] for prompt in prompts * 2]
+        assert len(tokens.states) == len(prompts)
+        assert all(len(handle["concept"]._rows(text)[0][1]) == 1 for text in texts)
+        given = {"prompt_embeds": texts[0], "negative_prompt_embeds": torch.zeros_like(texts[0])}
+        early = draw(pipe, None, **given)
+        assert not torch.equal(early, draw(pipe, None, **given | {"prompt_embeds": texts[0] * 1.0001}))
+        monkeypatch.setattr("interactdiff.concept.encoders.MOST_BYTES", 10 * 24 * 4)
+        pipe.encode_prompt("on <blob>", pipe.device, 1, False)
+        assert len(tokens.states) == 10
+        draw(pipe, "a <blob>")  # which is known
+        with pytest.raises(UserWarning, match="concept: expected one of the latest texts with <hero>"):
+            draw(pipe, None, **given | {"prompt_embeds": texts[0].clone()})
+
+
 @every_base
 def test_several_vectors_a_token(any_pipe: Any) -> None:
     adapter = trained_concept(any_pipe, {"<hero>": "cat"}, vectors=2)
@@ -201,6 +225,39 @@ def test_beside_interactions_and_windows(fixture: str, order: tuple[int, ...], r
     word = type(RIDING)("cat", "riding", "bike", RIDING.subject_box, RIDING.object_box)
     assert not torch.equal(everything, drawn(order, word)), "the phrase is not read with the token"
     assert torch.equal(draw(pipe, "a cat"), plain)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # subjects that the prompt does not name
+@pytest.mark.parametrize("any_pipe", ["sd1", "flux", "sd3"], indirect=True)
+def test_beside_subjects_in_any_order(any_pipe: Any) -> None:
+    """Each acts beside the other; a subject's phrase is read with the learned token, keys and values too."""
+    tokens = trained_concept(any_pipe)
+    subjects = trained_subject_adapter(denoiser_of(any_pipe))
+    plain = draw(any_pipe, "a cat")
+
+    def drawn(*chosen: Any, phrase: str = "<hero>", prompt: str = PROMPT) -> torch.Tensor:
+        handles = [attach(any_pipe, one) for one in chosen]
+        if subjects in chosen:
+            handles[chosen.index(subjects)].set_scene([replace(dog(), phrase=phrase)])
+        picture = draw(any_pipe, prompt)
+        for handle in handles:
+            handle.detach()
+        return picture
+
+    both = drawn(tokens, subjects)
+    assert torch.equal(drawn(subjects, tokens), both)
+    assert not torch.equal(drawn(tokens), both), "the subject does not act"
+    assert not torch.equal(drawn(tokens, subjects, phrase="<blob>"), both), "its phrase does not count"
+    with_word = drawn(tokens, subjects, phrase="dog", prompt="a cat")
+    assert torch.equal(drawn(subjects, phrase="dog", prompt="a cat"), with_word), "acts on other words"
+    with_token = drawn(tokens, subjects, prompt="a cat")
+    for name, parameter in tokens.named_parameters():
+        if not name.startswith("concept_tokens"):
+            parameter.data.zero_()
+    assert not torch.equal(drawn(tokens, subjects, prompt="a cat"), with_token), (
+        "the reference's keys and values are the base's"
+    )
+    assert torch.equal(draw(any_pipe, "a cat"), plain)
 
 
 @pytest.mark.parametrize("any_pipe", ["sd1", "sdxl", "flux"], indirect=True)
@@ -289,8 +346,8 @@ def test_words_that_are_refused(given: Any, words: str) -> None:
 
 
 def test_prompts() -> None:
-    assert joint_prompt(None, ["<a>", "<b>", "<c>"]) == "a photo of <a> and <b> and <c>"
-    assert joint_prompt("{1}, by {0}", ["<a>", "<b>"]) == "<b>, by <a>"
+    assert joint_prompt(None, ["<a>", "<b>", "<c>"]).text == "a photo of <a> and <b> and <c>"
+    assert joint_prompt("{1}, by {0}", ["<a>", "<b>"]).text == "<b>, by <a>"
     for wrong in ("{0}", "{0} {1} {1}", "{0} {1", "{} {}", "{0.x} {1}"):
         with pytest.raises(ConceptError, match="expected a prompt"):
             joint_prompt(wrong, ["<a>", "<b>"])

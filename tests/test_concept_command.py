@@ -1,17 +1,23 @@
 """interactdiff learn, masks, convert --fold and generate --adapter concept=...: as people type them."""
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 from tiny_concept import PAIR, photo, trained_concept
 
+from interactdiff import Entity, Scene
 from interactdiff.bench.concept import BASES, bench_concept, published_bytes
 from interactdiff.cli import main
-from interactdiff.concept import ConceptAdapter, Learner
+from interactdiff.commands import learn
+from interactdiff.concept import ConceptAdapter, ConceptError, Learner, LearnOptions, Looking, MaskSettings
+from interactdiff.concept.pictures import read_masks, read_photo
 from interactdiff.picture import read_record
 
 NAMED = ["--concept", "<hero>=cat", "--concept", "<blob>=dog"]
@@ -111,6 +117,56 @@ def test_masks_alone(model: str, tmp_path: Path, capsys: Any) -> None:
         assert white.size[0] > white.size[1]
         assert set(white.getdata()) == {0, 255}
     assert (tmp_path / "m.c.png").is_file()
+    (tmp_path / "scene.json").write_text(Scene("", (), (Entity("C", (0.0, 0.0, 0.5, 1.0)),)).to_json())
+    at = command.index("--box")
+    in_scene = [*command[:at], "--scene", str(tmp_path / "scene.json"), *command[at + 2 : -1]]
+    pixels = (tmp_path / "m.png").read_bytes()
+    assert main([*in_scene, str(tmp_path / "s.png")]) == 0
+    assert (tmp_path / "s.png").read_bytes() == pixels
+    given = [part for name, file in (("c/d", "hero"), ("c d", "blob"))
+             for part in ("--concept", name, "--mask", f"{name}={tmp_path / file}.png")]  # fmt: skip
+    command = [*command[:2], *given, "--each", "--size", "32", "--model", model, "--prompt", "{0} on {1}"]
+    assert main([*command, "--out", str(tmp_path / "m.png")]) == 0
+    assert {path.name for path in tmp_path.glob("m.c_*")} == {"m.c_d.png", "m.c_d-2.png"}
+
+
+def test_flags_change_what_a_preset_says_of_looking(pipe: Any) -> None:
+    parser = argparse.ArgumentParser()
+    learn.add_to(parser.add_subparsers())
+
+    def options(*flags: str) -> Any:
+        args = parser.parse_args(["learn", "photo.png", *NAMED, "--out", "x", *flags])
+        return learn._options(args, pipe, 32)
+
+    ours = options()
+    assert (ours.looking, ours.size) == (Looking(masks=MaskSettings()), 32)
+    published, own = options("--preset", "published").looking, LearnOptions.published().looking
+    assert published == own
+    flags = ["--threshold", "0.3", "--timesteps", "10,20", "--background", "template", "--nearest",
+             "--blocks", "1", "--exponent", "1.5", "--power", "2", "--seed", "7"]  # fmt: skip
+    masks = MaskSettings(0.3, 1.5, 2, "template", "nearest")
+    for preset, least in (("ours", 0.01), ("published", 0.0), ("custom-diffusion", 0.01)):
+        changed = options("--preset", preset, *flags)
+        assert changed.looking == Looking((10, 20), 7, (1,), replace(masks, minimum_area=least))
+        assert changed.seed == 7
+    assert options("--preset", "published", "--power", "2").looking.masks == replace(own.masks, power=2)
+
+
+def test_photos_and_masks_are_read_as_they_are_shown(tmp_path: Path) -> None:
+    """As the studio and the recipes read them: turned by EXIF, white behind transparency, 16 bits as 8."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGBA", (40, 60), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    turned = read_photo(str(tmp_path / "turned.jpg"))
+    assert (turned.size, turned.mode) == ((40, 60), "RGB")
+    assert read_photo(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.full((30, 20), 32768, dtype=np.uint16)).save(tmp_path / "half.png")
+    masks = read_masks({"<hero>": str(tmp_path / "half.png")}, turned)
+    assert masks["<hero>"].shape == (30, 20)
+    assert float(masks["<hero>"][0, 0]) == pytest.approx(128 / 255)
+    with pytest.raises(ConceptError, match=r"the photo's 60 x 40 pixels, or of its aspect, at .*, got 20 x"):
+        read_masks({"<hero>": str(tmp_path / "half.png")}, Image.new("RGB", (60, 40)))
 
 
 def test_convert(pipe: Any, model: str, tmp_path: Path, capsys: Any) -> None:
@@ -139,8 +195,12 @@ def test_convert(pipe: Any, model: str, tmp_path: Path, capsys: Any) -> None:
         (["--prompt", "{0} alone"], "expected a prompt with each of"),
         (["--mask", "<hero>=nowhere.png"], "expected a picture file, got no file nowhere.png"),
         (["--box", "<hero>=1,2"], "--box: "),
+        (["--scene", "nowhere.json"], "expected a scene file, got 'nowhere.json'"),
         (["--set", "nothing=1"], "expected an option of"),
         (["--threshold", "2"], "expected a threshold of 0 up to 1"),
+        (["--set", "learning_rate=-1"], "expected learning_rate to be a number from 0 up, got -1.0"),
+        (["--set", "vectors=4"], "expected --vectors for vectors"),
+        (["--seed", "99999999999999999999"], "expected seed to be a whole number from 0 to 4294967295"),
         (["--adapter", "concept=x"], "--adapter: expected none"),
         (["--size", "512"], "expected a photo of at least 128 pixels a side, got 64 x 48"),
     ],

@@ -7,9 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny_concept import PAIR, draw, halves, photo
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from interactdiff.concept.losses import (
     sampling_weights,
 )
 from interactdiff.concept.sampling import chosen_concepts
+from interactdiff.latent_encoding import picture_latents
 
 LOOKING = Looking((100, 200), masks=MaskSettings(0.0, minimum_area=0.0, background="template"))
 SHORT = {"steps": 3, "size": 32, "looking": LOOKING, "prefix": "", "refresh_every": 2, "checkpoint_every": 0}
@@ -44,8 +47,8 @@ def any_pipe(request: pytest.FixtureRequest) -> Any:
 
 
 def learned(pipe: Any, **changes: Any) -> ConceptAdapter:
-    options = {"masks": halves(), "prompt": "{0} on {1}"} | SHORT | changes
-    return learn(pipe, photo(), PAIR, **options)
+    options = {"image": photo(), "masks": halves(), "prompt": "{0} on {1}"} | SHORT | changes
+    return learn(pipe, concepts=PAIR, **options)
 
 
 # --- losses ---
@@ -147,6 +150,21 @@ def test_noise_levels_are_those_of_the_schedulers(any_pipe: Any) -> None:
     with torch.no_grad():
         predicted = denoising.predict(noisy, times, denoising.encode(["a cat"], sized.size[::-1]))
     assert predicted.shape == latents.shape
+
+
+@pytest.mark.parametrize(("dtype", "raised"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_a_vae_that_overflows_encodes_in_float32(xl_pipe: Any, dtype: torch.dtype, raised: bool) -> None:
+    """In float16 alone, and is afterwards what it was; another VAE stays in its own precision."""
+    vae, picture, seen = xl_pipe.vae.to(dtype), Denoising.of(xl_pipe).sized(photo(), 32), []
+    vae.register_to_config(force_upcast=True)
+    vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    latents = picture_latents(vae, picture)
+    assert (seen, vae.dtype) == ([torch.float32 if raised else dtype], dtype)
+    assert latents.dtype == torch.float32
+    with torch.no_grad():
+        pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        own = vae.float().encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    assert torch.allclose(latents, own, atol=1e-6 if raised else 0.05)
 
 
 def test_velocity_is_the_target_where_the_scheduler_predicts_it(pipe: Any) -> None:
@@ -263,6 +281,16 @@ def test_a_run_that_was_interrupted_goes_on_as_it_would_have(pipe: Any, tmp_path
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6), name
     with pytest.raises(ConceptError, match="got one with another options: delete it"):
         learned(pipe, steps=5, checkpoint=tmp_path, learning_rate=1.0)
+    for changes, what in (
+        ({"image": photo().transpose(Image.Transpose.FLIP_LEFT_RIGHT)}, "photo"),
+        ({"masks": halves() | {"<hero>": halves(16, 16)["<blob>"]}}, "masks"),
+        ({"boxes": {"<hero>": (0.0, 0.0, 0.5, 1.0)}}, "boxes"),
+    ):
+        with pytest.raises(ConceptError, match=f"got one with another {what}: delete it"):
+            learned(pipe, steps=5, checkpoint=tmp_path, **changes)
+    pipe.unet.conv_in.weight.data.add_(1)
+    with pytest.raises(ConceptError, match="got one with another model: delete it"):
+        learned(pipe, steps=5, checkpoint=tmp_path)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
     with pytest.raises(ConceptError, match="expected a whole checkpoint"):
         learned(pipe, steps=5, checkpoint=tmp_path)
@@ -298,7 +326,7 @@ def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
             parts = []
             for seed in range(4):
                 generator = torch.Generator().manual_seed(seed)
-                value, _, _ = learner.objective.denoise("<hero> on <blob>", list(PAIR), [0, 1], generator)
+                value, _, _ = learner.objective.denoise(learner.finder.prompt, [0, 1], generator)
                 parts.append(float(value))
             return sum(parts)
 
@@ -310,7 +338,16 @@ def test_learning_lowers_the_error_of_the_photo(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"steps": 0}, "expected steps from 1 up, got 0"),
+        ({"steps": 0}, "expected steps to be a whole number from 1 up, got 0"),
+        ({"steps": 2.0}, "expected steps to be a whole number from 1 up, got 2.0"),
+        ({"learning_rate": -1.0}, "expected learning_rate to be a number from 0 up, got -1.0"),
+        ({"attention_weight": float("nan")}, "expected attention_weight to be a number from 0 up, got nan"),
+        ({"weight_decay": float("inf")}, "expected weight_decay to be a number from 0 up, got inf"),
+        ({"full_image_weight": 5}, "expected full_image_weight to be a number from 0 to 1, got 5"),
+        ({"joint_share": 7.0}, "expected joint_share to be a number from 0 to 1, got 7.0"),
+        ({"seed": 10**20}, "expected seed to be a whole number from 0 to 4294967295, got 1000000"),
+        ({"vectors": 0}, "expected vectors to be a whole number from 1 to 16, got 0"),
+        ({"size": 0}, "expected size to be a whole number from 1 up, got 0"),
         ({"sampling": "random"}, "expected sampling of uniform, reweighted"),
         ({"prior_pictures": 2}, "expected acts_on 'all' with prior_pictures"),
         ({"projections": "q"}, "expected projections of kv, k, v, none"),
@@ -337,7 +374,8 @@ def test_options_of_the_command_line() -> None:
     assert LearnOptions.parsed(["rank=8", "learning_rate=1e-3", "freeze_last_token=true", "prefix="]) == {
         "rank": 8, "learning_rate": 1e-3, "freeze_last_token": True, "prefix": "",
     }  # fmt: skip
-    for wrong, words in (("ranks=1", "expected an option of"), ("rank=x", "expected rank like 0, got 'x'")):
+    for wrong, words in (("ranks=1", "expected an option of"), ("rank=x", "expected rank like 0, got 'x'"),
+                         ("vectors=4", "expected --vectors for vectors, got 'vectors=4'")):  # fmt: skip
         with pytest.raises(ConceptError, match=words):
             LearnOptions.parsed([wrong])
     assert LearnOptions.custom_diffusion(steps=2).full_image_weight == 1.0

@@ -1,16 +1,18 @@
 """Masks from attention: narrow attention equals the published matrices, and classes are those of its rule."""
 
+import runpy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_concept import PAIR, PROMPT, photo
+from tiny_concept import PAIR, photo
 from torch import Tensor
 
-from interactdiff import AdapterError, attach
+from interactdiff import AdapterError, Entity, Interaction, Scene, attach
 from interactdiff.bench.memory import peak_memory
-from interactdiff.concept import ConceptAdapter, ConceptError, Looking, MaskSettings, find_masks
+from interactdiff.concept import ConceptAdapter, ConceptError, Looking, MaskSettings, find_masks, learn
 from interactdiff.concept.capture import AttentionCapture, Layers, gathered
 from interactdiff.concept.denoising import Denoising
 from interactdiff.concept.finding import Finder, default_settings
@@ -27,6 +29,8 @@ from interactdiff.concept.masks import (
 )
 from interactdiff.concept.prompts import prompt_rows
 from interactdiff.concept.reference import reference_classes, reference_scores
+from interactdiff.concept.scene_boxes import scene_boxes
+from interactdiff.concept.words import joint_prompt
 from interactdiff.sites import denoiser_of, find_sites
 
 EVERYTHING = MaskSettings(minimum_area=0.0)
@@ -47,7 +51,7 @@ def captured(pipe: Any, size: tuple[int, int] = (32, 48), layers: Layers | None 
         finder = Finder(denoising, handle["concept:masks"], sized, ["c", "d"], "{0} on {1}")
         capture = AttentionCapture(denoising.denoiser, layers)
         latents = finder.latents.expand(2, -1, -1, -1)
-        prompt = denoising.encode([finder.prompt], sized.size[::-1]).repeated(2)
+        prompt = denoising.encode([finder.prompt.text], sized.size[::-1]).repeated(2)
         times = torch.tensor([100, 600])
         with handle["concept:masks"].capturing(capture):
             denoising.predict(denoising.noisy(latents, torch.randn(latents.shape), times), times, prompt)
@@ -209,6 +213,44 @@ def test_given_masks_and_boxes() -> None:
     assert to_grid(torch.ones(2, 2), (4, 4)).max() == 1
 
 
+def test_boxes_of_interactions_are_concepts_boxes(pipe: Any) -> None:
+    """Of phrases that are the word or the token; a concept's own box comes before the scene's."""
+    left, right, low = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.25, 0.5, 0.75, 1.0)
+    rides = (
+        Interaction("Person", "riding", "bike", left, low),
+        Interaction("person", "near", "d", low, right),
+    )
+    scene = Scene("", rides, (Entity("<ball>", right), Entity("tall person", (0.0, 0.0, 1.0, 1.0))))
+    words = {"<hero>": "person", "<ball>": "red ball", "<cow>": "cow"}
+    assert scene_boxes(scene, words) == {"<hero>": (0.0, 0.0, 0.75, 1.0), "<ball>": right}
+    with pytest.raises(ConceptError, match="expected phrases of the scene of cow, got Person, person, bi"):
+        scene_boxes(scene, {"<cow>": "cow"})
+    options: Any = {"size": 32, "prompt": "{0} on {1}", "looking": Looking((100,), masks=EVERYTHING)}
+    given = find_masks(pipe, photo(), ["c", "d"], boxes={"c": left, "d": right}, **options)
+    read = find_masks(pipe, photo(), ["c", "d"], boxes={"c": left}, scene=scene, **options)
+    assert torch.equal(read.scores, given.scores)
+    assert not read.scores[1, :, : read.scores.shape[2] // 2].any()
+    seen: list[Any] = []
+    looking = Looking((100,), masks=MaskSettings(0.0, minimum_area=0.0, unassigned="nearest"))
+    learn(pipe, photo(), {"<c>": "d"}, scene=scene, steps=1, size=32, looking=looking, on_masks=seen.append)
+    assert not seen[0].scores[0, :, : seen[0].scores.shape[2] // 2].any()
+
+
+def test_the_table_of_masks_is_of_what_is_found(pipe: Any) -> None:
+    """A row for each choice of layers and power; with the default ones the IoU is that of find_masks."""
+    bench = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/concept_masks.py"))
+    settings = MaskSettings(0.0, unassigned="nearest", minimum_area=0.0)
+    values = bench["scored"](pipe, 1, 64, settings, 0)
+    assert list(values) == [(n, p) for n in bench["chosen_layers"](pipe.unet) for p in bench["POWERS"]]
+    assert len(bench["as_markdown"](values).splitlines()) == 2 + len(values)
+    image, words, truths = bench["rendered"](0, 0, 64)
+    looking = Looking(bench["TIMESTEPS"], masks=settings)
+    found = find_masks(pipe, image, words, size=64, prompt=bench["TEMPLATE"], looking=looking)
+    expected = sum(bench["overlaps"](found, truths)) / 2
+    assert values["default", 4][-1] == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
 def squares(side: int, shift: int = 0, grow: int = 0) -> Tensor:
     mask = torch.zeros(32, 32, dtype=torch.bool)
     first = 8 + shift - grow
@@ -254,20 +296,32 @@ def test_a_photo_of_any_aspect_is_looked_at(any_pipe: Any) -> None:
 
 
 def test_where_words_are(any_pipe: Any) -> None:
-    rows = prompt_rows(any_pipe, "cd on d", ["cd", "on"])
+    rows = prompt_rows(any_pipe, joint_prompt("{0} {1} d", ["cd", "on"]))
     is_flux = type(any_pipe).__name__ == "FluxPipeline"
     if type(any_pipe).__name__ == "StableDiffusion3Pipeline":
         assert rows.concepts == ((1, 2), (3, 4))
     elif not is_flux:
         assert rows == type(rows)(((1, 2), (3, 4)), (0,), (5,))
     with attach(any_pipe, ConceptAdapter.for_pipeline(any_pipe, PAIR)):
-        both = prompt_rows(any_pipe, PROMPT, list(PAIR))
-        turned = prompt_rows(any_pipe, "<blob>, on <hero>", list(PAIR))
+        both = prompt_rows(any_pipe, joint_prompt("{0} on {1}", list(PAIR)))
+        turned = prompt_rows(any_pipe, joint_prompt("{1}, on {0}", list(PAIR)))
     assert [len(own) for own in both.concepts] == [1, 1]
     assert both.concepts[0] < both.concepts[1]
     assert turned.concepts[0] > turned.concepts[1]
-    with pytest.raises(ConceptError, match="expected cow in the prompt"):
-        prompt_rows(any_pipe, "a cat", ["cow"])
+    with pytest.raises(ConceptError, match="expected a word with tokens of its own in 'a  ', got ' '"):
+        prompt_rows(any_pipe, joint_prompt("a {0}", [" "]))
+
+
+def test_words_within_others_are_where_their_slots_are(pipe: Any) -> None:
+    """Neither a word within another concept's, nor one within the template's, nor the template's itself."""
+    rows = partial(prompt_rows, pipe)
+    inside = rows(joint_prompt("{0} or {1}", ["adman", "man"]))
+    assert inside.concepts == ((1, 2, 3, 4, 5), (8, 9, 10))
+    assert rows(joint_prompt("{0} or {1}", ["man", "adman"])).concepts == ((1, 2, 3), (6, 7, 8, 9, 10))
+    assert rows(joint_prompt("photo of {0}", ["hot"])).concepts == ((8, 9, 10),)
+    assert rows(joint_prompt("man or {0}", ["man"])).concepts == ((6, 7, 8),)
+    with attach(pipe, ConceptAdapter.for_pipeline(pipe, {"<a>": "cat"}, vectors=2)):
+        assert rows(joint_prompt("a {0} <a>", ["<a>"])).concepts == ((2, 3),)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +330,7 @@ def test_where_words_are(any_pipe: Any) -> None:
         ({"size": 256}, "expected a photo of at least 64 pixels a side, got 48 x 24"),
         ({"words": [*"abcdefghijklmnopqrst"]}, "expected at most 4 concepts in a photo of 48 x 24 pixels"),
         ({"words": ["a", "a"]}, "expected each concept once"),
+        ({"words": ["a", ""]}, "expected a word for each concept, got an empty one"),
         ({"prompt": "very " * 9 + "{0} and {1}"}, "expected a prompt of at most 24 tokens, got c beyond"),
         (
             {"boxes": {"d": (0.0, 0.0, 0.01, 0.01)}},
@@ -294,6 +349,11 @@ def test_settings_that_are_refused() -> None:
     for make, words in (
         (lambda: Looking((1000,)), "expected timesteps of 0 to 999"),
         (lambda: Looking(()), "expected timesteps of 0 to 999"),
+        (lambda: Looking(seed=10**20), "expected seed to be a whole number from 0 to 4294967295"),
+        (lambda: Looking(blocks=()), "expected some of a transformer's blocks, got none"),
+        (lambda: MaskSettings(power=-1), "expected power to be a whole number from 0 to 64, got -1"),
+        (lambda: MaskSettings(exponent=0.0), r"expected exponent to be a number from 0\.1 to 10, got 0\.0"),
+        (lambda: MaskSettings(minimum_area=2.0), "expected minimum_area to be a number from 0 to 1, got 2"),
         (lambda: MaskSettings(threshold=1.0), "expected a threshold of 0 up to 1"),
         (
             lambda: MaskSettings(background="sky"),

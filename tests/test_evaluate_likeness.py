@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from world_truth import perfect
 
 from interactdiff import attach
 from interactdiff.cli import main
-from interactdiff.concept import ConceptError, LearnOptions
+from interactdiff.concept import ConceptError, LearnOptions, NotFoundError
 from interactdiff.errors import SceneError
 from interactdiff.evaluation import concepts, subjects
 from interactdiff.evaluation.likeness import (
@@ -246,7 +247,9 @@ def test_subjects_on_the_command_line(
     assert (table["subjects"], table["seed"], table["model"]) == (2, 0, "stickworld")
 
 
-def test_concepts_on_the_command_line(tmp_path: Path, detector: str) -> None:
+def test_concepts_on_the_command_line(
+    tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.json"
     command = ["evaluate", "--concept", "--photos", "1", "--steps", "1", "--size", "64", "--json", str(out)]
     assert main([*command, "--rows", "untrained", "real", "--detector", detector]) == 0
@@ -254,6 +257,29 @@ def test_concepts_on_the_command_line(tmp_path: Path, detector: str) -> None:
     assert list(table["rows"]) == ["real", "untrained"]
     assert table["rows"]["untrained"].keys() == {"identity", "leakage", "text_acc"}
     assert table["photos"] == 1
+    assert "not_found" not in table  # of rows that look for none
+    learning = ["--rows", "ours", "--detector", detector, "--set", "steps=1", "projections=v", "prefix=one "]
+    seen: list[LearnOptions] = []
+
+    def unfound(*_: Any, options: LearnOptions, **__: Any) -> None:
+        seen.append(options)
+        raise NotFoundError("not found")
+
+    monkeypatch.setattr(concepts, "learn", unfound)
+    assert main([*command, *learning]) == 0
+    assert seen == [LearnOptions(steps=1, projections="v", prefix="one ", size=64)]
+    table = json.loads(out.read_text())
+    assert (table["not_found"], table["changes"]) == ({"ours": 1.0}, learning[-3:])
+    assert "not_found: ours 100.0" in capsys.readouterr().out
+    for wrong, words in (
+        (["--concept", "--set", "seed=1"], "expected --seed for seed"),
+        (["--concept", "--set", "rank=-1"], "expected rank to be a whole number from 0 up, got -1"),
+        (["--concept", "--set", "projections=q"], "expected projections of kv, k, v, none, got 'q'"),
+        (["--subject", "--set", "rank=1"], "--set: expected none beside --subject"),
+        (["--world", "--set", "rank=1"], "--set: expected it beside the scores of a method"),
+    ):
+        assert main(["evaluate", *wrong, "--detector", detector]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_rows_learn_as_their_names_say(flux_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,9 +296,16 @@ def test_rows_learn_as_their_names_say(flux_pipe: Any, monkeypatch: pytest.Monke
     assert not torch.equal(adapters["given_masks"][first], adapters["untrained"][first])
 
     def unfound(*_: Any, **__: Any) -> None:
-        raise ConceptError("not found")
+        raise NotFoundError("not found")
 
+    learn = concepts.learn
     monkeypatch.setattr(concepts, "learn", unfound)
     adapter, found = concepts._learned("ours", flux_pipe, photo, learning)
     assert torch.equal(adapter.state_dict()[first], adapters["untrained"][first])
-    assert found == {}
+    assert found is None
+    monkeypatch.setattr(concepts, "learn", learn)
+    with pytest.raises(ConceptError, match="expected a photo of at least 128 pixels"):  # another fault
+        concepts._learned("ours", flux_pipe, photo, replace(learning, size=512))
+    changes = replace(learning, projections="v", rank=2)
+    changed, _ = concepts._learned("given_masks", flux_pipe, photo, changes)
+    assert (changed.config.projections, changed.config.rank) == ("v", 2)

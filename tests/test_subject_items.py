@@ -69,8 +69,8 @@ def test_a_picture_is_what_it_was_however_it_came(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("nowhere.png", "image: expected a picture, got no file at 'nowhere.png'"),
-        (__file__, "image: expected a whole PNG, JPEG, WEBP at .*, got something else"),
+        ("nowhere.png", "image: expected a picture at 'nowhere.png', got no file"),
+        (__file__, "image: expected a whole PNG, JPEG, WEBP at .*, got a file that is none"),
         ("data:image/png;base64,AAAA", "image: expected a whole PNG, JPEG, WEBP at its data"),
         ("data:text,hello", "image: expected data:image/png;base64,..., got 'data:text,hello'"),
         (Image.new("L", (10000, 5000)), "image: expected at most 40000000 pixels, got 10000 x 5000"),

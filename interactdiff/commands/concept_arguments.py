@@ -1,12 +1,18 @@
 """What the commands learn and masks share: a photo, its concepts, and what is known of where they are."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from interactdiff.commands.arguments import UsageError, add_models, positive
+from interactdiff.commands.arguments import UsageError, add_models, number, positive, whole
+from interactdiff.concept.scene_boxes import scene_boxes
+from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box, SceneError, parse_box
+
+if TYPE_CHECKING:
+    from interactdiff.concept.finding import Looking
 
 
 def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
@@ -43,17 +49,29 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
         help="outside which the concept is not, as shares of width and height",
     )
     parser.add_argument(
+        "--scene",
+        metavar="FILE",
+        help="what the photo shows, as a scene file: the boxes of phrases that are a concept's word are its",
+    )
+    parser.add_argument(
         "--timesteps",
         metavar="T,T",
-        default="50,100,150,200",
-        help="noise levels that the photo is looked at at, 0 to 999 (default: %(default)s)",
+        help="noise levels that the photo is looked at at, 0 to 999 (default: 50,100,150,200)",
     )
     parser.add_argument(
         "--threshold",
-        type=float,
-        default=0.1,
+        type=number,
         metavar="X",
-        help="by how much a concept wins a pixel (default: %(default)s)",
+        help="by how much a concept wins a pixel (default: 0.1)",
+    )
+    parser.add_argument(
+        "--exponent", type=number, metavar="X", help="of the maps before they are spread (default: 2)"
+    )
+    parser.add_argument(
+        "--power",
+        type=whole,
+        metavar="N",
+        help="how often the photo's attention to itself spreads the maps (default: 4)",
     )
     parser.add_argument(
         "--background",
@@ -73,7 +91,7 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
         help="side in pixels at which the photo is used (default: the model's own)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of all noise (default: %(default)s)"
+        "--seed", type=whole, default=0, metavar="N", help="of all noise (default: %(default)s)"
     )
     add_models(parser)
 
@@ -93,12 +111,23 @@ def named(flag: str, texts: list[str]) -> dict[str, str]:
     return values
 
 
-def boxes(texts: list[str]) -> dict[str, Box]:
-    """Boxes by the names of their concepts.
+def boxes(args: argparse.Namespace, words: Mapping[str, str]) -> dict[str, Box]:
+    """Boxes by the names of their concepts: those of the flag, and for others those of the scene.
+
+    Args:
+        args: as they were typed.
+        words: of the concepts, by their names.
 
     Raises:
-        UsageError: one is none.
+        UsageError: a box is none.
+        SceneError: there is no such scene.
+        ConceptError: none of the scene's phrases is a concept's word.
     """
+    own = _boxes(args.box)
+    return own if args.scene is None else {**scene_boxes(Scene.from_file(args.scene), words), **own}
+
+
+def _boxes(texts: list[str]) -> dict[str, Box]:
     try:
         return {name: parse_box("box", text) for name, text in named("--box", texts).items()}
     except SceneError as error:
@@ -126,10 +155,12 @@ def checked_photo(args: argparse.Namespace) -> None:
     for path in (args.photo, *named("--mask", args.mask).values()):
         if not Path(path).is_file():
             raise UsageError(f"expected a picture file, got no file {path}")
-    boxes(args.box)
-    whole_numbers("--timesteps", args.timesteps)
-    if args.blocks:
-        whole_numbers("--blocks", args.blocks)
+    _boxes(args.box)
+    if args.scene is not None:
+        Scene.from_file(args.scene)
+    for flag in ("timesteps", "blocks"):
+        if getattr(args, flag) is not None:
+            whole_numbers(f"--{flag}", getattr(args, flag))
 
 
 def loaded(args: argparse.Namespace) -> tuple[Any, int]:
@@ -152,19 +183,27 @@ def loaded(args: argparse.Namespace) -> tuple[Any, int]:
     return pipeline, args.size or model_info(model).size or default_size(pipeline)
 
 
-def looking(args: argparse.Namespace, pipeline: Any) -> Any:
+def looking(args: argparse.Namespace, pipeline: Any, base: "Looking | None" = None) -> "Looking":
     """How a photo is looked at.
+
+    Args:
+        args: flags that are left out change nothing.
+        pipeline: whose text encoder says what stands for the background where nobody does.
+        base: what flags change; None for the defaults.
 
     Raises:
         ConceptError: a value is out of range.
     """
     from interactdiff.concept.finding import Looking, default_settings
 
-    settings = replace(
-        default_settings(pipeline),
-        threshold=args.threshold,
-        unassigned="nearest" if args.nearest else "ignore",
-        **({"background": args.background} if args.background else {}),
-    )
-    blocks = whole_numbers("--blocks", args.blocks) if args.blocks else None
-    return Looking(whole_numbers("--timesteps", args.timesteps), args.seed, blocks, settings)
+    base = base or Looking()
+    names = ("threshold", "exponent", "power", "background")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.nearest:
+        given["unassigned"] = "nearest"
+    lists = ("timesteps", "blocks")
+    chosen: dict[str, Any] = {
+        name: whole_numbers(f"--{name}", text) for name in lists if (text := getattr(args, name)) is not None
+    }
+    settings = replace(base.masks or default_settings(pipeline), **given)
+    return replace(base, seed=args.seed, masks=settings, **chosen)

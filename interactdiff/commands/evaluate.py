@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,14 @@ def add_to(commands: Commands) -> None:
         help="also whether words look where their things are, on N renders (default: 0, not at all)",
     )
     parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="OPTION=VALUE",
+        help="how a method that is scored learns; of --concept options of interactdiff.concept.LearnOptions, "
+        "such as steps=200 projections=v rank=8",
+    )
+    parser.add_argument(
         "--detector",
         metavar="DETECTOR",
         help="that scores the pictures: a folder with one of stickworld, whose world scenes are of (default: "
@@ -179,6 +187,9 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
     spec = methods()[args.scored]
     assert spec.scores is not None
     settings = _settings(spec, args.method or [])
+    changes = tuple(args.set or ())
+    if changes and not spec.scores_take_changes:
+        raise UsageError(f"--set: expected none beside --{spec.name}, got {' '.join(changes)!r}")
     detector = None if args.detector is None else load_detector(Path(args.detector))
     used = {spec.name: {}} if spec.scores_need_adapter else {}
     pipeline = ScenePipeline.from_pretrained(model, adapters, args.device or "auto", methods=used)
@@ -194,6 +205,7 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
         detector,
         settings,
     )
+    options = replace(options, changes=changes)
     scores = load_attribute(spec.scores)(pipeline, options)
     print(format_scores(scores))
     run = {field.name: getattr(options, field.name) for field in fields(options)}

@@ -13,7 +13,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("size", "detector", "batch_size"), (WORLD, DATA, METHOD)),
     **dict.fromkeys(("scenes", "seed"), (WORLD, METHOD)),
     "rows": (DATA, METHOD),
-    "method": (METHOD,),
+    **dict.fromkeys(("method", "set"), (METHOD,)),
     **dict.fromkeys(("interactions", "word_iou", "fast"), (WORLD,)),
     **dict.fromkeys(
         ("split", "boxes", "column", "classes", "pictures", "protocol", "seeds", "limit"), (DATA,)

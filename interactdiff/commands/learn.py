@@ -1,6 +1,7 @@
 """interactdiff learn: the things of one photo as new words."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +74,15 @@ def _run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from interactdiff.concept.learner import Learner
-    from interactdiff.concept.pictures import masks_picture, read_mask, read_photo
+    from interactdiff.concept.pictures import masks_picture, read_masks, read_photo
 
     photo = read_photo(args.photo)
-    given = {name: read_mask(path) for name, path in named("--mask", args.mask).items()}
+    places = boxes(args, {concept.token: concept.word for concept in concepts})
+    given = read_masks(named("--mask", args.mask), photo)
     pipeline, size = loaded(args)
-    options = _options(args, looking(args, pipeline), size)
+    options = _options(args, pipeline, size)
     with Learner(pipeline, photo, concepts, options, args.prompt, args.out) as learner:
-        masks = learner.find(boxes(args.box), given)
+        masks = learner.find(places, given)
         args.out.mkdir(parents=True, exist_ok=True)
         picture = masks_picture(learner.photo, masks)
         write_aside(args.out / MASKS, lambda file: picture.save(file, format="PNG"))
@@ -104,22 +106,19 @@ def _run(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def _options(args: argparse.Namespace, looking: Any, size: int) -> "LearnOptions":
+def _options(args: argparse.Namespace, pipeline: Any, size: int) -> "LearnOptions":
     """Of the preset, with what flags say.
 
     Raises:
-        UsageError: there is no such option.
-        ConceptError: a value is out of range.
+        ConceptError: there is no such option, or a value is out of range.
     """
     from interactdiff.concept.options import LearnOptions
 
-    changes = LearnOptions.parsed(args.set)
+    makers = (LearnOptions, LearnOptions.published, LearnOptions.custom_diffusion)
+    preset = dict(zip(PRESETS, makers, strict=True))[args.preset]()
     own = {"steps": args.steps, "vectors": args.vectors, "sample_every": args.sample_every, "seed": args.seed}
-    own |= {"size": size, **changes}
-    if args.preset == "published":
-        return LearnOptions.published(**own)  # which says how a photo is looked at
-    make = LearnOptions if args.preset == "ours" else LearnOptions.custom_diffusion
-    return make(**{"looking": looking, **own})
+    changes = LearnOptions.parsed(args.set)
+    return replace(preset, looking=looking(args, pipeline, preset.looking), size=size, **own, **changes)
 
 
 def _sample(learner: "Learner", args: argparse.Namespace) -> None:

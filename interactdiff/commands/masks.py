@@ -1,6 +1,8 @@
 """interactdiff masks: where things are in a photo, by a model's attention to their words."""
 
 import argparse
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from interactdiff.commands.arguments import Commands, check_picture_path, quiet_libraries
@@ -42,19 +44,21 @@ def _run(args: argparse.Namespace) -> None:
 
     from interactdiff.concept.denoising import Denoising
     from interactdiff.concept.finding import find_masks
-    from interactdiff.concept.pictures import masks_picture, read_mask, read_photo
+    from interactdiff.concept.pictures import masks_picture, read_masks, read_photo
 
     photo = read_photo(args.photo)
-    given = {name: read_mask(path) for name, path in named("--mask", args.mask).items()}
+    given = read_masks(named("--mask", args.mask), photo)
+    words = [word.rpartition("=")[2] for word in args.concept]
+    places = boxes(args, dict(zip(words, words, strict=True)))
     pipeline, size = loaded(args)
     masks = find_masks(
         pipeline,
         photo,
-        [word.rpartition("=")[2] for word in args.concept],
+        words,
         size=size,
         prompt=args.prompt,
         looking=looking(args, pipeline),
-        boxes=boxes(args.box),
+        boxes=places,
         given=given,
     )
     sized = Denoising.of(pipeline).sized(photo, size)
@@ -62,10 +66,16 @@ def _run(args: argparse.Namespace) -> None:
     if args.each:
         for number, name in enumerate(masks.names):
             white = Image.fromarray(masks.masks[number].numpy().astype(np.uint8) * 255)
-            beside = args.out.with_suffix(f".{name.replace(' ', '_')}.png")
-            written[beside] = white.resize(sized.size, Image.Resampling.NEAREST)
+            written[_beside(args.out, name, written)] = white.resize(sized.size, Image.Resampling.NEAREST)
     for path, picture in written.items():
         write_aside(path, lambda file, picture=picture: picture.save(file, format="PNG"))
         print(path)
     for name, area in masks.areas.items():
         print(f"{name}: {100 * area:.1f} % of the photo")
+
+
+def _beside(out: Path, word: str, taken: Collection[Path]) -> Path:
+    """A file of its own for a word, of letters that every file system takes."""
+    name = re.sub(r"[^\w-]+", "_", word)[:60]
+    names = (f"{out.stem}.{name}{end}.png" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 2))))
+    return next(path for one in names if (path := out.with_name(one)) not in taken)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from interactdiff.concept.learner import Learner, StepReport, learn
     from interactdiff.concept.masks import ConceptMasks, MaskSettings
     from interactdiff.concept.options import LearnOptions
-    from interactdiff.concept.words import Concept, ConceptError
+    from interactdiff.concept.words import Concept, ConceptError, NotFoundError
 
 __all__ = [
     "Concept",
@@ -26,6 +26,7 @@ __all__ = [
     "Learner",
     "Looking",
     "MaskSettings",
+    "NotFoundError",
     "StepReport",
     "find_masks",
     "fold",
@@ -42,6 +43,7 @@ _HOMES = {
     "Learner": "learner",
     "Looking": "finding",
     "MaskSettings": "masks",
+    "NotFoundError": "words",
     "StepReport": "learner",
     "find_masks": "finding",
     "fold": "folding",

@@ -81,6 +81,7 @@ class ConceptBinding(Binding):
                 self._index, self._length, edits = index, text.shape[1], self._residuals
             elif self.new_tokens and not self._warned:
                 self._check_caller(call)
+                self._check_memory()
         if self.capture is None:
             return edits
         self.capture.begin(call)
@@ -143,6 +144,17 @@ class ConceptBinding(Binding):
                     stacklevel=2,
                 )
                 return
+
+    def _check_memory(self) -> None:
+        """Say it once if a text has no rows of the tokens that may have had some which were forgotten."""
+        if not self._warned and any(tokens.is_full for tokens in self.new_tokens):
+            self._warned = True
+            warnings.warn(
+                f"{self.adapter.name}: expected one of the latest texts with {self.adapter.tokens[0]} that "
+                "were encoded, got one without it, or an older one, in which its keys and values do not act: "
+                "encode older prompt_embeds anew",
+                stacklevel=2,
+            )
 
     def _tokens(self) -> list[NewTokens]:
         """Those of each text encoder; the pipeline is looked at and left alone."""

@@ -1,5 +1,6 @@
 """What training goes on from: a file of tensors and one of JSON, each whole or not there. No pickle."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,3 +106,8 @@ def remove_checkpoint(folder: Path) -> None:
     """Remove a run's checkpoint, if there is one."""
     for name in (TENSORS, STATE):
         (folder / name).unlink(missing_ok=True)
+
+
+def hash_of(shape: Sequence[int], values: bytes) -> str:
+    """A hash of a picture or a mask, by which a checkpoint tells whether it is of the same one."""
+    return hashlib.sha256(f"{tuple(shape)} ".encode() + values).hexdigest()

@@ -7,7 +7,6 @@ from inspect import signature
 from math import lcm
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, FluxPipeline
 from PIL import Image
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from interactdiff.concept.words import ConceptError
 from interactdiff.errors import AdapterError
+from interactdiff.latent_encoding import picture_latents
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.sites import denoiser_of, known_family
 
@@ -96,19 +96,9 @@ class Denoising(ABC):
         resized = photo.convert("RGB").resize((wide, high), Image.Resampling.LANCZOS)
         return resized.crop((left, top, left + width, top + height))
 
-    @torch.no_grad()
     def latents(self, photo: Image.Image) -> Tensor:
         """[1, C, H, W] float32 latents of a photo: what its distribution is centred on, without noise."""
-        vae = self.pipeline.vae
-        pixels = torch.from_numpy(np.asarray(photo, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-        dtype = vae.dtype
-        if getattr(vae.config, "force_upcast", False):  # SDXL's overflows in half precision
-            vae.float()
-        encoded = vae.encode(pixels.to(vae.device, vae.dtype))
-        vae.to(dtype)
-        own = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return ((own.float() - shift) * vae.config.scaling_factor).to(self.device)
+        return picture_latents(self.pipeline.vae, photo).to(self.device)
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Prompt:

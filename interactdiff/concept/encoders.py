@@ -7,8 +7,9 @@ concept are found, however a pipeline pads, joins or repeats its text features.
 """
 
 import copy
+import hashlib
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from interactdiff.concept.words import ConceptError
 from interactdiff.errors import AdapterError
 from interactdiff.scene_source import ORIGINAL
 
-KEPT = 16  # passes of a text encoder whose states at concepts are remembered
+MOST_BYTES = 32 * 2**20  # of states of a text encoder at concepts that are remembered
+COMPARED = 64  # values of a state, by which its row of a text is found
 FINAL_NORMS = (
     "final_layer_norm",
     "text_model.final_layer_norm",
@@ -83,6 +85,10 @@ class NewTokens:
         tokens: the new tokens.
         vectors: their embeddings [len(tokens), width]; called in every pass, so that training sees through.
         offsets: columns at which the encoder's states may begin in the denoiser's text.
+
+    Attributes:
+        states: [N, `COMPARED`] of each text that is remembered, by a hash of them, the latest last.
+        is_full: whether states of earlier texts had to be forgotten for them.
     """
 
     def __init__(
@@ -98,7 +104,9 @@ class NewTokens:
         self._hooks: list[RemovableHandle] = []
         self._installed = False
         self._local = threading.local()
-        self.states: deque[Tensor] = deque(maxlen=KEPT)
+        self.states: OrderedDict[bytes, Tensor] = OrderedDict()
+        self.is_full = False
+        self._made_of = b""
 
     def install(self) -> None:
         """Add the tokens.
@@ -133,11 +141,30 @@ class NewTokens:
     def rows(self, text: Tensor) -> Tensor:
         """Which rows of the denoiser's text [B, T, C] are states of the tokens: bool [B, T]."""
         found = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
-        for states in self.states:
-            known = states.to(text)
-            for offset in self._offsets:
-                found |= equal_rows(text[..., offset : offset + known.shape[1]], known)
+        if not self.states:
+            return found
+        known = torch.cat(list(self.states.values())).to(text)
+        for offset in self._offsets:
+            found |= equal_rows(text[..., offset : offset + known.shape[1]], known)
         return found
+
+    def _remember(self, states: Tensor, in_training: bool) -> None:
+        """Keep states [N, C] by their first values, the latest up to `MOST_BYTES`.
+
+        Args:
+            states: of the tokens in a pass.
+            in_training: whether vectors change from pass to pass; states of others never come again.
+        """
+        if in_training and (made_of := _bytes(self._vectors())) != self._made_of:
+            self.states.clear()
+            self._made_of = made_of
+        kept = states[:, :COMPARED].clone()
+        key = _bytes(kept)
+        self.states.pop(key, None)
+        self.states[key] = kept
+        while sum(one.nbytes for one in self.states.values()) > MOST_BYTES:
+            self.states.popitem(last=False)
+            self.is_full = True
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -168,12 +195,20 @@ class NewTokens:
         mask = slots[0]
         norm = next((m for n, m in module.named_modules() if n in FINAL_NORMS), None)
         hidden = getattr(output, "hidden_states", None) or ()
+        sequences = list(_sequences(output, mask.shape))
+        in_training = any(states.requires_grad for states in sequences)
         with torch.no_grad():
-            rows = [states.detach()[mask] for states in _sequences(output, mask.shape)]
+            rows = [states.detach()[mask] for states in sequences]
             if norm is not None:  # of what clip_skip reads
                 rows += [norm(states.detach()[mask]) for states in hidden]
             if rows:
-                self.states.append(torch.cat(rows))
+                self._remember(torch.cat(rows), in_training)
+
+
+def _bytes(values: Tensor) -> bytes:
+    """A hash of a tensor's values."""
+    flat = values.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).digest()
 
 
 def _ordinary_id(config: Any) -> int:

@@ -14,10 +14,19 @@ from interactdiff.concept.capture import AttentionCapture, Layers
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
 from interactdiff.concept.masks import ConceptMasks, MaskSettings, make_masks, refined, with_background
 from interactdiff.concept.prompts import prompt_rows, segments
-from interactdiff.concept.words import ConceptError, check_distinct, joint_prompt
+from interactdiff.concept.scene_boxes import scene_boxes
+from interactdiff.concept.words import (
+    MAX_SEED,
+    PREFIX,
+    ConceptError,
+    check_distinct,
+    check_range,
+    joint_prompt,
+)
 from interactdiff.handle import attach
 from interactdiff.models import model_info
 from interactdiff.pipeline_calls import denoiser_config
+from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box
 
 TIMESTEPS = (50, 100, 150, 200)
@@ -43,6 +52,9 @@ class Looking:
     def __post_init__(self) -> None:
         if not self.timesteps or not all(0 <= t < TRAIN_STEPS for t in self.timesteps):
             raise ConceptError(f"expected timesteps of 0 to {TRAIN_STEPS - 1}, got {list(self.timesteps)}")
+        check_range("seed", self.seed, 0, MAX_SEED, whole=True)
+        if self.blocks is not None and not self.blocks:
+            raise ConceptError("expected some of a transformer's blocks, got none")
 
 
 def find_masks(
@@ -55,6 +67,7 @@ def find_masks(
     looking: Looking | None = None,
     boxes: Mapping[str, Box] | None = None,
     given: Mapping[str, Tensor] | None = None,
+    scene: Scene | None = None,
 ) -> ConceptMasks:
     """Masks of words in a photo, without learning anything.
 
@@ -67,12 +80,15 @@ def find_masks(
         looking: noise levels, layers, thresholds.
         boxes: for some words a box, xyxy in [0, 1], outside which they are not.
         given: for some words a mask [h, w] in [0, 1], in the place of what would be found.
+        scene: what the photo shows; boxes of phrases that are a word are its, where `boxes` has none of it.
 
     Raises:
         ConceptError: a word that is not found, or what a photo of this size cannot hold.
         AdapterError: the pipeline is of no such family.
     """
     check_distinct(list(words))
+    if scene is not None:
+        boxes = {**scene_boxes(scene, dict(zip(words, words, strict=True))), **(boxes or {})}
     denoising = Denoising.of(pipeline)
     sized = denoising.sized(photo, size or default_size(pipeline))
     adapter = ConceptAdapter.for_pipeline(pipeline).named("masks")
@@ -91,6 +107,7 @@ class Finder:
         latents: of the photo, [1, C, H, W].
         prompt: that names all concepts.
         settings: how masks are made.
+        layers: which attentions are read.
 
     Args:
         denoising: of the pipeline.
@@ -99,6 +116,7 @@ class Finder:
         names: of the concepts, in the prompt: words or tokens.
         template: of the prompt, see `joint_prompt`.
         looking: noise levels, layers, thresholds.
+        prefix: of the prompt where there is no template.
     """
 
     def __init__(
@@ -109,12 +127,13 @@ class Finder:
         names: Sequence[str],
         template: str | None = None,
         looking: Looking | None = None,
+        prefix: str = PREFIX,
     ):
         self.denoising, self.binding, self.photo, self.names = denoising, binding, photo, list(names)
         self.looking = looking or Looking()
         self.settings = self.looking.masks or default_settings(denoising.pipeline)
         self.layers = Layers.of(denoising.denoiser, self.looking.blocks)
-        self.prompt = joint_prompt(template, self.names)
+        self.prompt = joint_prompt(template, self.names, prefix)
         self.latents = denoising.latents(photo)
         height, width = self.latents.shape[2:]
         if len(self.names) * CELLS_EACH > (cells := height * width // 4):
@@ -122,15 +141,30 @@ class Finder:
                 f"expected at most {cells // CELLS_EACH} concepts in a photo of {photo.width} x "
                 f"{photo.height} pixels, got {len(self.names)}"
             )
-        self.rows = prompt_rows(denoising.pipeline, self.prompt, self.names)
+        self.rows = prompt_rows(denoising.pipeline, self.prompt)
 
-    @torch.no_grad()
     def scores(self, timesteps: Sequence[int] | None = None, seed: int | None = None) -> Tensor:
         """R [K + 1, h, w] on the CPU, the mean over noise levels, in one pass of the denoiser.
 
         Args:
             timesteps: noise levels; None for those of `looking`.
             seed: of the noise; None for that of `looking`.
+        """
+        capture, columns = self.look(timesteps, seed)
+        return with_background(refined(capture, columns, self.settings).mean(0), self.settings).cpu()
+
+    @torch.no_grad()
+    def look(
+        self, timesteps: Sequence[int] | None = None, seed: int | None = None
+    ) -> tuple[AttentionCapture, Tensor]:
+        """Pass the photo through the denoiser, at each noise level a row.
+
+        Args:
+            timesteps: as of `scores`.
+            seed: likewise.
+
+        Returns:
+            What `layers` have shown, and of that the columns of the classes, [T, K or K + 1, h', w'].
         """
         timesteps = self.looking.timesteps if timesteps is None else timesteps
         seed = self.looking.seed if seed is None else seed
@@ -139,12 +173,12 @@ class Finder:
         latents = self.latents.expand(count, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         times = torch.tensor(list(timesteps), device=device)
-        prompt = self.denoising.encode([self.prompt], (self.photo.height, self.photo.width)).repeated(count)
+        size = (self.photo.height, self.photo.width)
+        prompt = self.denoising.encode([self.prompt.text], size).repeated(count)
         capture = AttentionCapture(self.denoising.denoiser, self.layers)
         with self.binding.capturing(capture):
             self.denoising.predict(self.denoising.noisy(latents, noise, times), times, prompt)
-        columns = capture.columns(self.rows.classes(self.settings.background))
-        return with_background(refined(capture, columns, self.settings).mean(0), self.settings).cpu()
+        return capture, capture.columns(self.rows.classes(self.settings.background))
 
 
 def default_settings(pipeline: Any) -> MaskSettings:

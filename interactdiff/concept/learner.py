@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from interactdiff.concept.adapter import MASKS, ConceptAdapter
 from interactdiff.concept.binding import ConceptBinding
-from interactdiff.concept.checkpoints import load_checkpoint, remove_checkpoint, save_checkpoint
+from interactdiff.concept.checkpoints import hash_of, load_checkpoint, remove_checkpoint, save_checkpoint
 from interactdiff.concept.config import METHOD
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
 from interactdiff.concept.finding import Finder, default_size
@@ -29,10 +28,13 @@ from interactdiff.concept.objective import SAMPLE_STEPS, Objective
 from interactdiff.concept.options import LearnOptions
 from interactdiff.concept.pictures import side_by_side
 from interactdiff.concept.sampling import chosen_concepts
+from interactdiff.concept.scene_boxes import scene_boxes
 from interactdiff.concept.words import Concept, ConceptError, as_concepts, joint_prompt, subset_prompt
+from interactdiff.fingerprints import weights_digest
 from interactdiff.handle import Handle, attach
 from interactdiff.models import model_info
 from interactdiff.pipeline_calls import call_arguments
+from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box
 
 NAME = "learning"
@@ -70,6 +72,7 @@ def learn(
     prompt: str | None = None,
     boxes: Mapping[str, Box] | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    scene: Scene | None = None,
     checkpoint: Path | None = None,
     on_masks: Callable[[ConceptMasks], None] | None = None,
     on_step: OnStep | None = None,
@@ -85,6 +88,8 @@ def learn(
         prompt: with slots that the concepts fill, "{0} beside {1}"; None is "a photo of {0} and {1}".
         boxes: for some tokens a box, xyxy in [0, 1], outside which they are not.
         masks: for some tokens a mask [h, w] in [0, 1], in the place of what would be found.
+        scene: what the photo shows; boxes of phrases that are a concept's word or token are that concept's,
+            where `boxes` has none of it.
         checkpoint: folder in which training is kept, and from which it goes on; None for none.
         on_masks: called with the masks before training.
         on_step: called after each step; what it raises ends training and comes through.
@@ -99,6 +104,9 @@ def learn(
     """
     options = LearnOptions(**{**vars(options or LearnOptions()), **changes})
     with Learner(pipeline, image, concepts, options, prompt, checkpoint) as learner:
+        if scene is not None:
+            words = {concept.token: concept.word for concept in learner.concepts}
+            boxes = {**scene_boxes(scene, words), **(boxes or {})}
         learner.find(boxes, masks)
         if on_masks is not None:
             on_masks(learner.masks)
@@ -159,10 +167,9 @@ class Learner:
                 self.binding,
                 self.photo,
                 self.names,
-                joint_prompt(
-                    self._template, [f"{{{n}}}" for n in range(len(self.names))], self.options.prefix
-                ),
+                self._template,
                 self.options.looking,
+                self.options.prefix,
             )
             self.objective = Objective(self.finder, self.options)
             self._make_optimizer()
@@ -195,6 +202,7 @@ class Learner:
             ConceptError: one is not found, or a box or mask is of no concept.
         """
         self._boxes, self._given = dict(boxes or {}), dict(given or {})
+        self._run = self._agreed()
         if not self._resume():
             scores = self.finder.scores()
             if self.options.published_refresh and min(scores.shape[1:]) < SSIM_WINDOW:
@@ -267,7 +275,7 @@ class Learner:
         panels = [(self.photo, "photo")]
         together = [self.names] if len(self.names) > 1 else []
         for names in (*([name] for name in self.names), *together):
-            prompt = subset_prompt(names, self.options.prefix)
+            prompt = subset_prompt(names, self.options.prefix).text
             arguments = call_arguments(self.pipeline, prompt, None, guidance)
             drawn = self.pipeline(
                 **arguments,
@@ -300,7 +308,7 @@ class Learner:
         names = [self.names[n] for n in chosen]
         is_half = options.mixed_precision == "bf16"
         with torch.autocast(self.denoising.device.type, torch.bfloat16, enabled=is_half):
-            denoising, maps, named_masks = self.objective.denoise(prompt, names, chosen, generator)
+            denoising, maps, named_masks = self.objective.denoise(prompt, chosen, generator)
             attention = self.objective.attention(maps, named_masks)
             loss = denoising + options.attention_weight * attention.mean()
             if options.prior_pictures:
@@ -387,16 +395,22 @@ class Learner:
             for parameter in self._trained
         ]
 
-    @cached_property
-    def _run(self) -> dict[str, Any]:
+    def _agreed(self) -> dict[str, Any]:
         """What a checkpoint has to agree in; steps may be added to."""
         options = asdict(self.options)
         for name in ("steps", "checkpoint_every", "sample_every"):
             del options[name]
+        modules = (part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
         values = {
+            "model": " ".join(weights_digest(module) for module in modules),
             "concepts": [asdict(concept) for concept in self.concepts],
             "prompt": self._template,
-            "photo": list(self.photo.size),
+            "photo": hash_of(self.photo.size, self.photo.tobytes()),
+            "boxes": dict(sorted(self._boxes.items())),
+            "masks": {
+                name: hash_of(mask.shape, mask.float().cpu().numpy().tobytes())
+                for name, mask in sorted(self._given.items())
+            },
             "options": options,
         }
         return json.loads(json.dumps(values))

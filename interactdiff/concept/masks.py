@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interactdiff.concept.capture import AttentionCapture
-from interactdiff.concept.words import ConceptError
+from interactdiff.concept.words import ConceptError, NotFoundError, check_range
 from interactdiff.scene_checks import Box
 
 UNASSIGNED = -1
@@ -29,8 +29,8 @@ class MaskSettings:
 
     Attributes:
         threshold: by how much a class has to win, in [0, 1).
-        exponent: of the maps before they are spread.
-        power: how often the image's attention to itself spreads them.
+        exponent: of the maps before they are spread, 0.1 to 10.
+        power: how often the image's attention to itself spreads them, 0 to 64.
         background: what stands for it: "start", the text's first token; "template", the words around the
             concepts; "complement", where no concept is.
         unassigned: pixels that no class wins: "ignore" leaves them to none, "nearest" to the best.
@@ -53,6 +53,9 @@ class MaskSettings:
                 raise ConceptError(f"expected {name} of {', '.join(known)}, got {value!r}")
         if not 0 <= self.threshold < 1:
             raise ConceptError(f"expected a threshold of 0 up to 1, got {self.threshold}")
+        check_range("exponent", self.exponent, 0.1, 10)
+        check_range("power", self.power, 0, 64, whole=True)
+        check_range("minimum_area", self.minimum_area, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,11 @@ class ConceptMasks:
         """Make sure that each concept was found.
 
         Raises:
-            ConceptError: naming the first that was not, and what to try.
+            NotFoundError: naming the first that was not, and what to try.
         """
         for name, area in self.areas.items():
             if area < max(minimum_area, 1e-9):
-                raise ConceptError(
+                raise NotFoundError(
                     f"expected {name} in the photo, got a mask of {100 * area:.1f} % of it: try another "
                     "word, a lower threshold, a box, or a mask of your own"
                 )
@@ -104,7 +107,8 @@ def enlarged(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 @torch.no_grad()
 def refined(capture: AttentionCapture, columns: Tensor, settings: MaskSettings) -> Tensor:
     """R [B, K, h, w] of columns [B, K, h', w'], each row of the batch for itself."""
-    maps = from_zero_to_one(enlarged(columns, capture.grid) ** settings.exponent)
+    finer = enlarged(columns, capture.grid).abs()  # bicubic overshoots, and (-x) ** 1.5 is no number
+    maps = from_zero_to_one(finer**settings.exponent)
     for _ in range(settings.power):
         maps = capture.spread(maps)
     return from_zero_to_one(maps)

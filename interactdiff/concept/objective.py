@@ -19,6 +19,7 @@ from interactdiff.concept.losses import (
 from interactdiff.concept.masks import ConceptMasks, enlarged, to_grid
 from interactdiff.concept.options import LearnOptions
 from interactdiff.concept.prompts import prompt_rows
+from interactdiff.concept.words import ConceptPrompt
 
 SAMPLE_STEPS = 25  # of pictures that are drawn in training
 
@@ -49,14 +50,13 @@ class Objective:
         self._weights = torch.stack([to_grid(mask, grid) for mask in finest]).to(device)
 
     def denoise(
-        self, prompt: str, names: Sequence[str], chosen: Sequence[int], generator: torch.Generator
+        self, prompt: ConceptPrompt, chosen: Sequence[int], generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One pass over the noised photo.
 
         Args:
             prompt: that names concepts.
-            names: of those, in any order.
-            chosen: their numbers.
+            chosen: their numbers, in the order of its names.
             generator: of the noise and its level.
 
         Returns:
@@ -66,7 +66,7 @@ class Objective:
         latents, device = self.finder.latents, self._denoising.device
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         times = (torch.rand(1, generator=generator) * TRAIN_STEPS).to(device)
-        encoded = self._denoising.encode([prompt], self._size)
+        encoded = self._denoising.encode([prompt.text], self._size)
         capture = AttentionCapture(self._denoising.denoiser, self.finder.layers, own=False)
         wanted = self.options.attention_loss != "none"
         noisy = self._denoising.noisy(latents, noise, times)
@@ -84,7 +84,7 @@ class Objective:
             error = masked_error(predicted, target, weights, self.options.full_image_weight)
         if not wanted:
             return error, None, masks
-        rows = prompt_rows(self._denoising.pipeline, prompt, names)
+        rows = prompt_rows(self._denoising.pipeline, prompt)
         classes = list(rows.concepts)
         if background := rows.of_background(self.finder.settings.background):
             classes.append(background)

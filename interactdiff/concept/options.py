@@ -1,15 +1,37 @@
 """How concepts are learned. Each published behaviour that is a bug is an option, off by default."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from math import inf
+from typing import Any, get_args
 
-from interactdiff.concept.config import Acts
+from interactdiff.concept.config import PROJECTIONS, Acts
 from interactdiff.concept.finding import Looking
 from interactdiff.concept.masks import MaskSettings
-from interactdiff.concept.words import PREFIX, ConceptError
+from interactdiff.concept.words import MAX_SEED, MAX_VECTORS, PREFIX, ConceptError, check_range
 
 PARSED = (bool, int, float, str)  # types of options that a command line can give
+WITH_FLAGS = ("steps", "vectors", "seed", "sample_every")  # that have one of their own there
+WHOLE_NUMBERS = {
+    "steps": (1, inf),
+    "rank": (0, inf),
+    "vectors": (1, MAX_VECTORS),
+    "refresh_every": (0, inf),
+    "prior_pictures": (0, inf),
+    "seed": (0, MAX_SEED),
+    "checkpoint_every": (0, inf),
+    "sample_every": (0, inf),
+}
+NUMBERS = {
+    "learning_rate": (0, inf),
+    "token_learning_rate": (0, inf),
+    "weight_decay": (0, inf),
+    "attention_weight": (0, inf),
+    "full_image_weight": (0, 1),
+    "joint_share": (0, 1),
+    "least_overlap": (0, 1),
+    "prior_weight": (0, inf),
+}
 
 
 @dataclass(frozen=True)
@@ -27,19 +49,20 @@ class LearnOptions:
         vectors: embeddings for each token.
         attention_loss: "normalised" (ours), "published" or "none".
         attention_weight: of that loss.
-        full_image_weight: share of the denoising error over the whole picture; the published code has 0.5.
+        full_image_weight: share of the denoising error over the whole picture, in [0, 1]; the published code
+            has 0.5.
         prefix: of prompts that name some of the concepts.
         sampling: of concepts for each step: "uniform" over all subsets, or "reweighted", which draws those
             alone more often that attention finds less well.
-        joint_share: of the steps, with all concepts, where sampling is reweighted.
+        joint_share: of the steps, with all concepts, where sampling is reweighted; in [0, 1].
         refresh_every: steps between looks at the photo for better masks; 0 keeps the first ones.
-        least_overlap: IoU with the last masks that better ones have, for each concept.
+        least_overlap: IoU with the last masks that better ones have, for each concept; in [0, 1].
         looking: how the photo is looked at.
         prior_pictures: of the base's own for `prior_prompt`, on which it has to stay as it is; 0 for none.
         prior_prompt: what they show.
         prior_weight: of that loss.
         mixed_precision: "no" or "bf16"; what is trained stays in float32.
-        seed: of everything that is drawn.
+        seed: of everything that is drawn, 0 to 4294967295.
         checkpoint_every: steps between checkpoints; 0 for none but that of an interruption.
         sample_every: steps between sample grids; 0 for none.
         size: side in pixels; None for the model's own.
@@ -84,16 +107,19 @@ class LearnOptions:
     def __post_init__(self) -> None:
         for name, known in (
             ("attention_loss", ("normalised", "published", "none")),
+            ("projections", PROJECTIONS),
+            ("acts_on", get_args(Acts)),
             ("sampling", ("uniform", "reweighted")),
             ("mixed_precision", ("no", "bf16")),
         ):
             if getattr(self, name) not in known:
                 raise ConceptError(f"expected {name} of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("steps", "refresh_every", "prior_pictures", "checkpoint_every", "sample_every"):
-            least = 1 if name == "steps" else 0
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ConceptError(f"expected {name} from {least} up, got {value!r}")
+        for name, (low, high) in WHOLE_NUMBERS.items():
+            check_range(name, getattr(self, name), low, high, whole=True)
+        for name, (low, high) in NUMBERS.items():
+            check_range(name, getattr(self, name), low, high)
+        if self.size is not None:
+            check_range("size", self.size, 1, whole=True)
         if self.prior_pictures and self.acts_on == "own":
             raise ConceptError(
                 "expected acts_on 'all' with prior_pictures, got 'own', which changes no prompt without a "
@@ -106,16 +132,26 @@ class LearnOptions:
         return self.attention_loss != "none" or self.full_image_weight < 1
 
     @classmethod
-    def parsed(cls, texts: Sequence[str]) -> dict[str, Any]:
+    def parsed(
+        cls, texts: Sequence[str], flags: Collection[str] = WITH_FLAGS, without: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Options of the command line, "name=value" each, as keyword arguments.
 
+        Args:
+            texts: as they were typed.
+            flags: options that have a flag of their own there.
+            without: options that mean nothing there.
+
         Raises:
-            ConceptError: there is no such option, or its value is of another type.
+            ConceptError: there is no such option, it has a flag of its own, or its value is of another type.
         """
-        simple = {one.name: type(one.default) for one in fields(cls) if type(one.default) in PARSED}
+        own = [one for one in fields(cls) if one.name not in (*flags, *without)]
+        simple = {one.name: type(one.default) for one in own if type(one.default) in PARSED}
         values: dict[str, Any] = {}
         for text in texts:
             name, _, value = text.partition("=")
+            if name in flags:
+                raise ConceptError(f"expected --{name.replace('_', '-')} for {name}, got {text!r} of --set")
             kind = simple.get(name)
             if kind is None:
                 raise ConceptError(f"expected an option of {', '.join(simple)}, got {text!r}")

@@ -1,6 +1,6 @@
 """Pictures of masks over their photo."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
 import numpy as np
@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from interactdiff.concept.masks import ConceptMasks
 from interactdiff.concept.words import ConceptError
+from interactdiff.picture_reading import ALL_FORMATS, UnreadablePicture, as_rgb, eight_bits, read_picture
 
 COLOURS = ((214, 0, 108), (0, 87, 217), (0, 116, 58), (138, 75, 0), (98, 0, 168), (0, 122, 128))
 GAP, LEAST_SIDE, LABEL = 8, 192, 22  # pixels
@@ -47,32 +48,41 @@ def side_by_side(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
 
 
 def read_photo(path: str) -> Image.Image:
-    """A photo.
+    """A photo in RGB, as it is shown.
 
     Raises:
         ConceptError: there is none, or it is damaged.
     """
-    return _read(path, "photo").convert("RGB")
+    return _read(path, "photo", as_rgb)
 
 
-def read_mask(path: str) -> torch.Tensor:
-    """[h, w] float32 in [0, 1], of a picture that is white where the concept is.
+def read_masks(paths: Mapping[str, str], photo: Image.Image) -> dict[str, torch.Tensor]:
+    """Masks [h, w] float32 in [0, 1] of pictures that are white where a concept is.
+
+    Args:
+        paths: of the pictures, by the names of the concepts.
+        photo: that they are of.
 
     Raises:
-        ConceptError: there is none, or it is damaged.
+        ConceptError: there is no such picture, it is damaged, or its aspect is not the photo's.
     """
-    return torch.from_numpy(np.asarray(_read(path, "mask").convert("L"), dtype=np.float32) / 255)
+    masks = {}
+    for name, path in paths.items():
+        mask = _read(path, "mask", lambda image: eight_bits(image).convert("L"))
+        if abs(mask.width * photo.height - mask.height * photo.width) > max(photo.size):  # half a pixel or so
+            raise ConceptError(
+                f"expected a mask of the photo's {photo.width} x {photo.height} pixels, or of its aspect, at "
+                f"{path}, got {mask.width} x {mask.height}"
+            )
+        masks[name] = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)
+    return masks
 
 
-def _read(path: str, what: str) -> Image.Image:
+def _read(path: str, what: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            return opened
-    except OSError as error:
-        raise ConceptError(f"expected a {what} at {path}, got {error.strerror or 'no picture'}") from None
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConceptError(f"expected a whole {what} at {path}, got {error}") from None
+        return convert(read_picture(path, ALL_FORMATS))
+    except UnreadablePicture as error:
+        raise ConceptError(f"{what} {path}: {error}") from None
 
 
 def _legible(picture: Image.Image) -> Image.Image:

@@ -78,7 +78,7 @@ class Replacement(nn.Module):
 
 
 def make_projection(kind: str, out_features: int, in_features: int, rank: int) -> nn.Module:
-    """A projection of a kind in `config.STORED`."""
+    """A projection whose values are `config.Stored` in this way."""
     if kind == "weights":
         return Replacement(out_features, in_features)
     return LowRankChange(out_features, in_features, rank) if rank else Change(out_features, in_features)

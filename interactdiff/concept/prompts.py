@@ -1,10 +1,10 @@
 """Where a prompt's words are among the rows of a denoiser's text."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from interactdiff.concept.words import ConceptError
+from interactdiff.concept.words import ConceptError, ConceptPrompt
 from interactdiff.pipeline_calls import text_limits
 from interactdiff.sites import denoiser_of, known_family
 
@@ -65,24 +65,20 @@ def segments(pipeline: Any) -> list[tuple[Any, int, int]]:
     raise ConceptError(f"expected a base of U-Net, Flux, SD3 for concepts, got {family}")
 
 
-def prompt_rows(pipeline: Any, prompt: str, names: Sequence[str]) -> PromptRows:
-    """Find names in a prompt.
+def prompt_rows(pipeline: Any, prompt: ConceptPrompt) -> PromptRows:
+    """Find the rows of a prompt's names.
 
     Args:
         pipeline: from text, with the names' new tokens where they are new.
-        prompt: in which each name stands once.
-        names: tokens or words, in any order.
+        prompt: that names concepts.
 
     Raises:
-        ConceptError: a name is not in the prompt, or beyond what the text encoder takes.
+        ConceptError: a name has no token of its own, or one beyond what the text encoder takes.
     """
-    concepts: list[list[int]] = [[] for _ in names]
+    concepts: list[list[int]] = [[] for _ in prompt.names]
     start, template = [], []
     for tokenizer, first, limit in segments(pipeline):
-        text = prompt
-        if hasattr(pipeline, "maybe_convert_prompt"):
-            text = pipeline.maybe_convert_prompt(prompt, tokenizer)
-        spans = [_span(text, prompt, name, tokenizer) for name in names]
+        text, spans = _as_tokenized(pipeline, prompt, tokenizer)
         encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
         offsets, special = encoded.offset_mapping, encoded.special_tokens_mask
         for row, ((begin, end), is_special) in enumerate(zip(offsets, special, strict=True)):
@@ -93,22 +89,23 @@ def prompt_rows(pipeline: Any, prompt: str, names: Sequence[str]) -> PromptRows:
             own = [n for n, (low, high) in enumerate(spans) if begin < high and low < end]
             if own and row >= limit - 1:
                 raise ConceptError(
-                    f"expected a prompt of at most {limit} tokens, got {names[own[0]]} beyond them"
+                    f"expected a prompt of at most {limit} tokens, got {prompt.names[own[0]]} beyond them"
                 )
             if row < limit:
                 (concepts[own[0]] if own else template).append(first + row)
+    for name, own in zip(prompt.names, concepts, strict=True):
+        if not own:
+            raise ConceptError(f"expected a word with tokens of its own in {prompt.text!r}, got {name!r}")
     return PromptRows(tuple(map(tuple, concepts)), tuple(start), tuple(template))
 
 
-def _span(text: str, prompt: str, name: str, tokenizer: Any) -> tuple[int, int]:
-    """Where a name stands in a prompt that a pipeline may have given further tokens of several vectors."""
-    begin = prompt.find(name)
-    if begin < 0:
-        raise ConceptError(f"expected {name} in the prompt, got {prompt!r}")
-    if text == prompt:
-        return begin, begin + len(name)
-    begin = text.find(name)
-    end, number = begin + len(name), 1
-    while text.startswith(further := f" {name}_{number}", end):
-        end, number = end + len(further), number + 1
-    return begin, end
+def _as_tokenized(pipeline: Any, prompt: ConceptPrompt, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The text that a pipeline tokenizes, and where each name is in it.
+
+    Pipelines write further tokens behind one of several vectors, which are part of its name.
+    """
+    parts = list(prompt.parts)
+    if hasattr(pipeline, "maybe_convert_prompt"):
+        parts = pipeline.maybe_convert_prompt(parts, tokenizer)
+    begins = [0, *accumulate(map(len, parts))]
+    return "".join(parts), [(begins[slot], begins[slot + 1]) for slot in prompt.slots]

@@ -9,6 +9,7 @@ SPEC = MethodSpec(
     adapter="interactdiff.concept.adapter:ConceptAdapter",
     scores="interactdiff.evaluation.concepts:evaluate_concepts",
     scores_need_adapter=False,
+    scores_take_changes=True,
     benches=("interactdiff.commands.bench_concept",),
     commands=("interactdiff.commands.learn", "interactdiff.commands.masks"),
     exports=(

@@ -1,20 +1,27 @@
 """What a person names: a concept's new token, and the word whose embedding it starts from. No torch."""
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
+from typing import Any
 
 from interactdiff.errors import InteractdiffError
-from interactdiff.scene_checks import shown
+from interactdiff.scene_checks import as_float, shown
 
 TOKEN = re.compile(r"<[\w-]+>")
 MAX_VECTORS = 16
+MAX_SEED = 2**32 - 1
 PREFIX = "a photo of "
 
 
 class ConceptError(InteractdiffError):
     """Concepts that cannot be learned, found or read as they were given."""
+
+
+class NotFoundError(ConceptError):
+    """A concept that attention does not find in a photo."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,20 @@ class Concept:
         return (self.token, *(f"{self.token}_{n}" for n in range(1, self.vectors)))
 
 
+def check_range(name: str, value: Any, low: float, high: float = math.inf, whole: bool = False) -> None:
+    """Make sure that an option is a finite number within a range, both ends included.
+
+    Raises:
+        ConceptError: it is not, or it should be a whole number and is none.
+    """
+    number = as_float(value)
+    is_right = number is not None and math.isfinite(number) and low <= number <= high
+    if not is_right or (whole and type(value) is not int):
+        upper = "up" if math.isinf(high) else f"to {high:.12g}"
+        kind = "a whole number" if whole else "a number"
+        raise ConceptError(f"expected {name} to be {kind} from {low:g} {upper}, got {shown(value)}")
+
+
 def as_concepts(given: Mapping[str, str] | Sequence[Concept], vectors: int = 1) -> tuple[Concept, ...]:
     """Concepts, of {token: word} or as they are.
 
@@ -80,16 +101,38 @@ def check_distinct(names: Sequence[str]) -> None:
     """Make sure that concepts have a name each.
 
     Raises:
-        ConceptError: there are none, or two have the same.
+        ConceptError: there are none, one is empty, or two have the same.
     """
     if not names:
         raise ConceptError("expected at least one concept, got none")
+    if not all(name.strip() for name in names):
+        raise ConceptError("expected a word for each concept, got an empty one")
     twice = next((name for name in names if list(names).count(name) > 1), None)
     if twice is not None:
         raise ConceptError(f"expected each concept once, got {twice} twice")
 
 
-def joint_prompt(template: str | None, names: Sequence[str], prefix: str = PREFIX) -> str:
+@dataclass(frozen=True)
+class ConceptPrompt:
+    """A prompt that names concepts.
+
+    Attributes:
+        names: of the concepts: tokens or words.
+        parts: of the text; `slots` says which of them are names.
+        slots: for each name the number of its part.
+    """
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    slots: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.parts)
+
+
+def joint_prompt(template: str | None, names: Sequence[str], prefix: str = PREFIX) -> ConceptPrompt:
     """The prompt that names all concepts.
 
     Args:
@@ -103,17 +146,25 @@ def joint_prompt(template: str | None, names: Sequence[str], prefix: str = PREFI
     if template is None:
         return subset_prompt(names, prefix)
     try:
-        slots = [slot for _, slot, _, _ in Formatter().parse(template) if slot is not None]
+        parsed = [(text, slot) for text, slot, _, _ in Formatter().parse(template)]
     except ValueError as error:
         raise ConceptError(
             f"expected a prompt such as 'a photo of {{0}}', got {template!r}: {error}"
         ) from None
-    if sorted(slots) != sorted(str(n) for n in range(len(names))):
+    numbers = [slot for _, slot in parsed if slot is not None]
+    if sorted(numbers) != sorted(str(n) for n in range(len(names))):
         wanted = ", ".join(f"{{{n}}}" for n in range(len(names)))
         raise ConceptError(f"expected a prompt with each of {wanted} once, got {template!r}")
-    return template.format(*names)
+    parts, slots = [], [0] * len(names)
+    for text, slot in parsed:
+        parts.append(text)
+        if slot is not None:
+            slots[int(slot)] = len(parts)
+            parts.append(names[int(slot)])
+    return ConceptPrompt(tuple(names), tuple(parts), tuple(slots))
 
 
-def subset_prompt(names: Iterable[str], prefix: str = PREFIX) -> str:
+def subset_prompt(names: Sequence[str], prefix: str = PREFIX) -> ConceptPrompt:
     """The prompt that names some concepts, as published: "a photo of <new1> and <new2>"."""
-    return prefix + " and ".join(names)
+    parts = [part for name in names for part in (" and ", name)]
+    return ConceptPrompt(tuple(names), (prefix, *parts[1:]), tuple(range(1, 2 * len(names), 2)))

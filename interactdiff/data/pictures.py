@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from interactdiff.errors import DataError
+from interactdiff.picture_reading import (
+    ALL_FORMATS,
+    HIGH,
+    UnreadablePicture,
+    as_rgb,
+    read_picture,
+    unreadable,
+)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not those that call other programs
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
-_HIGH = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,14 @@ def picture_info(picture: Path | bytes) -> PictureInfo:
         DataError: it is no picture, or one of a format that is not read.
     """
     try:
-        with _opened(picture) as file, Image.open(file, formats=_FORMATS) as image:
+        with _opened(picture) as file, Image.open(file, formats=ALL_FORMATS) as image:
             orientation = _orientation(image, file)
             width, height = image.size
             if orientation >= 5:
                 width, height = height, width
             return PictureInfo(width, height, orientation, _notes(image))
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        raise _unreadable(error) from None
+        raise _refused(unreadable(error, ALL_FORMATS)) from None
 
 
 def open_picture(picture: Path | bytes) -> Image.Image:
@@ -62,14 +67,11 @@ def open_picture(picture: Path | bytes) -> Image.Image:
     Raises:
         DataError: it is no whole picture.
     """
+    file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     try:
-        with _opened(picture) as file, Image.open(file, formats=_FORMATS) as image:
-            image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
-    except DataError:
-        raise
-    except Exception as error:  # as above
-        raise _unreadable(error) from None
+        return as_rgb(read_picture(file, ALL_FORMATS, most_pixels=None))
+    except UnreadablePicture as error:
+        raise _refused(error) from None
 
 
 def _opened(picture: Path | bytes) -> BinaryIO:
@@ -103,7 +105,7 @@ def _png_exif(file: BinaryIO) -> bytes:
 
 def _notes(image: Image.Image) -> tuple[str, ...]:
     notes = {
-        "16-bit": image.mode in _HIGH,
+        "16-bit": image.mode in HIGH,
         "CMYK": image.mode == "CMYK",
         "alpha": image.has_transparency_data,
         "animated": image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
@@ -111,27 +113,6 @@ def _notes(image: Image.Image) -> tuple[str, ...]:
     return tuple(name for name, there in notes.items() if there)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _HIGH:  # Pillow's own conversion clips at 255
-        eight = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return Image.fromarray(eight).convert("RGB")
-    if image.mode == "F":
-        raise DataError("expected a picture of 8 or 16 bits, got one of floating-point numbers")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        return white.convert("RGB")
-    return image.convert("RGB")
-
-
-def _unreadable(error: Exception) -> DataError:
-    words = " ".join(str(error).split())
-    if isinstance(error, Image.UnidentifiedImageError):
-        got = f"a file that is none of {', '.join(_FORMATS)}"
-    elif isinstance(error, Image.DecompressionBombError):
-        got = f"one of more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
-    elif "truncated" in words or "end of" in words or isinstance(error, EOFError):
-        got = "a file that ends early"
-    else:
-        got = f"a damaged file ({words[:80] or type(error).__name__})"
-    return DataError(f"expected a whole picture, got {got}")
+def _refused(error: UnreadablePicture) -> DataError:
+    expected = "a whole picture" if error.expected.startswith("a whole ") else error.expected
+    return DataError(f"expected {expected}, got {error.got}")

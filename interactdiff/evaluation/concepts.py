@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interactdiff.concept import Concept, ConceptAdapter, ConceptError, LearnOptions, learn
+from interactdiff.concept import Concept, ConceptAdapter, LearnOptions, NotFoundError, learn
 from interactdiff.evaluation.attributes import right_attributes
 from interactdiff.evaluation.likeness import (
     PERSON,
@@ -78,7 +78,7 @@ def evaluate_concepts(
 
     Rows: real renders of what is wanted; untrained tokens; custom_diffusion, without masks, on all words;
     no_attention_loss; ours; given_masks, the renderer's. A photo in which a concept is not found counts with
-    untrained tokens.
+    untrained tokens; "not_found" has the share of such photos by row.
 
     Columns: mask_iou, of the masks that are used at the end with the renderer's; identity, the share of a
     concept's attributes that are right; leakage, of what can come over from the photo, the share that does:
@@ -87,13 +87,15 @@ def evaluate_concepts(
 
     Args:
         pipeline: whose base concepts are learned on.
-        options: `scenes` is the number of photos.
+        options: `scenes` is the number of photos; `changes` are options of `LearnOptions`, over `learning`.
         learning: how concepts are learned; None for the defaults.
 
     Returns:
-        {"rows": {row: {column: value}}, "intervals": likewise, both ends, "photos"}.
+        {"rows": {row: {column: value}}, "intervals": likewise, both ends, "not_found": {row: share},
+        "photos"}.
 
     Raises:
+        ConceptError: a change is no option, or out of range.
         ModelError: the detector is of the plain world.
         SceneError: there is no such row.
     """
@@ -101,7 +103,9 @@ def evaluate_concepts(
     rows = chosen_rows(ROWS, options.rows)
     photos = [_photo(n, options.seed, options.size or pipeline.size) for n in range(options.scenes)]
     table: dict[str, Any] = {"rows": {}, "intervals": {}}
-    learning = replace(learning or LearnOptions(), prefix="a ", size=options.size or pipeline.size)
+    changes = {"prefix": "a ", **LearnOptions.parsed(options.changes, ("seed",), ("sample_every",))}
+    learning = replace(learning or LearnOptions(), size=options.size or pipeline.size, **changes)
+    missed: dict[str, float] = {}
     bar = tqdm(total=len(rows) * len(photos), unit="photo")
     for row in rows:
         counts, seconds = Counts(len(photos)), []
@@ -112,14 +116,15 @@ def evaluate_concepts(
                 adapter, found = _learned(row, pipeline.pipeline, photo, learning)
                 seconds.append(time.perf_counter() - start)
                 if row in ("no_attention_loss", "ours"):
-                    _count_masks(counts, n, photo, found)
+                    _count_masks(counts, n, photo, found or {})
+                    missed[row] = missed.get(row, 0.0) + (found is None) / len(photos)
             _draw(counts, n, photo, adapter, pipeline, detector, options)
             bar.update()
         table["rows"][row], table["intervals"][row] = counts.scores(options.seed)
         if seconds and row != "untrained":
             table["rows"][row]["seconds"] = sum(seconds) / len(seconds)
     bar.close()
-    return {**table, "photos": options.scenes}
+    return {**table, **({"not_found": missed} if missed else {}), "photos": options.scenes}
 
 
 def _photo(number: int, seed: int, size: int) -> _Photo:
@@ -142,23 +147,24 @@ def _photo(number: int, seed: int, size: int) -> _Photo:
 
 def _learned(
     row: str, pipeline: Any, photo: _Photo, learning: LearnOptions
-) -> tuple[ConceptAdapter, dict[str, Tensor]]:
-    """The adapter of a row, and the masks that it ended with."""
-    untrained = ConceptAdapter.for_pipeline(pipeline, photo.concepts).eval()
+) -> tuple[ConceptAdapter, dict[str, Tensor] | None]:
+    """The adapter of a row, and the masks that it ended with; None where a concept is not found."""
+    concepts = [replace(concept, vectors=learning.vectors) for concept in photo.concepts]
+    untrained = ConceptAdapter.for_pipeline(pipeline, concepts).eval()
     if row == "untrained":
         return untrained, {}
     options = {
         "custom_diffusion": LearnOptions.custom_diffusion(
-            **{name: getattr(learning, name) for name in ("steps", "prefix", "size", "seed")}
+            **{name: getattr(learning, name) for name in ("steps", "prefix", "size", "seed", "vectors")}
         ),
         "no_attention_loss": replace(learning, attention_loss="none"),
     }.get(row, learning)
     masks = photo.masks if row == "given_masks" else None
     image = Image.fromarray(photo.drawn.image)
     try:
-        adapter = learn(pipeline, image, photo.concepts, options=options, masks=masks)
-    except ConceptError:
-        return untrained, {}
+        adapter = learn(pipeline, image, concepts, options=options, masks=masks)
+    except NotFoundError:
+        return untrained, None
     found = adapter.masks
     if found is None:
         return adapter, {}

@@ -4,7 +4,7 @@ from typing import Any
 
 from interactdiff.method_specs import ItemSpec, MethodSpec, Setting
 from interactdiff.scene_items import MAX_STRENGTH
-from interactdiff.subject.items import Subject
+from interactdiff.subject.items import MAX_SUBJECTS, Subject
 
 PHRASE: dict[str, Any] = {"type": "string", "pattern": r"\S"}
 PICTURE: dict[str, Any] = {
@@ -85,6 +85,7 @@ SPEC = MethodSpec(
             SUBJECT,
             from_picture=Subject,
             preview="interactdiff.subject.foreground:preview",
+            most=MAX_SUBJECTS,
         ),
     ),
     needs_weights=False,
