@@ -8,13 +8,15 @@ from typing import IO
 
 from PIL import Image, ImageOps
 
+from interactdiff.errors import InteractdiffError
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 ALL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not those that call other programs
 MAX_PIXELS = 40_000_000
 HIGH = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of 16 bits
 
 
-class UnreadablePicture(Exception):
+class UnreadablePicture(InteractdiffError):
     """A file that is no picture as it is expected.
 
     Attributes:
