@@ -23,8 +23,9 @@ def quantized_layers(denoiser: nn.Module) -> Iterator[tuple[nn.Module, str, nn.L
     """
     for path, parent in denoiser.named_modules():
         for name, layer in parent.named_children():
-            plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
-            if plain and "blocks." in f"{path}.":
+            if not isinstance(layer, nn.Linear) or "blocks." not in f"{path}.":
+                continue
+            if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
                 yield parent, name, layer
 
 
@@ -74,8 +75,9 @@ def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Module:
 
     holder = nn.Sequential(layer.to(device))
     quantize_(holder, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
-    holder[0].__class__ = WeightOnlyLinear
-    return holder[0]
+    made: Any = holder[0]
+    made.__class__ = WeightOnlyLinear
+    return made
 
 
 class WeightOnlyLinear(nn.Linear):

@@ -49,7 +49,8 @@ class FluxSubjectBench(SubjectBench):
 
     def __init__(self, shapes: JointShapes, grid: int, foreground: float):
         transformer = flux_transformer(shapes)
-        config, self.grid = transformer.config, grid
+        config: Any = transformer.config
+        self.grid = grid
         generator = torch.Generator().manual_seed(0)
 
         def noise(*shape: int) -> Tensor:

@@ -7,7 +7,6 @@ score is s_h^l s_o^l s_v as in UPT and PViC (Zhang et al., 2022 and 2023), with 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -115,7 +114,7 @@ class ClosedBoxes:
     processor: Any
     name: str = "detr"
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Of the model's weights."""
         return weights_digest(self.model)
@@ -177,7 +176,7 @@ class PhraseBoxes:
     name: str = "grounding-dino"
     at_once: int = 20
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Of the model's weights."""
         return weights_digest(self.model)

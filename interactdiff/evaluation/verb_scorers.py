@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ class ContrastiveVerbs:
     name: str = "clip"
     _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Of the model's weights."""
         return weights_digest(self.model)
@@ -105,7 +104,7 @@ class VisionLanguage:
     name: str = "vlm"
     most_tokens: int = 256
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Of the model's weights."""
         return weights_digest(self.model)
