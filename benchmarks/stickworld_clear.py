@@ -26,7 +26,7 @@ from interactdiff.evaluation.images import feature_distance
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
-from interactdiff.models import GUIDANCE_SCALES
+from interactdiff.models import model_info
 from interactdiff.stickworld import model_path
 from interactdiff.training.world_data import grid
 
@@ -60,7 +60,7 @@ def main() -> None:
     scenes = held_out_scenes(args.scenes, args.seed, detector.plain)
     requests = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]
     size = args.size or scene_pipeline.size
-    how = Sampling(args.steps, GUIDANCE_SCALES[MODEL], size)
+    how = Sampling(args.steps, model_info(MODEL).guidance_scale, size)
     layers = [ClearAdapter.from_pretrained(f) for f in args.layers or [model_path(f"{MODEL}-clear")]]
     rows: dict[str, Any] = {"teacher": None, "window, untrained": ClearAdapter(layers[0].config).eval()}
     rows |= {f"distilled, {one.config}": one for one in layers}

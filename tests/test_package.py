@@ -2,12 +2,16 @@
 
 import importlib
 import pkgutil
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import interactdiff
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def in_fresh_python(code: str) -> str:
@@ -41,3 +45,8 @@ def test_no_module_has_the_name_of_something_public(package: str) -> None:
 def test_mapped_folders_refuse_their_bare_names(name: str) -> None:
     code = f"try:\n  import {name}\nexcept ImportError as e: print(e)"
     assert in_fresh_python(code).startswith(f"import interactdiff.{name}, not {name}")
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda script: script.stem)
+def test_scripts_of_benchmarks_import_what_there_is(script: Path) -> None:
+    assert callable(runpy.run_path(str(script))["main"])
