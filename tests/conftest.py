@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from ranks import own_lock_of_progress_bars
 from tiny import Graphs, trained_adapter
 from tiny_dit import clip_config, tiny_flux_pipeline, tiny_sd3_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -26,6 +27,7 @@ import interactdiff
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.registry import methods
 
+own_lock_of_progress_bars()
 TEXT_WIDTH = 24
 TEXT_2_WIDTH = 16  # of SDXL's second text encoder, before and after its projection
 TIME_ID_WIDTH = 8  # of each of the six numbers that SDXL is told of a picture's size

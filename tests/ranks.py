@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import torch
+import tqdm.auto
 from accelerate.state import AcceleratorState
-from tqdm import tqdm
 
 from interactdiff.cli import main
 
@@ -53,6 +53,13 @@ def run_ranks(count: int, command: Command, kill_when: Callable[[], bool] = lamb
     return True
 
 
+def own_lock_of_progress_bars() -> None:
+    """Give tqdm a lock of this process alone: its own is shared with forks, and one that is killed keeps it."""
+    lock = threading.RLock()
+    for kind in (tqdm.tqdm, tqdm.auto.tqdm):  # the second may have one of its own
+        kind.set_lock(lock)
+
+
 def _forked(rank: int, count: int, port: int, command: Command) -> int:
     """The id of a new process; the new one does not return."""
     if process := os.fork():
@@ -60,7 +67,7 @@ def _forked(rank: int, count: int, port: int, command: Command) -> int:
     code = 1
     try:
         torch.set_num_threads(1)  # threads of OpenMP do not outlive a fork
-        tqdm.set_lock(threading.RLock())  # the one of before is shared: a killed process would keep it
+        own_lock_of_progress_bars()
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
