@@ -54,7 +54,7 @@ def run_ranks(count: int, command: Command, kill_when: Callable[[], bool] = lamb
 
 
 def own_lock_of_progress_bars() -> None:
-    """Give tqdm a lock of this process alone: its own is shared with forks, and one that is killed keeps it."""
+    """Give tqdm a lock of this process alone; its own is shared with forks, and a killed one keeps it."""
     lock = threading.RLock()
     for kind in (tqdm.tqdm, tqdm.auto.tqdm):  # the second may have one of its own
         kind.set_lock(lock)
