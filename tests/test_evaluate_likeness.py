@@ -276,7 +276,7 @@ def test_concepts_on_the_command_line(
         (["--concept", "--set", "rank=-1"], "expected rank to be a whole number from 0 up, got -1"),
         (["--concept", "--set", "projections=q"], "expected projections of kv, k, v, none, got 'q'"),
         (["--subject", "--set", "rank=1"], "--set: expected none beside --subject"),
-        (["--world", "--set", "rank=1"], "--set: expected it beside the scores of a method"),
+        (["--world", "--set", "rank=1"], "--set: expected --concept or --subject beside it, got --world"),
     ):
         assert main(["evaluate", *wrong, "--detector", detector]) == 2
         assert words in capsys.readouterr().err
