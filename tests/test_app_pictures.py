@@ -80,7 +80,7 @@ def test_files_that_are_no_subjects_are_refused_in_words(fields: PictureItems, t
         (str(tmp_path / "bad.png"), None, "picture: expected a whole PNG, JPEG, WEBP, got a file that "),
         (str(tmp_path / "white.png"), None, "subject &#x27;subject&#x27;: expected pixels of it in its pict"),
         (good, str(tmp_path / "mask.png"), "mask: expected light pixels where the subject is, got an empty"),
-        (good, str(tmp_path / "white.png"), "mask: expected 64 x 48 pixels, as its picture has once both are"),
+        (good, str(tmp_path / "white.png"), "mask: expected 64 x 48 pixels, as its picture has once both"),
     ):
         updates = fields._looked(picture, mask_file, "")
         assert message in updates[fields._error]["value"]
