@@ -134,7 +134,7 @@ def test_rows_are_found_however_text_is_joined_repeated_or_cast(pipe: Any) -> No
 
 
 def test_texts_act_however_long_ago_they_were_encoded(pipe: Any, monkeypatch: Any) -> None:
-    """Many are remembered, one that is encoded again once; if the memory is full, the user is told."""
+    """Many texts' states are kept, repeated ones once; a warning says when the limit is reached."""
     prompts = [f"{letter} <hero>" for letter in ascii_lowercase]
     with attach(pipe, trained_concept(pipe)) as handle, warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from data_files import make_folder, noise, write_rows
 from safetensors import safe_open
+from tiny_training import largest_file
 from torch.utils.data import DataLoader
 
 from interactdiff.data import Records
@@ -200,29 +199,17 @@ def test_a_damaged_file_of_latents_is_named(tmp_path: Path, pipe: Any) -> None:
         cache_of(tmp_path, pipe.vae).get(0, False)
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """No file grows beyond `size` bytes meanwhile, as on a disk that is full."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_is_one_sentence(tmp_path: Path, pipe: Any) -> None:
     make_folder(tmp_path / "rows", 4)
     cache, texts = cache_of(tmp_path, pipe.vae), TextCache(tmp_path / "texts", "none")
-    with files_of_at_most(200):
-        with pytest.raises(DataError, match=r"^expected room for a cache in .*/latents, got .*too large"):
+    with largest_file(200):
+        with pytest.raises(DataError, match=r"^expected disk space for a cache in .*/latents, got .*large"):
             list(cache.build(vae_mean(pipe.vae)))
-        with pytest.raises(DataError, match=r"^expected room for a cache in .*/texts, got .*too large"):
+        with pytest.raises(DataError, match=r"^expected disk space for a cache in .*/texts, got .*too large"):
             list(texts.build(["a"], states_of(pipe)))
     with (
-        files_of_at_most(10),
-        pytest.raises(DataError, match=r"^expected room for a cache in .*/kept, got File too large"),
+        largest_file(10),
+        pytest.raises(DataError, match=r"^expected disk space for a cache in .*/kept, got File too large"),
     ):
         Records.open(tmp_path / "rows", cache=tmp_path / "kept")
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""What recipes on pictures read: by workers of any kind, and what is said where it cannot be read."""
+"""How recipes read pictures: forked and spawned loader workers, and errors for unreadable data."""
 
 import pickle
 from collections.abc import Iterator

@@ -2,11 +2,8 @@
 
 import os
 import pickle
-import resource
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import yaml
 from recipes import VAE, four_steps, names, resume
 from safetensors.torch import load_file
+from tiny_training import largest_file
 
 from interactdiff.cli import main
 from interactdiff.errors import DamagedCheckpointError, RecipeError
@@ -243,17 +241,6 @@ def test_no_pickle_in_a_checkpoint_is_executed(file: str, tmp_path: Path) -> Non
 # --- a full disk ---
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """As `ulimit -f` does: files can be no larger than `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def check_that_only_the_first_is_there(folder: Path, before: dict[str, bytes]) -> None:
     assert names(folder) == ["checkpoint-2"]
     assert not list(folder.glob(".checkpoint-*"))
@@ -272,7 +259,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(
     size = 4000 if fits is None else sizes[fits]
     with largest_file(size):
         said = refused(capsys, file, "--resume_from_checkpoint", "latest")
-    assert f"expected room for a checkpoint in {folder}, got " in said
+    assert f"expected disk space for a checkpoint in {folder}, got " in said
     assert "File too large" in said
     check_that_only_the_first_is_there(folder, before)
     assert main(["train", file, "--resume_from_checkpoint", "latest"]) == 0
@@ -297,7 +284,7 @@ def test_a_disk_without_room_is_one_sentence(
         assert main(["train", file, *where, "steps=2", "sample_every=100"]) == 0
         before = {path.name: path.read_bytes() for path in (small / "r" / "checkpoint-2").iterdir()}
         said = refused(capsys, file, "--resume_from_checkpoint", "latest", *where)
-        assert f"expected room for a checkpoint in {small / 'r'}, got " in said
+        assert f"expected disk space for a checkpoint in {small / 'r'}, got " in said
         assert "No space left on device" in said
         check_that_only_the_first_is_there(small / "r", before)
     finally:
@@ -312,7 +299,7 @@ def test_what_was_trained_does_not_fit(
     assert load_file(made)
     with largest_file(made.stat().st_size - 1):
         said = refused(capsys, file, "--resume_from_checkpoint", "latest", "--set", "steps=2")
-    assert f"expected room for what was trained in {tmp_path / 'made'}, got " in said
+    assert f"expected disk space for what was trained in {tmp_path / 'made'}, got " in said
 
 
 # --- signals ---

@@ -96,7 +96,7 @@ def test_a_run_does_not_go_on_with_other_data_unasked(pipe: Any, pictures: Path,
     resume(changed)
 
 
-# --- as many processes as were asked for ---
+# --- number of processes ---
 
 
 def test_as_many_processes_as_were_asked_for(

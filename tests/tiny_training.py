@@ -1,7 +1,11 @@
 """A few steps of a training on pictures; shared by the tests."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from interactdiff.data.converters.base import Options
 from interactdiff.data.converters.run import run as convert
@@ -48,3 +52,15 @@ def config_of(base: Path, pictures: Path, folder: Path, **changes: Any) -> dict[
         "sample_every": 4,
         **changes,
     }
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As `ulimit -f` does: files can be no larger than `size` bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -239,7 +239,9 @@ class Recipe(ABC, Generic[C]):
                 self.export()
             except (OSError, SafetensorError) as error:
                 where = self.config.export_to
-                raise RecipeError(f"expected room for what was trained in {where}, got {error}") from None
+                raise RecipeError(
+                    f"expected disk space for what was trained in {where}, got {error}"
+                ) from None
 
     def _train(
         self, bar: "tqdm[Any]", pool: ThreadPoolExecutor, stop: StopSignals

@@ -194,7 +194,7 @@ class RunFolder:
             aside.rename(folder)
         except OSError as error:
             raise RecipeError(
-                f"expected room for a checkpoint in {self.path}, got {error.strerror or error}: "
+                f"expected disk space for a checkpoint in {self.path}, got {error.strerror or error}: "
                 "the checkpoints before it are as they were"
             ) from None
         finally:

@@ -18,4 +18,4 @@ def write_cache(path: Path, write: Callable[[Path], object]) -> None:
         write_aside(path, write)
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
-        raise DataError(f"expected room for a cache in {path.parent}, got {reason}") from None
+        raise DataError(f"expected disk space for a cache in {path.parent}, got {reason}") from None
