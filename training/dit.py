@@ -5,6 +5,7 @@ section 3).
 """
 
 import copy
+import math
 import random
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -39,6 +40,8 @@ from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.tokenizer import make_portable
 from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
+
+LENGTHS = 16  # tokens: texts are cut to multiples, so that a compiled transformer sees few shapes
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -120,6 +123,11 @@ class TextParts:
         short, long = token_ids(self.tokenizer, texts), token_ids(self.tokenizer_2, texts)
         return short.to(device), long.to(device)
 
+    def length(self, long: Tensor) -> int:
+        """A multiple of `LENGTHS` that no text of T5's [B, T] tokens exceeds, at most T."""
+        used = (long != self.tokenizer_2.pad_token_id).any(0).nonzero().max().item() + 1
+        return min(math.ceil(used / LENGTHS) * LENGTHS, long.shape[1])
+
     @torch.no_grad()
     def states(self, short: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, D] states of T5 and [B, P] pooled state of CLIP, as `FluxPipeline` makes them."""
@@ -144,6 +152,8 @@ class DitConfig(RecipeConfig):
         text: a pipeline folder with both tokenizers and text encoders, and the autoencoder.
         transformer: arguments of its class.
         pooled_dropout: share of the examples without the pooled caption.
+        whole_text: share of the steps whose texts keep all their padding, as pipelines pass it; else it is
+            cut to the longest text, and a step is up to 1.6 times as fast.
         compile: whether to compile the transformer.
         init_from: pipeline folder to go on from, or null.
         empty_caption: probability.
@@ -163,6 +173,7 @@ class DitConfig(RecipeConfig):
         dict[str, Any], arguments_of(FluxTransformer2DModel, arguments_named(FluxTransformer2DModel))
     ]
     pooled_dropout: Share
+    whole_text: Share = 1.0
     compile: Flag
     init_from: OptionalLocation = None
     empty_caption: Share
@@ -197,11 +208,14 @@ class DitRecipe(Recipe[DitConfig]):
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config.seed * 1_000_003 + step)
         latents, captions = self.data.batch(rng, self.config.empty_caption)
-        return {"latents": latents.to(self.device), "tokens": self.text.tokens(captions)}
+        short, long = self.text.tokens(captions)
+        length = long.shape[1] if rng.random() < self.config.whole_text else self.text.length(long)
+        return {"latents": latents.to(self.device), "tokens": (short, long), "length": length}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         config = self.config
         text, pooled = self.text.states(*batch["tokens"])
+        text = text[:, : batch["length"]]
         kept = torch.rand(len(text), 1, generator=generator, device=generator.device) >= config.pooled_dropout
         pooled = pooled * kept.to(pooled)
         logits = config.logit_mean, config.logit_std

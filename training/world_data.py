@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +69,7 @@ def scenes(count: int) -> list[WorldScene]:
     return [scene for chunk in _in_chunks(range(count), _scene_chunk) for scene in chunk]
 
 
+@cache
 def scene_seeds(count: int, most: int | None = None) -> Sequence[int]:
     """The first seeds whose scenes have at most so many persons and objects; None: any."""
     if most is None:
