@@ -261,7 +261,7 @@ def _find(learner: Any, request: LearnRequest, report: Callable[[LearnProgress],
                 raise
         if missing is None or missing not in boxes or missing in given:
             break
-        given[missing] = box_mask(boxes[missing], tuple(learner.masks.masks.shape[1:]))
+        given[missing] = box_mask(boxes[missing], (request.photo.height, request.photo.width))
     shares = learner.masks.areas
     found = ", ".join(f"{name} {100 * area:.0f} %" for name, area in shares.items())
     whole = f"; the whole box of {' and '.join(given)}" if given else ""

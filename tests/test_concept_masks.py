@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_concept import PAIR, photo
 from torch import Tensor
 
@@ -372,3 +374,25 @@ def test_layers(unet: Any, sd3_pipe: Any) -> None:
     with pytest.raises(AdapterError, match="expected blocks of 0 to 1, got"):
         Layers.of(sd3_pipe.transformer, [2])
     assert enlarged(torch.rand(1, 1, 3, 4), (6, 8)).shape[2:] == (6, 8)
+
+
+def test_boxes_and_masks_are_cropped_with_the_photo(pipe: Any) -> None:
+    """A photo's edges are cut to a multiple of pixels; the photo as its own mask is the oracle."""
+    denoising, size = Denoising.of(pipe), (100, 52)
+    white = Image.new("L", size)
+    white.paste(255, (50, 13, 90, 39))
+    crop, sized = denoising.crop(size, 64), denoising.sized(white, 64)
+    assert crop.kept != (0.0, 0.0, 1.0, 1.0)
+    assert (crop.width, crop.height) == sized.size
+    grid = sized.size[1] // 4, sized.size[0] // 4
+    expected = to_grid(torch.from_numpy(np.array(sized.convert("L"))) / 255, grid)
+    mask = crop.mask(torch.from_numpy(np.array(white)) / 255)
+    assert (to_grid(mask, grid) - expected).abs().max() < 0.3, "within a pixel of the mask"
+    x0, y0, x1, y1 = crop.box((0.5, 0.25, 0.9, 0.75))
+    inside = expected > 0.5
+    rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+    found = columns[0] / grid[1], rows[0] / grid[0], (columns[-1] + 1) / grid[1], (rows[-1] + 1) / grid[0]
+    assert (x0, y0, x1, y1) == pytest.approx([float(n) for n in found], abs=0.5 / min(grid))
+    back = np.array(crop.restored(sized.convert("L"), size)) > 127
+    assert (back == (np.array(white) > 127)).mean() > 0.97
+    assert crop.box((0.0, 0.0, 1.0, 1.0)) == (0.0, 0.0, 1.0, 1.0)

@@ -113,6 +113,21 @@ def test_an_untrained_transformer_predicts_nothing_yet(folder: Path) -> None:
     assert recipe.model(**flow.inputs).sample.abs().max() == 0
 
 
+def test_texts_are_cut_to_the_longest(folder: Path) -> None:
+    made = recipe_config(folder, "stickworld_dit") | {"output_dir": str(folder / "cut"), "whole_text": 0.0}
+    recipe = make_recipe(made)
+    whole = recipe.text.tokens(["a person"])[1].shape[1]
+    assert recipe.text.length(recipe.text.tokens(["", "a person"])[1]) == 16 < whole
+    assert recipe.text.length(recipe.text.tokens(["a person " * 99])[1]) == whole
+    seen, forward = [], recipe.model.forward
+    recipe.model.forward = lambda **inputs: seen.append(inputs) or forward(**inputs)
+    batch = recipe.batch(0)
+    recipe.loss(batch, recipe.generator(0))
+    assert batch["length"] == seen[0]["encoder_hidden_states"].shape[1] == len(seen[0]["txt_ids"])
+    recipe.config = recipe.config.model_copy(update={"whole_text": 1.0})
+    assert recipe.batch(0)["length"] == whole
+
+
 def test_flow_is_between_noise_and_latents() -> None:
     latents, text, pooled = torch.randn(64, 4, 4, 6), torch.zeros(64, 3, 5), torch.zeros(64, 2)
     for logits, middle in ((None, 0.5), ((1.3, 1.2), 0.73)):

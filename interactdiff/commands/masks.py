@@ -31,7 +31,9 @@ def add_to(commands: Commands) -> None:
         "--out", type=Path, default=Path("masks.png"), metavar="PNG", help="default: %(default)s"
     )
     parser.add_argument(
-        "--each", action="store_true", help="also write OUT.WORD.png for each word, white where it is"
+        "--each",
+        action="store_true",
+        help="also write OUT.WORD.png of the photo's size for each word, white where it is",
     )
 
 
@@ -61,12 +63,13 @@ def _run(args: argparse.Namespace) -> None:
         boxes=places,
         given=given,
     )
-    sized = Denoising.of(pipeline).sized(photo, size)
-    written = {args.out: masks_picture(sized, masks)}
+    denoising = Denoising.of(pipeline)
+    crop = denoising.crop(photo.size, size)
+    written = {args.out: masks_picture(denoising.sized(photo, size), masks)}
     if args.each:
         for number, name in enumerate(masks.names):
             white = Image.fromarray(masks.masks[number].numpy().astype(np.uint8) * 255)
-            written[_beside(args.out, name, written)] = white.resize(sized.size, Image.Resampling.NEAREST)
+            written[_beside(args.out, name, written)] = crop.restored(white, photo.size)
     for path, picture in written.items():
         write_aside(path, lambda file, picture=picture: picture.save(file, format="PNG"))
         print(path)

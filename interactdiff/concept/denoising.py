@@ -16,6 +16,7 @@ from interactdiff.concept.words import ConceptError
 from interactdiff.errors import AdapterError
 from interactdiff.latent_encoding import picture_latents
 from interactdiff.pipeline_calls import call_arguments
+from interactdiff.scene import Box
 from interactdiff.sites import denoiser_of, known_family
 
 TRAIN_STEPS = 1000  # timesteps are in [0, 1000) for every family
@@ -40,6 +41,53 @@ class Prompt:
             return value.repeat_interleave(times, 0)
 
         return Prompt(repeat(self.arguments))
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The part of a photo that is seen; boxes and masks that are given for the photo are cropped with it.
+
+    Attributes:
+        resized: width and height of the photo before it is cropped, in pixels.
+        left: of the part, in pixels of the resized photo.
+        top: likewise.
+        width: likewise.
+        height: likewise.
+    """
+
+    resized: tuple[int, int]
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def kept(self) -> Box:
+        """The part, xyxy in shares of the photo's sides."""
+        wide, high = self.resized
+        right, bottom = self.left + self.width, self.top + self.height
+        return self.left / wide, self.top / high, right / wide, bottom / high
+
+    def box(self, box: Box) -> Box:
+        """A box, xyxy in [0, 1] of the photo, as xyxy in [0, 1] of the part."""
+        x0, y0, x1, y1 = self.kept
+        (left, right), (top, bottom) = (
+            ((low - start) / (end - start), (high - start) / (end - start))
+            for low, high, start, end in ((box[0], box[2], x0, x1), (box[1], box[3], y0, y1))
+        )
+        return max(0.0, left), max(0.0, top), min(1.0, right), min(1.0, bottom)
+
+    def mask(self, mask: Tensor) -> Tensor:
+        """A mask [h, w] of the photo, cut to the part, to whole pixels of the mask."""
+        rows, columns = mask.shape
+        x0, y0, x1, y1 = self.kept
+        return mask[round(y0 * rows) : round(y1 * rows), round(x0 * columns) : round(x1 * columns)]
+
+    def restored(self, mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """A mask of the part as one of the photo of a size (width, height), black outside the part."""
+        whole = Image.new(mask.mode, self.resized)
+        whole.paste(mask.resize((self.width, self.height), Image.Resampling.NEAREST), (self.left, self.top))
+        return whole.resize(size, Image.Resampling.NEAREST)
 
 
 class Denoising(ABC):
@@ -86,15 +134,17 @@ class Denoising(ABC):
             raise ConceptError(
                 f"expected a photo of at least {least} pixels a side, got {photo.width} x {photo.height}"
             )
-        scale = side / (photo.width * photo.height) ** 0.5
-        width, height = (
-            max(self.multiple, round(n * scale / self.multiple) * self.multiple) for n in photo.size
-        )
-        fit = max(width / photo.width, height / photo.height)
-        wide, high = (max(n, round(m * fit)) for n, m in ((width, photo.width), (height, photo.height)))
-        left, top = (wide - width) // 2, (high - height) // 2
-        resized = photo.convert("RGB").resize((wide, high), Image.Resampling.LANCZOS)
-        return resized.crop((left, top, left + width, top + height))
+        crop = self.crop(photo.size, side)
+        resized = photo.convert("RGB").resize(crop.resized, Image.Resampling.LANCZOS)
+        return resized.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+
+    def crop(self, size: tuple[int, int], side: int) -> "Crop":
+        """How `sized` resizes and crops a photo of a size (width, height in pixels)."""
+        scale = side / (size[0] * size[1]) ** 0.5
+        width, height = (max(self.multiple, round(n * scale / self.multiple) * self.multiple) for n in size)
+        fit = max(width / size[0], height / size[1])
+        wide, high = max(width, round(size[0] * fit)), max(height, round(size[1] * fit))
+        return Crop((wide, high), (wide - width) // 2, (high - height) // 2, width, height)
 
     def latents(self, photo: Image.Image) -> Tensor:
         """[1, C, H, W] float32 latents of a photo: what its distribution is centred on, without noise."""

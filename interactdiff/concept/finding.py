@@ -90,11 +90,14 @@ def find_masks(
     if scene is not None:
         boxes = {**scene_boxes(scene, dict(zip(words, words, strict=True))), **(boxes or {})}
     denoising = Denoising.of(pipeline)
-    sized = denoising.sized(photo, size or default_size(pipeline))
+    side = size or default_size(pipeline)
+    sized, crop = denoising.sized(photo, side), denoising.crop(photo.size, side)
     adapter = ConceptAdapter.for_pipeline(pipeline).named("masks")
     with attach(pipeline, adapter) as handle:
         finder = Finder(denoising, handle["concept:masks"], sized, list(words), prompt, looking)
         settings = finder.settings
+        boxes = {word: crop.box(box) for word, box in (boxes or {}).items()}
+        given = {word: crop.mask(mask) for word, mask in (given or {}).items()}
         masks = make_masks(words, finder.scores(), settings, boxes, given)
     masks.check(settings.minimum_area)
     return masks

@@ -140,7 +140,8 @@ class Learner:
         self.names = [concept.token for concept in self.concepts]
         joint_prompt(prompt, self.names)
         self.denoising = Denoising.of(pipeline)
-        self.photo = self.denoising.sized(image, options.size or default_size(pipeline))
+        side = options.size or default_size(pipeline)
+        self.photo, self._crop = self.denoising.sized(image, side), self.denoising.crop(image.size, side)
         self.adapter = ConceptAdapter.for_pipeline(
             pipeline,
             self.concepts,
@@ -198,10 +199,15 @@ class Learner:
     ) -> ConceptMasks:
         """Find the concepts in the photo, or take up what a checkpoint has of them.
 
+        Args:
+            boxes: for some concepts a box, xyxy in [0, 1] of the whole photo.
+            given: for some concepts a mask [h, w] of the whole photo.
+
         Raises:
             ConceptError: one is not found, or a box or mask is of no concept.
         """
-        self._boxes, self._given = dict(boxes or {}), dict(given or {})
+        self._boxes = {name: self._crop.box(box) for name, box in (boxes or {}).items()}
+        self._given = {name: self._crop.mask(mask) for name, mask in (given or {}).items()}
         self._run = self._agreed()
         if not self._resume():
             scores = self.finder.scores()
