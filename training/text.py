@@ -268,10 +268,22 @@ class TextRecipe(Recipe[Any]):
         return None
 
     def export(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        save_text_encoder(copy.deepcopy(model["text_encoder"]).half(), Path(self.config.export_to))
+        encoder = copy.deepcopy(self.accelerator.unwrap_model(self.model)["text_encoder"])
+        centre_pooled(encoder, self._examples(random.Random(0), 0, 512)["tokens"])
+        save_text_encoder(encoder.half(), Path(self.config.export_to))
         self.tokenizer.save_pretrained(Path(self.config.export_to, "tokenizer"))
         make_portable(Path(self.config.export_to))
+
+
+@torch.no_grad()
+def centre_pooled(encoder: CLIPTextModel, tokens: Tensor) -> None:
+    """Shift all states so that the pooled state of texts [B, L] has a mean of zero.
+
+    Muon steps along a gradient's main direction, which for a layer after a state is the state's mean: it
+    drove what a transformer makes of the pooled state, a linear layer and SiLU, to where SiLU is zero.
+    """
+    norm: Any = next(m for name, m in encoder.named_modules() if name.endswith("final_layer_norm"))
+    norm.bias -= encoder(tokens).pooler_output.mean(0)
 
 
 class T5Recipe(TextRecipe):

@@ -111,9 +111,14 @@ def _second_colour(colour: str, rng: random.Random) -> str:
     return rng.choice([second for second in known if (colour, second) != ("yellow", "blue")])
 
 
+def _often(usual: str, others: tuple[str, ...], rng: random.Random) -> str:
+    """One half of the time what is usual, else another."""
+    return usual if rng.random() < 0.5 else rng.choice([other for other in others if other != usual])
+
+
 def _clothing(patterns: tuple[str, ...], rng: random.Random) -> tuple[str, str, str | None]:
-    """Colour, pattern and second colour."""
-    colour, pattern = rng.choice(tuple(COLOURS)), rng.choice(patterns)
+    """Colour, pattern and second colour; half is plain."""
+    colour, pattern = rng.choice(tuple(COLOURS)), _often("plain", patterns, rng)
     return colour, pattern, None if pattern == "plain" else _second_colour(colour, rng)
 
 
@@ -123,8 +128,8 @@ def sample_object_appearance(rng: random.Random) -> Appearance:
 
 
 def sample_person_appearance(rng: random.Random) -> PersonAppearance:
-    """Draw a person's appearance."""
-    headwear = rng.choice(HEADWEAR)
+    """Draw a person's appearance; half go without headwear."""
+    headwear = _often("none", HEADWEAR, rng)
     return PersonAppearance(
         *_clothing(SHIRT_PATTERNS, rng),
         hair=rng.choice(HAIR_SHAPES),

@@ -112,6 +112,8 @@ def _reach(look: PersonAppearance) -> tuple[float, float, float]:
     hair, hat = _HAIR_REACH[look.hair], _HEADWEAR_REACH[look.headwear or "none"]
     if look.headwear not in (None, "none"):
         hair = (0.0, *hair[1:])
+    elif look.hair == "spiky":  # the spike to the front is for what headwear leaves to be seen
+        hair = (hair[0], 1.25, hair[2])
     up, front, back = (max(1.0, a, b) for a, b in zip(hair, hat, strict=True))
     return up, front, back
 
