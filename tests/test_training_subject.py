@@ -18,6 +18,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from interactdiff import SubjectAdapter, attach
 from interactdiff.clear import ClearAdapter
 from interactdiff.data import read_folder
+from interactdiff.data.converters.base import Options
+from interactdiff.data.converters.run import run as convert
 from interactdiff.errors import DataError, RecipeError, SceneError
 from interactdiff.scene import Interaction
 from interactdiff.sites import denoiser_of
@@ -106,6 +108,31 @@ def test_the_encoder_is_trained_saved_loaded_and_drawn(
 
 
 @pytest.mark.parametrize("fixture", ["pipe", "flux_pipe"])
+def test_the_embedded_world_trains_an_encoder_with_a_new_tower(
+    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pipe: Any = request.getfixturevalue(fixture)
+    convert("stickworld", "0:4", tmp_path / "world", Options(size=32, subjects=2))
+    config = subject_config(pipe, tmp_path / "world", tmp_path, tmp_path, steps=2, image_encoder=None)
+    with pytest.raises(RecipeError, match="train_image_encoder: expected true for a new image encoder"):
+        checked(SubjectTrainingConfig, config | {"vision": VISION})
+    config |= {"vision": VISION, "train_image_encoder": True, "layers": [1]}
+    recipe: Any = make_recipe(config | {"learning_rate": 0.1})
+    tower = {name: t.clone() for name, t in recipe.model.image_encoder.state_dict().items()}
+    for attention, _ in recipe.model.attentions.values():  # zero at the start, which stops all others
+        torch.nn.init.normal_(attention.to_out[0].weight, std=0.1)
+    assert len(recipe.train()) == 2
+    kept = {n for n, t in recipe.model.image_encoder.state_dict().items() if torch.equal(t, tower[n])}
+    unread = {name for name in tower if "layers.1." in name or "post_layernorm" in name}
+    key_biases = {name for name in tower if name.endswith("k_proj.bias")}  # which a softmax does not see
+    assert unread <= kept <= unread | key_biases
+    adapter = SubjectAdapter.from_pretrained(tmp_path / "adapter")
+    assert adapter.config is not None
+    assert adapter.config.layers == (1,)
+    assert not any(parameter.requires_grad for parameter in adapter.image_encoder.parameters())
+
+
+@pytest.mark.parametrize("fixture", ["pipe", "flux_pipe"])
 @pytest.mark.parametrize("box", [None, (0.0, 0.0, 0.5, 1.0)])
 def test_given_tokens_act_as_the_scene_does(fixture: str, box: Any, request: pytest.FixtureRequest) -> None:
     """What training does is what drawing does."""
@@ -148,6 +175,9 @@ def test_what_is_drawn_of_an_example() -> None:
     drawn = [vary("a dog", [dog()], rng) for _ in range(2000)]
     shares = np.mean([[not items, not prompt] for prompt, items in drawn], 0)
     assert shares == pytest.approx([1 - 0.9 * 0.8, 1 - 0.9 * 0.9], abs=0.03)
+    places = SubjectVariation(SubjectDropsConfig(subject=0, box=0.3), ReferenceChanges(), 16)
+    boxes = [items[0].box for _ in range(1000) if (items := places("a dog", [found], rng)[1])]
+    assert np.mean([box is None for box in boxes]) == pytest.approx(0.3, abs=0.05)
     assert vary.more([], rng)["present"] == 0
     more = vary.more([dog()], rng)
     assert more["present"] == 1
@@ -189,7 +219,7 @@ def test_bad_references_are_one_sentence(pictures: Path, tmp_path: Path, pipe: A
     config = subject_config(pipe, tmp_path / "rows", tmp_path, tower)
     with pytest.raises(RecipeError, match=r"expected subjects with pictures in the rows of .*, got none in"):
         make_recipe(config)
-    with pytest.raises(RecipeError, match="image_encoder: expected it or init_from, got both or neither"):
+    with pytest.raises(RecipeError, match="image_encoder: expected it, vision or init_from, got none"):
         checked(SubjectTrainingConfig, config | {"image_encoder": None})
     with pytest.raises(RecipeError, match="layers: expected whole numbers of the image tower's layers"):
         checked(SubjectTrainingConfig, config | {"layers": "all"})
