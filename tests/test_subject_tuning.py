@@ -169,16 +169,16 @@ def test_the_whole_base_is_tuned_and_of_its_words_only_the_new_one(xl_pipe: Any,
     assert torch.allclose(says(made, f"a dog {TOKEN}"), says(recipe.pipe, f"a dog {TOKEN}"), atol=1e-4)
 
 
-@pytest.fixture
-def encoder(pipe: Any, tmp_path: Path) -> str:
-    trained_subject_adapter(denoiser_of(pipe)).save_pretrained(tmp_path / "encoder")
-    return str(tmp_path / "encoder")
+def saved_encoder(pipe: Any, folder: Path) -> str:
+    trained_subject_adapter(denoiser_of(pipe)).save_pretrained(folder / "encoder")
+    return str(folder / "encoder")
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_same_pictures(
-    pipe: Any, tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str]
+    flux_pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tuning_config(pipe, tmp_path, subject_encoder=encoder, encoder_weight=0.7)
+    encoder = saved_encoder(flux_pipe, tmp_path)
+    config = tuning_config(flux_pipe, tmp_path, subject_encoder=encoder, encoder_weight=0.7)
     check_that_a_resumed_run_is_the_unbroken_one(config)
     assert capsys.readouterr().err.count("drawing 3 regular pictures") == 1
     assert len([*tmp_path.glob("run/regular-*/*.png")]) == 3
@@ -210,9 +210,8 @@ def test_regular_pictures_are_drawn_once(pipe: Any, tmp_path: Path) -> None:
         drawn()
 
 
-def test_each_row_is_seen_by_the_encoder_with_its_own_picture(
-    pipe: Any, tmp_path: Path, encoder: str
-) -> None:
+def test_each_row_is_seen_by_the_encoder_with_its_own_picture(pipe: Any, tmp_path: Path) -> None:
+    encoder = saved_encoder(pipe, tmp_path)
     config = tuning_config(pipe, tmp_path, subject_encoder=encoder, encoder_weight=0.7, batch_size=2)
     recipe: Any = make_recipe(config | {"flip": 1.0})
     assert len({index for step in range(3) for index in _chosen(recipe, step)[:2]}) == 3

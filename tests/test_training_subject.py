@@ -8,7 +8,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from PIL import Image
+from recipes import CONFIGS
 from safetensors.torch import load_file
 from tiny_dit import draw
 from tiny_subject import LAYERS, VISION, dog, half_mask, picture, trained_subject_adapter
@@ -23,10 +25,11 @@ from interactdiff.data.converters.run import run as convert
 from interactdiff.errors import DataError, RecipeError, SceneError
 from interactdiff.scene import Interaction
 from interactdiff.sites import denoiser_of
+from interactdiff.subject.config import CLIP_LARGE
 from interactdiff.subject.foreground import foreground
 from interactdiff.subject.items import Subject
 from interactdiff.training.config import checked
-from interactdiff.training.run import make_recipe
+from interactdiff.training.run import load_config, make_recipe
 from interactdiff.training.subject import SubjectVariation, changed, subjects_of
 from interactdiff.training.subject_config import (
     ReferenceChanges,
@@ -107,17 +110,21 @@ def test_the_encoder_is_trained_saved_loaded_and_drawn(
         assert not torch.equal(draw(pipe), plain)
 
 
-@pytest.mark.parametrize("fixture", ["pipe", "flux_pipe"])
+@pytest.mark.parametrize(
+    ("fixture", "name"), [("pipe", "stickworld_subject"), ("flux_pipe", "stickworld_dit_subject")]
+)
 def test_the_embedded_world_trains_an_encoder_with_a_new_tower(
-    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
+    fixture: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     pipe: Any = request.getfixturevalue(fixture)
     convert("stickworld", "0:4", tmp_path / "world", Options(size=32, subjects=2))
-    config = subject_config(pipe, tmp_path / "world", tmp_path, tmp_path, steps=2, image_encoder=None)
+    pipe.save_pretrained(tmp_path / "base")
+    tiny = config_of(tmp_path / "base", tmp_path / "world", tmp_path, steps=2, learning_rate=0.1)
+    config = load_config(CONFIGS / f"{name}.yaml", [])
+    config |= {key: value for key, value in tiny.items() if key in config and key != "recipe"}
     with pytest.raises(RecipeError, match="train_image_encoder: expected true for a new image encoder"):
-        checked(SubjectTrainingConfig, config | {"vision": VISION})
-    config |= {"vision": VISION, "train_image_encoder": True, "layers": [1]}
-    recipe: Any = make_recipe(config | {"learning_rate": 0.1})
+        checked(SubjectTrainingConfig, config | {"train_image_encoder": False})
+    recipe: Any = make_recipe(config | {"vision": VISION, "layers": [1], "token_dim": 8, "workers": 0})
     tower = {name: t.clone() for name, t in recipe.model.image_encoder.state_dict().items()}
     for attention, _ in recipe.model.attentions.values():  # zero at the start, which stops all others
         torch.nn.init.normal_(attention.to_out[0].weight, std=0.1)
@@ -130,6 +137,22 @@ def test_the_embedded_world_trains_an_encoder_with_a_new_tower(
     assert adapter.config is not None
     assert adapter.config.layers == (1,)
     assert not any(parameter.requires_grad for parameter in adapter.image_encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "part", "kind"),
+    [
+        ("stickworld_subject", "stickworld_base", "unet", UNet2DConditionModel),
+        ("stickworld_dit_subject", "stickworld_dit", "transformer", FluxTransformer2DModel),
+    ],
+)
+def test_the_worlds_encoders_are_small(name: str, base: str, part: str, kind: Any) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", [])
+    with torch.device("meta"):
+        denoiser = kind(**load_config(CONFIGS / f"{base}.yaml", [])[part])
+        vision = CLIP_LARGE | config["vision"]
+        adapter = SubjectAdapter.for_denoiser(denoiser, vision=vision, layers=config["layers"])
+    assert 1e6 < 2 * sum(parameter.numel() for parameter in adapter.parameters()) < 4e6, "bytes, as exported"
 
 
 @pytest.mark.parametrize("fixture", ["pipe", "flux_pipe"])
