@@ -24,7 +24,7 @@ from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.encoder import squared
-from interactdiff.subject.foreground import Foreground, foreground, load_segmenter
+from interactdiff.subject.foreground import WHOLE, Foreground, foreground, load_segmenter
 from interactdiff.subject.items import Subject
 from interactdiff.training.frozen_bases import frozen_base
 from interactdiff.training.optimizers import make_optimizers
@@ -32,7 +32,7 @@ from interactdiff.training.pictures import PRECISION_DTYPES
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.regular_pictures import regular_pictures
 from interactdiff.training.subject_tuning_config import SubjectTuningConfig
-from interactdiff.training.tuned_parts import TunedParts
+from interactdiff.training.tuned_parts import TunedParts, check_words
 
 _ORDER, _FLIPS, _NOISE = 1, 2, 3  # what random numbers are for
 
@@ -70,6 +70,7 @@ class SubjectTuningRecipe(Recipe[SubjectTuningConfig]):
                     f"expected a subject encoder at {config.subject_encoder}, got an adapter without"
                 )
         adapter.requires_grad_(False).check(self.base.denoiser)
+        check_words(self.pipe, config.token, config.class_word)
         self.pipe.to(self.device)
         adapter.to(self.device)
         with self.accelerator.autocast():
@@ -93,6 +94,12 @@ class SubjectTuningRecipe(Recipe[SubjectTuningConfig]):
         if self.tokens is not None:
             self.handle = attach(self.pipe, adapter)
         count = sum(parameter.numel() for parameter in parts.parameters())
+        if found.how == WHOLE:
+            print(
+                "interactdiff: the whole reference is taken for the subject, background and all: give a mask, a "
+                "segmenter, or a picture with an alpha channel or a white background",
+                file=sys.stderr,
+            )
         print(
             f"interactdiff: the subject is found by {found.how}; {len(regular)} regular pictures; "
             f"{count / 1e6:.2f} M parameters in {', '.join(tuned)} and {config.token}; base {config.base} in "

@@ -33,6 +33,23 @@ EMBEDDING = "learned_embeds{}.safetensors"  # of each text encoder, as diffusers
 LEGACY_END = 2  # for which CLIP takes the highest id for the end of a text, which a new token's would be
 
 
+def check_words(pipe: Any, token: str, word: str) -> None:
+    """Make sure that a pipeline's text encoders can learn a new word.
+
+    Args:
+        pipe: the pipeline.
+        token: the new word.
+        word: whose embeddings it is to begin with.
+
+    Raises:
+        AdapterError: a tokenizer has the token already.
+        ConceptError: a tokenizer has no tokens for the word.
+    """
+    for one in text_encoders(pipe):
+        check_new(pipe, one, [token])
+        one.word_vectors(pipe, word, 1)
+
+
 class TunedParts(nn.Module):
     """The parameters that are trained, which are those of the pipeline's modules; and the new token.
 
@@ -45,18 +62,12 @@ class TunedParts(nn.Module):
 
     Attributes:
         vectors: the token's embedding [1, width] in each text encoder, by the encoder's name.
-
-    Raises:
-        ConceptError: a tokenizer has no tokens for the word.
-        AdapterError: a tokenizer has the token already.
     """
 
     def __init__(self, pipe: Any, token: str, word: str, rank: int | None, names: Sequence[str]):
         super().__init__()
         self.pipe, self.token, self.rank, self.names = pipe, token, rank, tuple(names)
         self.encoders = text_encoders(pipe)
-        for one in self.encoders:
-            check_new(pipe, one, [token])
         vectors = {one.name: nn.Parameter(one.word_vectors(pipe, word, 1)) for one in self.encoders}
         self.vectors = nn.ParameterDict(vectors)
         for name in names:
