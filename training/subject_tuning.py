@@ -96,8 +96,8 @@ class SubjectTuningRecipe(Recipe[SubjectTuningConfig]):
         count = sum(parameter.numel() for parameter in parts.parameters())
         if found.how == WHOLE:
             print(
-                "interactdiff: the whole reference is taken for the subject, background and all: give a mask, a "
-                "segmenter, or a picture with an alpha channel or a white background",
+                "interactdiff: the whole reference is taken, background and all: give a mask, "
+                "a segmenter, or a picture with an alpha channel or a white background",
                 file=sys.stderr,
             )
         print(
