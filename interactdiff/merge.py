@@ -111,6 +111,7 @@ def merged_attention(q: Tensor, k: Tensor, v: Tensor, extra: Sequence[KeyBlock],
     """
     if needs_gradients(q, k, v, extra):
         return concatenated_attention(q, k, v, extra, scale)
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm leaves them in float32
     return merge_extra(*attend(q, k, v, None, scale), q, extra, scale)
 
 

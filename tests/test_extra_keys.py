@@ -94,6 +94,16 @@ def test_a_block_has_weights_by_query_too(attention: Any) -> None:
         assert torch.equal(alone[:, :, :4], attention(q, k, v, [], 0.5)[:, :, :4])
 
 
+def test_queries_and_keys_may_be_wider_than_values() -> None:
+    """As autocast has them after a norm."""
+    q, k = noise(B, HEADS, 5, D), noise(B, HEADS, 6, D, seed=1)
+    v = noise(B, HEADS, 6, D, seed=2)
+    block = KeyBlock(noise(B, HEADS, 3, D, seed=3), noise(B, HEADS, 3, D, seed=4), torch.zeros(1, 1, 1, 1))
+    made = merged_attention(q, k, v.bfloat16(), [block], 0.4)
+    assert made.dtype == torch.bfloat16
+    assert torch.allclose(made.float(), merged_attention(q, k, v, [block], 0.4), atol=0.03)
+
+
 def test_a_block_of_weight_0_changes_no_bit_and_weight_w_counts_w_times() -> None:
     q, k, v = noise(B, HEADS, 6, D, seed=1), noise(B, HEADS, 8, D, seed=2), noise(B, HEADS, 8, D, seed=3)
     keys, values = noise(1, HEADS, 4, D, seed=4), noise(1, HEADS, 4, D, seed=5)

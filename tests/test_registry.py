@@ -37,7 +37,14 @@ BADGE = "new|0.0,0.0,0.5,0.5|strength=0.5"
 def test_what_the_package_has() -> None:
     assert list(methods()) == ["clear", "concept", "interaction", "subject"]
     assert list(samplers()) == ["high_resolution"]
-    assert recipes().keys() == {"adapter", "interaction", "distill", "distill_pictures", "subject"}
+    assert recipes().keys() == {
+        "adapter",
+        "interaction",
+        "distill",
+        "distill_pictures",
+        "subject",
+        "subject_tuning",
+    }
 
 
 # --- a new folder ---

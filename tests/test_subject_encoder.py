@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_unet
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import Calls, close
 from tiny_dit import draw
@@ -210,3 +211,22 @@ def test_the_published_shapes_and_counts(pipe: Any) -> None:
     assert state["up_blocks.3.attentions.2.transformer_blocks.0.se_attn.to_k.weight"].shape == (320, 768)
     with pytest.raises(AdapterError, match=r"expected the base .* SD 1.x \(cross-attention width 768"):
         adapter.check(pipe.unet)
+
+
+def test_attention_may_see_whole_references_while_the_encoder_sees_the_foreground(pipe: Any) -> None:
+    adapter = trained_subject_adapter(denoiser_of(pipe))
+    found = {}
+    with attach(pipe, adapter) as handle:
+        for masked in (True, False):
+            handle["subject"].configure(masked=masked)
+            handle.set_scene([dog()])
+            (found[masked],) = (one.reference for one in handle["subject"].scene.subjects)
+            handle["subject"].configure(encoder_weight=0.0)
+            found[masked, "drawn"] = draw(pipe)
+        handle["subject"].configure(masked=True)
+        handle.set_scene([dog(mask=Image.new("L", (16, 16), 255))])
+        assert torch.equal(draw(pipe), found[False, "drawn"])
+    assert torch.equal(found[True].tokens, found[False].tokens)
+    assert found[True].mask.mean() < 0.6
+    assert found[False].mask.min() == 1
+    assert not torch.equal(found[True, "drawn"], found[False, "drawn"])

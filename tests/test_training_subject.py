@@ -8,7 +8,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from PIL import Image
+from recipes import CONFIGS
 from safetensors.torch import load_file
 from tiny_dit import draw
 from tiny_subject import LAYERS, VISION, dog, half_mask, picture, trained_subject_adapter
@@ -18,13 +20,16 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from interactdiff import SubjectAdapter, attach
 from interactdiff.clear import ClearAdapter
 from interactdiff.data import read_folder
+from interactdiff.data.converters.base import Options
+from interactdiff.data.converters.run import run as convert
 from interactdiff.errors import DataError, RecipeError, SceneError
 from interactdiff.scene import Interaction
 from interactdiff.sites import denoiser_of
+from interactdiff.subject.config import CLIP_LARGE
 from interactdiff.subject.foreground import foreground
 from interactdiff.subject.items import Subject
 from interactdiff.training.config import checked
-from interactdiff.training.run import make_recipe
+from interactdiff.training.run import load_config, make_recipe
 from interactdiff.training.subject import SubjectVariation, changed, subjects_of
 from interactdiff.training.subject_config import (
     ReferenceChanges,
@@ -105,6 +110,51 @@ def test_the_encoder_is_trained_saved_loaded_and_drawn(
         assert not torch.equal(draw(pipe), plain)
 
 
+@pytest.mark.parametrize(
+    ("fixture", "name"), [("pipe", "stickworld_subject"), ("flux_pipe", "stickworld_dit_subject")]
+)
+def test_the_embedded_world_trains_an_encoder_with_a_new_tower(
+    fixture: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pipe: Any = request.getfixturevalue(fixture)
+    convert("stickworld", "0:4", tmp_path / "world", Options(size=32, subjects=2))
+    pipe.save_pretrained(tmp_path / "base")
+    tiny = config_of(tmp_path / "base", tmp_path / "world", tmp_path, steps=2, learning_rate=0.1)
+    config = load_config(CONFIGS / f"{name}.yaml", [])
+    config |= {key: value for key, value in tiny.items() if key in config and key != "recipe"}
+    with pytest.raises(RecipeError, match="train_image_encoder: expected true for a new image encoder"):
+        checked(SubjectTrainingConfig, config | {"train_image_encoder": False})
+    recipe: Any = make_recipe(config | {"vision": VISION, "layers": [1], "token_dim": 8, "workers": 0})
+    tower = {name: t.clone() for name, t in recipe.model.image_encoder.state_dict().items()}
+    for attention, _ in recipe.model.attentions.values():  # zero at the start, which stops all others
+        torch.nn.init.normal_(attention.to_out[0].weight, std=0.1)
+    assert len(recipe.train()) == 2
+    kept = {n for n, t in recipe.model.image_encoder.state_dict().items() if torch.equal(t, tower[n])}
+    unread = {name for name in tower if "layers.1." in name or "post_layernorm" in name}
+    key_biases = {name for name in tower if name.endswith("k_proj.bias")}  # which a softmax does not see
+    assert unread <= kept <= unread | key_biases
+    adapter = SubjectAdapter.from_pretrained(tmp_path / "adapter")
+    assert adapter.config is not None
+    assert adapter.config.layers == (1,)
+    assert not any(parameter.requires_grad for parameter in adapter.image_encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "part", "kind"),
+    [
+        ("stickworld_subject", "stickworld_base", "unet", UNet2DConditionModel),
+        ("stickworld_dit_subject", "stickworld_dit", "transformer", FluxTransformer2DModel),
+    ],
+)
+def test_the_worlds_encoders_are_small(name: str, base: str, part: str, kind: Any) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", [])
+    with torch.device("meta"):
+        denoiser = kind(**load_config(CONFIGS / f"{base}.yaml", [])[part])
+        vision = CLIP_LARGE | config["vision"]
+        adapter = SubjectAdapter.for_denoiser(denoiser, vision=vision, layers=config["layers"])
+    assert 1e6 < 2 * sum(parameter.numel() for parameter in adapter.parameters()) < 4e6, "bytes, as exported"
+
+
 @pytest.mark.parametrize("fixture", ["pipe", "flux_pipe"])
 @pytest.mark.parametrize("box", [None, (0.0, 0.0, 0.5, 1.0)])
 def test_given_tokens_act_as_the_scene_does(fixture: str, box: Any, request: pytest.FixtureRequest) -> None:
@@ -148,6 +198,9 @@ def test_what_is_drawn_of_an_example() -> None:
     drawn = [vary("a dog", [dog()], rng) for _ in range(2000)]
     shares = np.mean([[not items, not prompt] for prompt, items in drawn], 0)
     assert shares == pytest.approx([1 - 0.9 * 0.8, 1 - 0.9 * 0.9], abs=0.03)
+    places = SubjectVariation(SubjectDropsConfig(subject=0, box=0.3), ReferenceChanges(), 16)
+    boxes = [items[0].box for _ in range(1000) if (items := places("a dog", [found], rng)[1])]
+    assert np.mean([box is None for box in boxes]) == pytest.approx(0.3, abs=0.05)
     assert vary.more([], rng)["present"] == 0
     more = vary.more([dog()], rng)
     assert more["present"] == 1
@@ -189,7 +242,7 @@ def test_bad_references_are_one_sentence(pictures: Path, tmp_path: Path, pipe: A
     config = subject_config(pipe, tmp_path / "rows", tmp_path, tower)
     with pytest.raises(RecipeError, match=r"expected subjects with pictures in the rows of .*, got none in"):
         make_recipe(config)
-    with pytest.raises(RecipeError, match="image_encoder: expected it or init_from, got both or neither"):
+    with pytest.raises(RecipeError, match="image_encoder: expected it, vision or init_from, got none"):
         checked(SubjectTrainingConfig, config | {"image_encoder": None})
     with pytest.raises(RecipeError, match="layers: expected whole numbers of the image tower's layers"):
         checked(SubjectTrainingConfig, config | {"layers": "all"})

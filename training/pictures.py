@@ -26,12 +26,12 @@ from interactdiff.models import resolve
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.training.frozen_bases import frozen_base
 from interactdiff.training.interaction_data import PictureData, Varied, WordsDone, open_pictures
-from interactdiff.training.pictures_config import TRANSFORMER_LOSS, UNET_LOSS, PicturesConfig
+from interactdiff.training.pictures_config import PicturesConfig
 from interactdiff.training.quantization import check_quantization, quantize
 from interactdiff.training.recipe import Recipe
 
 P = TypeVar("P", bound=PicturesConfig)
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISION_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PictureRecipe(Recipe[P]):
         config = self.config
         check_quantization(config.base_quantization)
         chosen = config.base_dtype
-        self.dtype = _DTYPES[config.mixed_precision] if chosen == "auto" else getattr(torch, chosen)
+        self.dtype = PRECISION_DTYPES[config.mixed_precision] if chosen == "auto" else getattr(torch, chosen)
         with self.accelerator.main_process_first():  # before the base, which may have to be downloaded
             records, validation = open_pictures(config), config.validation.data
             drawn = records if validation is None else Records.open(validation)
@@ -103,8 +103,7 @@ class PictureRecipe(Recipe[P]):
 
     def misplaced_keys(self) -> set[str]:
         """Keys that are set and are for the other kind of base."""
-        others = TRANSFORMER_LOSS if self.in_unet else UNET_LOSS
-        return {f"loss.{name}" for name in self.config.loss.model_fields_set & others}
+        return self.config.loss.misplaced(self.in_unet)
 
     def check_data(self, records: Mixture) -> None:
         """Refuse pictures that nothing can be learnt of.

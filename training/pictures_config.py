@@ -89,6 +89,11 @@ class LossConfig(Keys):
     shift: PositiveOrAuto = None
     guidance: Rate = 1.0
 
+    def misplaced(self, in_unet: bool) -> set[str]:
+        """Keys that are set and are for the other kind of base."""
+        others = TRANSFORMER_LOSS if in_unet else UNET_LOSS
+        return {f"loss.{name}" for name in self.model_fields_set & others}
+
 
 UNET_LOSS = {"snr_gamma", "noise_offset", "timestep_power"}
 TRANSFORMER_LOSS = {

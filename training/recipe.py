@@ -109,7 +109,7 @@ class Recipe(ABC, Generic[C]):
         # what is sharded and single numbers, which are not, take no common optimizer
         parts = [p for p in trainable if p.ndim], [p for p in trainable if not p.ndim]
         groups = [part for part in parts if part] if shards else [trainable]
-        optimizers = [one for group in groups for one in make_optimizers(group, config)]
+        optimizers = [one for group in groups for one in self.optimizers_of(group)]
         self.started = time.monotonic()
         schedulers = [make_scheduler(one, config, self._minutes) for one in optimizers]
         wrapped = [self.model] if self.sharding is None else []
@@ -134,6 +134,10 @@ class Recipe(ABC, Generic[C]):
     def _minutes(self) -> float:
         """Since the training began."""
         return (time.monotonic() - self.started) / 60
+
+    def optimizers_of(self, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """What steps along the gradients of trained parameters."""
+        return make_optimizers(parameters, self.config)
 
     @abstractmethod
     def build(self) -> nn.Module:

@@ -24,3 +24,9 @@ train stickworld_interaction seed=1
 train stickworld_dit seed=5
 train stickworld_dit_interaction seed=1
 train distill_clear_stickworld seed=6
+
+# What draws a person or an object of one picture, in both.
+[ -d runs/stickworld-subjects ] ||
+	.venv/bin/interactdiff data convert stickworld 0:24000 runs/stickworld-subjects --subjects 2
+train stickworld_subject seed=2
+train stickworld_dit_subject seed=2

@@ -1,8 +1,8 @@
 """DreamTuner's subject encoder on pictures with references (arXiv 2312.13691, section 3.1; stage 1).
 
-The base and the image tower stay as they are; the mapper and the attentions at the sites are trained to
-predict a picture from its caption and its subject's cut-out. References are changed, so that their pose and
-place are not learnt.
+The base stays as it is, and the image tower too unless it is a new one; the mapper and the attentions at the
+sites are trained to predict a picture from its caption and its subject's cut-out. References are changed, so
+that their pose and place are not learnt.
 """
 
 import random
@@ -84,14 +84,17 @@ class SubjectVariation:
     side: int
 
     def __call__(self, prompt: str, items: Sequence[Any], rng: random.Random) -> tuple[str, list[Subject]]:
-        """A caption, and at most one subject, with its place."""
+        """A caption, and at most one subject, with its place if it has one."""
         both = rng.random() < self.drops.all
         if both or rng.random() < self.drops.caption:
             prompt = ""
         subjects = subjects_of(items)
         if both or rng.random() < self.drops.subject or not subjects:
             return prompt, []
-        return prompt, [rng.choice(subjects)]
+        subject = rng.choice(subjects)
+        if self.drops.box and rng.random() < self.drops.box:
+            subject = replace(subject, box=None)
+        return prompt, [subject]
 
     def more(self, items: Sequence[Subject], rng: random.Random) -> dict[str, Tensor]:
         """What the image tower takes: "reference" [3, side, side], and "present" [], 0 without a subject."""
@@ -112,7 +115,7 @@ def subjects_of(items: Sequence[Any]) -> list[Subject]:
 
 
 class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
-    """Trains a `SubjectAdapter`: its mapper and its attentions."""
+    """Trains a `SubjectAdapter`: its mapper, its attentions, and where wanted its image tower."""
 
     config_type = SubjectTrainingConfig
 
@@ -130,7 +133,13 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
             )
 
     def new_adapter(self) -> SubjectAdapter:
-        """With the image tower of the configuration, or to go on from."""
+        """Untrained, or to go on from; of its image tower nothing is trained, or all that is read."""
+        adapter = self._start()
+        if self.config.train_image_encoder:
+            adapter.train_tower()
+        return adapter
+
+    def _start(self) -> SubjectAdapter:
         config, denoiser = self.config, self.base.denoiser
         if config.init_from is not None:
             adapter = SubjectAdapter.from_pretrained(config.init_from, dtype=torch.float32)
@@ -138,17 +147,25 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
                 raise RecipeError(f"expected a subject encoder at {config.init_from}, got an adapter without")
             adapter.check(denoiser)
             return adapter
-        tower = _tower(cast(str, config.image_encoder))
-        vision = {name: getattr(tower.config, name) for name in CLIP_LARGE}
+        tower = None if config.image_encoder is None else _tower(config.image_encoder)
+        vision = (
+            CLIP_LARGE | (config.vision or {})
+            if tower is None
+            else {name: getattr(tower.config, name) for name in CLIP_LARGE}
+        )
         adapter = SubjectAdapter.for_denoiser(
             denoiser, vision=vision, token_dim=config.token_dim, layers=config.layers
         )
-        adapter.image_encoder.load_state_dict(tower.state_dict())
+        if tower is not None:
+            adapter.image_encoder.load_state_dict(tower.state_dict())
         return adapter
 
     def started_from(self) -> str:
         """Where the adapter's weights come from, in words."""
-        return f"from {self.config.init_from or f'new, with the tower of {self.config.image_encoder}'}"
+        config = self.config
+        if config.init_from is not None:
+            return f"from {config.init_from}"
+        return f"new, with {'a new tower' if config.vision else f'the tower of {config.image_encoder}'}"
 
     def attached(self, adapter: SubjectAdapter) -> Any:
         """Its handle in the base."""

@@ -4,8 +4,18 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from interactdiff.subject.encoder import LAYERS
-from interactdiff.training.config import Keys, OptionalCount, OptionalLocation, Rate, Share, refusal
+from interactdiff.subject.config import CLIP_LARGE
+from interactdiff.subject.encoder import LAYERS, image_tower
+from interactdiff.training.config import (
+    Flag,
+    Keys,
+    OptionalCount,
+    OptionalLocation,
+    Rate,
+    Share,
+    arguments_of,
+    refusal,
+)
 from interactdiff.training.pictures_config import PicturesConfig
 
 
@@ -16,6 +26,10 @@ def _layers(value: Any) -> Any:
     return tuple(value)
 
 
+def _tower(**shapes: Any) -> Any:
+    return image_tower(CLIP_LARGE | shapes)
+
+
 class SubjectDropsConfig(Keys):
     """What an example is trained without, drawn anew for every example.
 
@@ -23,11 +37,13 @@ class SubjectDropsConfig(Keys):
         subject: probability of no subject.
         caption: probability of an empty caption.
         all: probability of neither.
+        box: probability that a subject is seen everywhere, and not in its place alone.
     """
 
     subject: Share = 0.05
     caption: Share = 0.05
     all: Share = 0.05
+    box: Share = 0.0
 
 
 class ReferenceChanges(Keys):
@@ -52,8 +68,11 @@ class SubjectTrainingConfig(PicturesConfig):
     """The keys of `SubjectRecipe`.
 
     Attributes:
-        image_encoder: folder or Hub id of a CLIP image tower, which stays as it is; null beside `init_from`,
+        image_encoder: folder or Hub id of a CLIP image tower; null beside `vision`, and beside `init_from`,
             whose own it is then.
+        vision: the shapes of a new image tower, some of what a `CLIPVisionConfig` takes; or null.
+        train_image_encoder: whether the image tower is trained too, as a new one has to be; else it stays as
+            it is.
         token_dim: width of the tokens; null: that of the base's text features.
         layers: which of the tower's hidden states are read.
         weight: beta in training.
@@ -62,6 +81,8 @@ class SubjectTrainingConfig(PicturesConfig):
     """
 
     image_encoder: OptionalLocation = None
+    vision: Annotated[dict[str, Any], arguments_of(_tower, CLIP_LARGE)] | None = None
+    train_image_encoder: Flag = False
     token_dim: OptionalCount = None
     layers: Annotated[tuple[int, ...], BeforeValidator(_layers)] = LAYERS
     weight: Rate = 1.0
@@ -70,6 +91,10 @@ class SubjectTrainingConfig(PicturesConfig):
 
     @model_validator(mode="after")
     def _has_a_tower(self) -> "SubjectTrainingConfig":
-        if (self.image_encoder is None) == (self.init_from is None):
-            raise ValueError("image_encoder: expected it or init_from, got both or neither")
+        given = [name for name in ("image_encoder", "vision", "init_from") if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none of them"
+            raise ValueError(f"image_encoder: expected it, vision or init_from, got {got}")
+        if self.vision is not None and not self.train_image_encoder:
+            raise ValueError("train_image_encoder: expected true for a new image encoder, got false")
         return self

@@ -100,6 +100,13 @@ def _add_convert(kinds: Commands) -> None:
     parser.add_argument(
         "--no-colours", action="store_true", help="stickworld: phrases that its detector knows (bike)"
     )
+    parser.add_argument(
+        "--subjects",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="stickworld: up to N persons and objects of a picture have a reference picture (default: 0)",
+    )
     add_boxes(parser)
 
 
@@ -197,6 +204,7 @@ def _convert(args: argparse.Namespace) -> None:
         form=args.boxes,
         size=args.size,
         colours=not args.no_colours,
+        subjects=args.subjects,
     )
 
     def progress(count: int) -> None:

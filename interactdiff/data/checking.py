@@ -1,5 +1,6 @@
 """`interactdiff data check`: everything that would stop training, and what would make it worse."""
 
+import os
 import re
 from array import array
 from collections import Counter
@@ -18,6 +19,7 @@ from interactdiff.data.pictures import PictureInfo, open_picture, picture_info
 from interactdiff.data.problems import Problem, Problems
 from interactdiff.data.reading import Names, Source, add_repeated, open_source, splits
 from interactdiff.data.records import ImageRecord
+from interactdiff.data.rows import PICTURES
 from interactdiff.data.shards import Shards
 from interactdiff.data.words import names_side
 from interactdiff.errors import DataError
@@ -144,6 +146,7 @@ class _SplitChecker:
     def __init__(self, source: Source, options: CheckOptions, report: Report):
         self.source, self.options, self.report = source, options, report
         self.names, self.positions, self.contents = Names(), array("Q"), array("Q")
+        self.of_items = array("Q")  # hashes of the files that items name
         self.spellings: dict[str, str] = {}
 
     def run(self) -> None:
@@ -223,6 +226,12 @@ class _SplitChecker:
             counts[plural] += 1
             for field_name, phrase in phrases_of_item(item):
                 self._phrase(record, name, field_name, phrase)
+            if isinstance(self.source, MetadataFolder):
+                for path in filter(
+                    None, (getattr(getattr(item, one, None), "path", None) for one in PICTURES)
+                ):
+                    within = Path(os.path.relpath(path, self.source.folder)).as_posix()
+                    self.of_items.append(Names.hash(within))
         said = " ".join(record.prompts).lower()
         for number, one in enumerate(record.interactions, start=1):
             for role in ("subject", "object"):
@@ -257,7 +266,7 @@ class _SplitChecker:
 
     def _without_row(self, folder: Path) -> None:
         there = sum(1 for _ in picture_names(folder))
-        hashes = {int(h) for h in np.unique(np.frombuffer(self.names.hashes, np.uint64))} if there else set()
+        hashes = {*self.names.hashes, *self.of_items}
         if there > len(hashes):
             for name in picture_names(folder):
                 if Names.hash(name) not in hashes:

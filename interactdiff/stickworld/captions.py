@@ -1,7 +1,7 @@
 """Words a scene: which attributes are named, and how."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -150,6 +150,7 @@ def caption(
     verbs: bool = True,
     colours: bool = True,
     place: bool = True,
+    undescribed: Collection[int] = (),
 ) -> Caption:
     """Describe a scene in words, with varied wording.
 
@@ -159,6 +160,7 @@ def caption(
         verbs: whether actions are named.
         colours: whether first colours are named.
         place: whether the background is named.
+        undescribed: numbers of the things of which no attribute is named.
     """
     pieces: list[tuple[str, int | None]] = []  # words, and the number of the thing that they are of
     where = rng.choice(PLACES[scene.background])
@@ -166,8 +168,8 @@ def caption(
     if first:
         pieces.append((f"{where}, ", None))
     things, named, words = scene.things, [], []
-    for thing in things:
-        named.append(named_attributes(thing.appearance, rng, colours))
+    for number, thing in enumerate(things):
+        named.append({} if number in undescribed else named_attributes(thing.appearance, rng, colours))
         is_person = isinstance(thing.appearance, PersonAppearance)
         words.append(
             describe_person(named[-1], rng) if is_person else describe_object(thing.name, named[-1], rng)

@@ -34,7 +34,8 @@ class SubjectAdapter(Adapter):
     """Subjects from pictures.
 
     Without a configuration it has no weights: self-subject attention and reference guidance alone, on any
-    base of `FAMILIES`. With one it has the subject encoder too: `image_encoder`, which is frozen, `mapper`,
+    base of `FAMILIES`. With one it has the subject encoder too: `image_encoder`, which is frozen unless
+    `train_tower` is called, `mapper`,
     and below each site's path `se_norm` and `se_attn`, the published names.
 
     Args:
@@ -70,11 +71,25 @@ class SubjectAdapter(Adapter):
         return found
 
     def train(self, mode: bool = True) -> SubjectAdapter:
-        """As any module's; the image tower stays as it is when it is used."""
+        """As any module's; the image tower computes as when it is used."""
         super().train(mode)
         if self.config is not None:
             self.image_encoder.eval()
         return self
+
+    def train_tower(self) -> None:
+        """Train the image tower too, as far as the layers that are read need it."""
+        config = cast(SubjectConfig, self.config)
+        tower: Any = getattr(self.image_encoder, "vision_model", self.image_encoder)  # transformers 4 has one
+        tower.requires_grad_(True)
+        tower.post_layernorm.requires_grad_(False)
+        depth = len(tower.encoder.layers)
+        last = max(depth if layer < 0 else layer for layer in config.layers)
+        tower.encoder.layers[last:].requires_grad_(False)
+
+    @property
+    def _tower_is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.image_encoder.parameters())
 
     @property
     def side(self) -> int:
@@ -89,7 +104,7 @@ class SubjectAdapter(Adapter):
         """
         config = cast(SubjectConfig, self.config)
         pixels = pictures if isinstance(pictures, Tensor) else tower_pixels(pictures, self.side)
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_is_trained):
             states = self.image_encoder(
                 pixels.to(self.image_encoder.device, self.image_encoder.dtype), output_hidden_states=True
             ).hidden_states

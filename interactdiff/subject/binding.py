@@ -87,6 +87,7 @@ class SubjectBinding(Binding):
         self,
         *,
         segmenter: str | None = None,
+        masked: bool | None = None,
         cache_bytes: float | None = None,
         cache_device: str | torch.device | None = None,
         rows_at_once: int | None = None,
@@ -97,6 +98,7 @@ class SubjectBinding(Binding):
         Args:
             segmenter: a model of transformers for image segmentation, folder or Hub id, for pictures without
                 a mask, an alpha channel or a white background.
+            masked: whether attention sees the foreground of references alone, or the whole of them.
             cache_bytes: limit of what is kept of references, 2e9 at first.
             cache_device: where it is kept, such as "cpu"; the denoiser's device at first.
             rows_at_once: times of one pass over a reference, 8 at first.
@@ -119,6 +121,8 @@ class SubjectBinding(Binding):
             raise AdapterError(f"position_shift: expected 0 for {kind}, whose positions cannot be shifted")
         if segmenter is not None:
             self.runner.segmenter = load_segmenter(segmenter)
+        if masked is not None:
+            self.runner.masked = masked
         if rows_at_once is not None:
             self.runner.rows_at_once = max(int(rows_at_once), 1)
         if cache_bytes is not None or cache_device is not None:

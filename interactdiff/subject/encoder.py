@@ -31,15 +31,19 @@ def image_tower(config: dict[str, Any]) -> CLIPVisionModel:
     return tower.requires_grad_(False).eval()
 
 
+def squared(picture: Image.Image, side: int) -> Image.Image:
+    """A picture, padded with white to a square and resized."""
+    longer = max(picture.size)
+    square = Image.new("RGB", (longer, longer), "white")
+    square.paste(picture, ((longer - picture.width) // 2, (longer - picture.height) // 2))
+    return square.resize((side, side), Image.Resampling.BICUBIC)
+
+
 def tower_pixels(pictures: Sequence[Image.Image], side: int) -> Tensor:
     """[B, 3, side, side] that the tower takes: padded with white to a square, resized, in CLIP's units."""
     rows = []
     for picture in pictures:
-        longer = max(picture.size)
-        square = Image.new("RGB", (longer, longer), "white")
-        square.paste(picture, ((longer - picture.width) // 2, (longer - picture.height) // 2))
-        small = square.resize((side, side), Image.Resampling.BICUBIC)
-        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+        pixels = torch.frombuffer(bytearray(squared(picture, side).tobytes()), dtype=torch.uint8)
         rows.append(pixels.view(side, side, 3).permute(2, 0, 1).float() / 255)
     mean, std = (torch.tensor(one)[:, None, None] for one in (CLIP_MEAN, CLIP_STD))
     return (torch.stack(rows) - mean) / std

@@ -58,6 +58,13 @@ def foreground(subject: Subject, segmenter: Any = None) -> Foreground:
     return Foreground(Image.composite(picture.convert("RGB"), white, mask), mask, how)
 
 
+def whole(subject: Subject) -> Foreground:
+    """A subject's whole picture as its foreground, background and all; transparent pixels are white."""
+    picture: Image.Image = subject.image.image.convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return Foreground(flat, Image.new("L", flat.size, 255), WHOLE)
+
+
 def _mask(subject: Subject, picture: Image.Image, segmenter: Any) -> tuple[Image.Image, str]:
     if subject.mask is not None:
         return subject.mask.image, "its mask"

@@ -19,7 +19,7 @@ from interactdiff.fingerprints import fingerprint
 from interactdiff.handle import attached_bindings
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.features import FeatureCache, Features, Reference
-from interactdiff.subject.foreground import foreground
+from interactdiff.subject.foreground import foreground, whole
 from interactdiff.subject.items import Subject
 from interactdiff.subject.passes import Passes, passes_of
 from interactdiff.subject.subject_sites import KeySite
@@ -38,6 +38,8 @@ class ReferenceRunner:
         cache: what earlier passes gave.
         rows_at_once: times of one pass; those ahead of the call under way fill the cache.
         segmenter: finds foregrounds where nothing else does.
+        masked: whether the foreground of references is seen, or the whole of them; the encoder sees the
+            foreground in any case.
         reference: what the pass under way is over; None outside.
     """
 
@@ -46,6 +48,7 @@ class ReferenceRunner:
         self.cache = FeatureCache(CACHE_BYTES)
         self.rows_at_once = ROWS_AT_ONCE
         self.segmenter: Any = None
+        self.masked = True
         self.reference: Reference | None = None
         self._references: OrderedDict[Any, Reference] = OrderedDict()
         self._weights: tuple[Any, Any] | None = None
@@ -71,7 +74,7 @@ class ReferenceRunner:
         """
         passes = self.passes()
         prompt = subject.reference_prompt or subject.phrase
-        key: Any = (subject.image, subject.mask, prompt, id(self.segmenter))
+        key: Any = (subject.image, subject.mask, prompt, id(self.segmenter), self.masked)
         key += (fingerprint(passes.pipeline.vae), fingerprint(self._adapter))
         text = passes.text(prompt)
         kept = self._references.get(key)
@@ -79,9 +82,10 @@ class ReferenceRunner:
             self._references.move_to_end(key)
             return kept
         found = foreground(subject, self.segmenter)
-        size = passes.size(*found.image.size)
-        latents = passes.latents(found.image.resize(size, Image.Resampling.LANCZOS))
-        mask = np.asarray(found.mask.resize(size, Image.Resampling.BILINEAR), dtype=np.float32) / 255
+        seen = found if self.masked else whole(subject)
+        size = passes.size(*seen.image.size)
+        latents = passes.latents(seen.image.resize(size, Image.Resampling.LANCZOS))
+        mask = np.asarray(seen.mask.resize(size, Image.Resampling.BILINEAR), dtype=np.float32) / 255
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         tokens = None if self._adapter.config is None else self._adapter([found.image])
         reference = Reference(

@@ -89,7 +89,10 @@ SPEC = MethodSpec(
         ),
     ),
     needs_weights=False,
-    recipes={"subject": "interactdiff.training.subject:SubjectRecipe"},
+    recipes={
+        "subject": "interactdiff.training.subject:SubjectRecipe",
+        "subject_tuning": "interactdiff.training.subject_tuning:SubjectTuningRecipe",
+    },
     scores="interactdiff.evaluation.subjects:evaluate_subjects",
     score_settings=(*SETTINGS, MASKS),
     benches=("interactdiff.commands.bench_subject",),

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ class Options:
         size: of stickworld's renders, in pixels.
         colours: whether phrases of stickworld name colours ("red bike"); without them a phrase is the name of
             a kind, as its detector says it.
+        subjects: how many persons and objects of a render of stickworld, at most, have a reference picture;
+            the caption names no attribute of theirs.
     """
 
     images: Path | None = None
@@ -46,6 +48,7 @@ class Options:
     form: str = "shares"
     size: int = 128
     colours: bool = True
+    subjects: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ class Converted:
         picture: its file, or its bytes.
         row: of `metadata.jsonl`, without `file_name`.
         split: the subfolder, or None.
+        references: pictures that items of the row name, by their paths in the new folder.
     """
 
     name: str
     picture: Path | bytes
     row: dict[str, Any]
     split: str | None = None
+    references: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Pictures:

@@ -42,7 +42,7 @@ def run(
         on_picture: gets the count after each picture.
 
     Returns:
-        Counts: "pictures", "interactions", "entities", and what was left out.
+        Counts: "pictures", "interactions", "entities", "subjects", and what was left out.
 
     Raises:
         DataError: the target is there, the source is not what it should be, or there is no picture in it.
@@ -104,10 +104,13 @@ def _write(
             shutil.copyfile(one.picture, path)
         else:
             path.symlink_to(one.picture.resolve())
+        for name, picture in one.references.items():
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            (here / name).write_bytes(picture)
         row: dict[str, Any] = {"file_name": one.name, **one.row}
         opened[one.split].write(json.dumps(row, ensure_ascii=False) + "\n")
         notes["pictures"] += 1
-        for key in ("interactions", "entities"):
+        for key in ("interactions", "entities", "subjects"):
             notes[key] += len(row.get(key, ()))
         on_picture(notes["pictures"])
 
