@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from recipes import CONFIGS, SIZES, TEXT, VAE, check_that_a_resumed_run_is_the_unbroken_one, short
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from interactdiff import InteractionAdapter
 from interactdiff.errors import RecipeError
@@ -32,6 +33,7 @@ from interactdiff.training.text import (
     OF_A_THING,
     answers_of_text,
     answers_of_things,
+    centre_pooled,
     phrase_example,
 )
 from interactdiff.training.tokenizer import make_tokenizer, world_words
@@ -333,3 +335,18 @@ def test_muon_takes_kernels_as_matrices(layout: torch.memory_format) -> None:
     torch.testing.assert_close(conv.weight.flatten(1), linear.weight, atol=5e-3, rtol=0)
     kernels.zero_grad()
     assert conv.weight.grad is None
+
+
+def test_the_pooled_state_has_a_mean_of_zero() -> None:
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=50, eos_token_id=49, **TEXT)).eval()
+    tokens = torch.randint(0, 49, (64, 9))
+    tokens[:, -1] = 49
+    with torch.no_grad():
+        before = encoder(tokens)
+        centre_pooled(encoder, tokens)
+        after = encoder(tokens)
+    assert before.pooler_output.mean(0).abs().max() > 1e-2
+    assert after.pooler_output.mean(0).abs().max() < 1e-5
+    moved = before.last_hidden_state - after.last_hidden_state
+    assert torch.allclose(moved, before.pooler_output.mean(0).expand_as(moved), atol=1e-5)
