@@ -270,7 +270,7 @@ def test_what_cannot_be_tuned_is_one_sentence(pipe: Any, tmp_path: Path) -> None
             checked(SubjectTuningConfig, config | changes)
     Image.new("L", (24, 16)).save(tmp_path / "empty.png")
     for changes, sentence in (
-        ({"reference": str(tmp_path / "none.png")}, "reference: expected .*none.png"),
+        ({"reference": str(tmp_path / "none.png")}, "reference: expected a picture at .*, got no file"),
         (
             {"mask": str(tmp_path / "empty.png")},
             "reference: mask: expected light pixels .* got an empty mask",
