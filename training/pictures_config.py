@@ -107,20 +107,28 @@ TRANSFORMER_LOSS = {
 }
 
 
-class ValidationConfig(Keys):
+class DrawingConfig(Keys):
+    """How pictures are drawn.
+
+    Attributes:
+        steps: denoising steps.
+        guidance_scale: null: the pipeline's default.
+    """
+
+    steps: Count = 30
+    guidance_scale: OptionalPositive = None
+
+
+class ValidationConfig(DrawingConfig):
     """The pictures that are drawn every `sample_every` steps, with and without the adapter.
 
     Attributes:
         data: folder whose first pictures' scenes are drawn; null: those of the training data.
         count: how many; 0: none.
-        steps: denoising steps.
-        guidance_scale: null: the pipeline's default.
     """
 
     data: OptionalLocation = None
     count: Whole = 4
-    steps: Count = 30
-    guidance_scale: OptionalPositive = None
 
 
 class PicturesConfig(RecipeConfig):

@@ -7,7 +7,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from interactdiff.training.config import (
     Count,
     Flag,
-    Keys,
     Location,
     OptionalCount,
     OptionalLocation,
@@ -16,7 +15,7 @@ from interactdiff.training.config import (
     Share,
     refusal,
 )
-from interactdiff.training.pictures_config import LossConfig, OptionalPositive
+from interactdiff.training.pictures_config import DrawingConfig, LossConfig
 
 MULTIPLE = 16  # of sides, in pixels
 
@@ -45,34 +44,26 @@ def _token(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_text)]
 
 
-class RegularConfig(Keys):
+class RegularConfig(DrawingConfig):
     """The regular pictures: of the same class, much like the subject, drawn before the base is tuned.
 
     Attributes:
         count: how many.
-        steps: denoising steps.
-        guidance_scale: null: the pipeline's default.
         reference_weight: w_ref of self-subject attention, which sees the whole reference; 0 is off.
     """
 
     count: Count = 32
-    steps: Count = 30
-    guidance_scale: OptionalPositive = None
     reference_weight: Rate = 3.0
 
 
-class TuningSamplesConfig(Keys):
+class TuningSamplesConfig(DrawingConfig):
     """What is drawn every `sample_every` steps.
 
     Attributes:
         prompts: of the pictures; none are drawn without.
-        steps: denoising steps.
-        guidance_scale: null: the pipeline's default.
     """
 
     prompts: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
-    steps: Count = 30
-    guidance_scale: OptionalPositive = None
 
 
 class SubjectTuningConfig(RecipeConfig):
