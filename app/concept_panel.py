@@ -15,7 +15,6 @@ from interactdiff.app.learning import (
     LearnedConcept,
     LearnProgress,
     LearnRequest,
-    archive_of,
     learn,
     parsed_concepts,
     taken_boxes,
@@ -237,12 +236,12 @@ class ConceptPanel:
         if report.samples is not None:
             updates[self.samples] = gr.update(value=report.samples, visible=True)
         if report.learned is not None:
-            choices = [*adapter_choices(METHOD), *((one.label, one.folder) for one in learned)]
+            choices = [*adapter_choices(METHOD), *((one.label, one.name) for one in learned)]
             updates |= {
                 self.learned: tuple(learned),
-                self.download: gr.update(value=archive_of(report.learned), visible=True),
+                self.download: gr.update(value=report.learned.archive, visible=True),
                 self.studio.fields[f"{METHOD}.adapter"]: gr.update(
-                    choices=choices, value=report.learned.folder
+                    choices=choices, value=report.learned.name
                 ),
                 self.studio.panels[METHOD]: gr.update(visible=True),
             }

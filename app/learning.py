@@ -47,14 +47,16 @@ class LearnedConcept:
     """What was learned from one photo.
 
     Attributes:
-        folder: of its adapter, which goes with the server.
+        name: of its adapter, which the server has while it runs.
         tokens: that prompts call it by.
         model: that it was learned on.
+        archive: of its adapter, which a page offers for download.
     """
 
-    folder: str
+    name: str
     tokens: tuple[str, ...]
     model: str
+    archive: Path
 
     @property
     def label(self) -> str:
@@ -156,15 +158,15 @@ def with_learned(request: GenerationRequest, learned: Sequence[LearnedConcept]) 
     phrases = (text for item in scene.items for text in vars(item).values() if isinstance(text, str))
     texts = " ".join((scene.prompt, scene.negative_prompt, *phrases))
     adapters, methods = dict(request.adapters), dict(request.methods)
-    folders = {one.folder for one in learned}
-    is_chosen = any(name.split(":")[0] == METHOD and at not in folders for name, at in adapters.items())
-    known = {token for one in learned if one.folder in adapters.values() for token in one.tokens}
+    names = {one.name for one in learned}
+    is_chosen = any(name.split(":")[0] == METHOD and at not in names for name, at in adapters.items())
+    known = {token for one in learned if one.name in adapters.values() for token in one.tokens}
     for one in reversed(learned):
         is_named = any(token in texts for token in one.tokens)
         if not is_named or one.model != request.model or known.intersection(one.tokens):
             continue
         name = METHOD if METHOD not in adapters else f"{METHOD}:{len(adapters)}"
-        adapters[name] = one.folder
+        adapters[name] = one.name
         methods.setdefault(METHOD, {})
         known.update(one.tokens)
     for one in reversed(learned):
@@ -281,11 +283,6 @@ def _kept(worker: Worker, adapter: Any, request: LearnRequest) -> LearnedConcept
     folder = worker.folder / KEPT_IN / f"concept-{plain}-{uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     adapter.save_pretrained(folder)
-    shutil.make_archive(str(folder), "zip", folder)
+    archive = Path(shutil.make_archive(str(folder), "zip", folder))
     tokens = tuple(concept.token for concept in request.concepts)
-    return LearnedConcept(worker.keep_adapter(folder), tokens, request.model)
-
-
-def archive_of(learned: LearnedConcept) -> Path:
-    """The file that a page offers for download."""
-    return Path(learned.folder).with_suffix(".zip")
+    return LearnedConcept(worker.keep_adapter(folder), tokens, request.model, archive)

@@ -66,8 +66,8 @@ def details(page: Page, images: list[StoredImage], chosen: int, view: str) -> Up
         page.note: gr.update(value=words, visible=bool(words)),
         page.after: gr.update(visible=True),
         page.codes: gr.update(visible=True),
-        page.python: as_python(one.record, one.path.name, one.path.parent.resolve()),
-        page.command: as_command(one.record, one.path.name, one.path.parent.resolve()),
+        page.python: as_python(one.record, one.path.name, one.learned),
+        page.command: as_command(one.record, one.path.name, one.learned),
         page.chosen: chosen,
     }
 

@@ -1,8 +1,8 @@
 """Code that generates a picture again, from its record; of the package's public names alone."""
 
 import shlex
-from dataclasses import fields, replace
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
 
 from interactdiff.picture import Record
@@ -13,15 +13,15 @@ LONGEST_FLAG = 1000  # letters
 LONGEST_CODE = 50_000  # letters; of a scene with photos, whose pixels are code too, there would be millions
 
 
-def as_python(record: Record, name: str = "downloaded.png", server: Path | None = None) -> str:
+def as_python(record: Record, name: str = "downloaded.png", learned: Collection[str] = ()) -> str:
     """A script that generates the same picture.
 
     Args:
         record: of the picture.
         name: of its file, which is read where the scene is too long for code.
-        server: a folder that goes with the server; adapters in it are read from their downloaded archives.
+        learned: adapters that are read from their downloaded archives.
     """
-    record, unpacked = _with_archives(record, server)
+    unpacked = _unpacking(record, learned)
     scene = record.scene
     own = sorted({type(item).__name__ for item in (*scene.interactions, *scene.entities)})
     names = [*own, "Scene", "generate"]
@@ -37,10 +37,8 @@ def as_python(record: Record, name: str = "downloaded.png", server: Path | None 
     code = "\n".join(lines) + "\n"
     if len(code) <= LONGEST_CODE:
         return code
-    given = {key: f"record.{key}" for key in ("model", "adapters", "methods", "device", "dtype")}
-    if unpacked:
-        given["adapters"] = repr(record.adapters)
-    options = "".join(f", {key}={value}" for key, value in given.items())
+    given = ("model", "adapters", "methods", "device", "dtype")
+    options = "".join(f", {key}=record.{key}" for key in given)
     return "".join(f"{line}\n" for line in unpacked) + (
         "from interactdiff import generate\nfrom interactdiff.picture import read_record\n\n"
         f"record = read_record({name!r})  # the scene with its pictures is in the PNG: download it\n"
@@ -48,7 +46,7 @@ def as_python(record: Record, name: str = "downloaded.png", server: Path | None 
     )
 
 
-def as_command(record: Record, name: str = "downloaded.png", server: Path | None = None) -> str:
+def as_command(record: Record, name: str = "downloaded.png", learned: Collection[str] = ()) -> str:
     """A command line that generates the same picture.
 
     A phrase with a bar in it cannot be a flag's, nor can a picture's pixels; the scene is then a file that
@@ -57,12 +55,11 @@ def as_command(record: Record, name: str = "downloaded.png", server: Path | None
     Args:
         record: of the picture.
         name: of its file.
-        server: as of `as_python`.
+        learned: as of `as_python`.
     """
-    original, (record, unpacked) = record, _with_archives(record, server)
     scene = record.scene
     words = ["interactdiff", "generate"]
-    before = "".join(f"{line}\n" for line in unpacked)
+    before = "".join(f"{line}\n" for line in _unpacking(record, learned))
     try:
         flags = _item_flags(scene) + _flags(scene)
         if any(len(flag) > LONGEST_FLAG for flag in flags):  # a picture's pixels
@@ -72,8 +69,6 @@ def as_command(record: Record, name: str = "downloaded.png", server: Path | None
         if len(written) > LONGEST_CODE:
             before += "# the scene with its pictures is in the PNG: download it\n"
             words += ["--from", name]
-            for method, at in record.adapters.items():
-                words += ["--adapter", f"{method}={at}"] if at != original.adapters[method] else []
             return before + shlex.join([*words, "--out", "picture.png"]) + "\n"
         before += written
         words += ["--scene", "scene.json"]
@@ -92,17 +87,13 @@ def as_command(record: Record, name: str = "downloaded.png", server: Path | None
     return before + shlex.join(words[:2] + options + words[2:]) + "\n"
 
 
-def _with_archives(record: Record, server: Path | None) -> tuple[Record, list[str]]:
-    """A record that names the server's adapters by their folders alone, and comments on how to get those."""
-    adapters, lines = dict(record.adapters), []
-    for name, at in record.adapters.items():
-        if at is None or server is None or not Path(at).is_relative_to(server):
-            continue
-        adapters[name] = folder = Path(at).name
-        lines.append(
-            f"# what was learned is in the archive that the page offers: unzip {folder}.zip -d {folder}"
-        )
-    return replace(record, adapters=adapters), lines
+def _unpacking(record: Record, learned: Collection[str]) -> list[str]:
+    """Comments on how to get the adapters that a page offers as archives."""
+    return [
+        f"# what was learned is in the archive that the page offers: unzip {at}.zip -d {at}"
+        for at in record.adapters.values()
+        if at in learned
+    ]
 
 
 def _item_flags(scene: Scene) -> list[str]:

@@ -23,7 +23,7 @@ from interactdiff.app.limits import Limits
 from interactdiff.generation import ScenePipeline
 from interactdiff.interaction.maps import AttentionMaps
 from interactdiff.method_specs import Cost
-from interactdiff.models import MODEL, ModelError, absolute_name, resolve
+from interactdiff.models import MODEL, ModelError, resolve
 from interactdiff.picture import Record, save_picture
 from interactdiff.pipeline_loading import load_pipeline, usable_device
 from interactdiff.registry import configurables, used_methods
@@ -83,12 +83,14 @@ class StoredImage:
         record: how it was generated.
         controlled: whether items of the scene acted.
         maps: its attention maps, if they were recorded.
+        learned: which adapters of the record are the server's own, for download as archives.
     """
 
     path: Path
     record: Record
     controlled: bool
     maps: AttentionMaps | None = None
+    learned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Worker:
         # One thread for good: torch keeps memory for every thread that it ever ran in.
         self._thread = ThreadPoolExecutor(1, "worker")
         self._stored: OrderedDict[Path, None] = OrderedDict()
-        self._adapters: OrderedDict[str, None] = OrderedDict()
+        self._adapters: dict[str, Path | None] = {}  # learned ones by name; None once it was deleted
         self._closing = threading.Event()
 
     def _pipeline(
@@ -155,6 +157,7 @@ class Worker:
     ) -> ScenePipeline:
         """The model with these adapters; one model is loaded at a time."""
         self._check_names(model, adapters)
+        adapters = {method: str(self._adapters.get(name) or name) for method, name in adapters.items()}
         chosen = chosen_adapters(model, adapters, methods)
         if self._loaded is not None and self._loaded[0] == model:
             _, attached, pipeline = self._loaded
@@ -295,9 +298,10 @@ class Worker:
                     image = pipeline.generate(scene, on_step, methods=used)
             except Stopped:
                 break
-            record = pipeline.record(scene, settings)
+            record = self._with_names(pipeline.record(scene, settings))
             maps = None if recorder is None else recorder.maps()
-            images.append(StoredImage(self.store(image, record), record, controlled, maps))
+            learned = frozenset(self._adapters).intersection(record.adapters.values())
+            images.append(StoredImage(self.store(image, record), record, controlled, maps, learned))
         message = f"Stopped after {len(images)} of {len(scenes)} pictures"
         if len(images) == len(scenes):
             message = "Done"
@@ -316,18 +320,24 @@ class Worker:
         """Let requests name an adapter in the worker's folder; the oldest ones go once there are many.
 
         Args:
-            folder: of it; an archive may lie beside it.
+            folder: of it, whose name no other one has; an archive may lie beside it.
 
         Returns:
-            Its name.
+            Its name, which is that of the folder.
         """
-        name = absolute_name(str(folder))
-        self._adapters[name] = None
-        while len(self._adapters) > KEPT_ADAPTERS:
-            oldest = Path(self._adapters.popitem(last=False)[0])
+        self._adapters[folder.name] = folder
+        kept = [one for one in self._adapters.values() if one is not None]
+        for oldest in kept[:-KEPT_ADAPTERS]:
+            self._adapters[oldest.name] = None
             shutil.rmtree(oldest, ignore_errors=True)
             oldest.with_suffix(".zip").unlink(missing_ok=True)
-        return name
+        return folder.name
+
+    def _with_names(self, record: Record) -> Record:
+        """A record in which learned adapters go by their names: the server's folders are not for others."""
+        names = {str(folder): name for name, folder in self._adapters.items() if folder is not None}
+        adapters = {method: names.get(at or "", at) for method, at in record.adapters.items()}
+        return replace(record, adapters=adapters)
 
     def is_ended(self, stop: threading.Event | None = None) -> bool:
         """Whether a job has to end: it was stopped, or the server is shutting down."""
@@ -342,9 +352,9 @@ class Worker:
     def _check_names(self, model: str, adapters: Mapping[str, str]) -> None:
         self.limits.check_name("model", model)
         for name in adapters.values():
-            if name in self._adapters:
+            if self._adapters.get(name) is not None:
                 continue
-            if name.startswith(absolute_name(str(self.folder))):
+            if name in self._adapters:
                 raise ModelError(
                     "expected a concept that this server still has, got one that was deleted for newer ones: "
                     "learn it again"

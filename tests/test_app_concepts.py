@@ -21,7 +21,6 @@ from interactdiff.app.learning import (
     LearnedConcept,
     LearnProgress,
     LearnRequest,
-    archive_of,
     learn,
     parsed_concepts,
     taken_boxes,
@@ -40,6 +39,7 @@ from interactdiff.picture import Record, read_record
 from interactdiff.scene import Interaction, Scene
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.25, 1.0, 1.0)
+ZIP = Path("concept.zip")
 HERO, BLOB = Concept("<hero>", "person"), Concept("<blob>", "ball")
 
 
@@ -89,18 +89,18 @@ def test_boxes_of_the_canvas_become_lines() -> None:
 
 
 def test_learned_concepts_are_used_where_their_tokens_are() -> None:
-    old, hero, blob = (LearnedConcept(f"/{n}", (f"<{n}>",), "stickworld") for n in ("old", "hero", "blob"))
-    again = LearnedConcept("/again", ("<hero>", "<other>"), "stickworld")
-    elsewhere = LearnedConcept("/elsewhere", ("<blob>",), "stickworld-dit")
+    old, hero, blob = (LearnedConcept(n, (f"<{n}>",), "stickworld", ZIP) for n in ("old", "hero", "blob"))
+    again = LearnedConcept("again", ("<hero>", "<other>"), "stickworld", ZIP)
+    elsewhere = LearnedConcept("elsewhere", ("<blob>",), "stickworld-dit", ZIP)
     learned = (old, hero, blob, again, elsewhere)
     scene = Scene("a <blob>", (Interaction("<hero>", "riding", "bike", LEFT, RIGHT),))
     request = with_learned(GenerationRequest(scene, model="stickworld"), learned)
-    assert request.adapters == {"concept": "/again", "concept:1": "/blob"}  # the later <hero>
+    assert request.adapters == {"concept": "again", "concept:1": "blob"}  # the later <hero>
     assert request.methods == {"concept": {}}
     chosen = GenerationRequest(
-        scene, model="stickworld", adapters={"concept": "/hero"}, methods={"concept": {}}
+        scene, model="stickworld", adapters={"concept": "hero"}, methods={"concept": {}}
     )
-    assert with_learned(chosen, learned).adapters == {"concept": "/hero", "concept:1": "/blob"}
+    assert with_learned(chosen, learned).adapters == {"concept": "hero", "concept:1": "blob"}
     other = GenerationRequest(scene, model="stickworld-dit")
     with pytest.raises(
         SceneError, match="prompt: expected the model stickworld, on which <hero> was learned, go"
@@ -108,7 +108,7 @@ def test_learned_concepts_are_used_where_their_tokens_are() -> None:
         with_learned(other, learned)
     unknown = {"concept": "/of/the/user"}  # which may have the token
     assert with_learned(replace(other, adapters=unknown), learned).adapters == {
-        "concept": "/of/the/user", "concept:1": "/elsewhere",
+        "concept": "/of/the/user", "concept:1": "elsewhere",
     }  # fmt: skip
     plain = GenerationRequest(Scene("a hero"))
     assert with_learned(plain, learned) == plain
@@ -146,8 +146,8 @@ def test_from_a_photo_to_a_picture_and_no_more_than_is_kept(worker: Worker) -> N
     done = reports[-1]
     assert done.samples is not None
     assert done.learned is not None
-    assert Path(done.learned.folder).name.startswith("concept-hero-blob-")
-    with zipfile.ZipFile(archive_of(done.learned)) as archive:
+    assert done.learned.name.startswith("concept-hero-blob-")
+    with zipfile.ZipFile(done.learned.archive) as archive:
         assert sorted(archive.namelist()) == ["adapter.safetensors", "config.json"]
 
     pixels = {}
@@ -155,8 +155,10 @@ def test_from_a_photo_to_a_picture_and_no_more_than_is_kept(worker: Worker) -> N
         scene = Scene(prompt, seed=1, steps=2, width=96, height=96)
         request = with_learned(GenerationRequest(scene, model="stickworld"), (done.learned,))
         (one,) = list(worker.generate(request, threading.Event()))[-1].images
-        expected = {"concept": done.learned.folder} if prompt == "a <hero>" else {}
+        expected = {"concept": done.learned.name} if prompt == "a <hero>" else {}
         adapters = read_record(one.path).adapters
+        assert str(worker.folder).encode() not in one.path.read_bytes()
+        assert one.learned == set(expected.values())
         assert {name: at for name, at in adapters.items() if name != "interaction"} == expected
         pixels[prompt] = Image.open(one.path).tobytes()
     assert pixels["a <hero>"] != pixels["a person"]
@@ -173,11 +175,11 @@ def test_from_a_photo_to_a_picture_and_no_more_than_is_kept(worker: Worker) -> N
     assert last.message.endswith(" of 30: what is learned so far is kept.")
     assert last.samples is None
     assert last.learned is not None
-    assert Path(last.learned.folder, "adapter.safetensors").is_file()
-    assert not Path(done.learned.folder).exists()  # only so many are kept
-    assert not archive_of(done.learned).exists()
+    assert last.learned.archive.with_suffix("").joinpath("adapter.safetensors").is_file()
+    assert not done.learned.archive.with_suffix("").exists()  # only so many are kept
+    assert not done.learned.archive.exists()
     with pytest.raises(ModelError, match="expected a concept that this server still has"):
-        worker.describe("stickworld", {"concept": done.learned.folder})
+        worker.describe("stickworld", {"concept": done.learned.name})
 
     learning = learn(worker, asked(30), threading.Event())
     next(one for one in learning if one.message.startswith("Step"))
@@ -223,19 +225,17 @@ def test_the_panel_says_how_a_job_ended(worker: Worker, tmp_path: Path) -> None:
     assert "Learned in 1 steps" in ended(1)
 
 
-def test_code_reads_what_was_learned_from_its_archive(tmp_path: Path) -> None:
-    """And not from the server, whose folder is gone and nobody else's."""
-    folder = str(tmp_path / "concepts" / "concept-hero-1a2b3c4d")
-    record = Record(Scene("a <hero>"), "stickworld", {"concept": folder, "clear": "/a"}, "cpu", "float32")
+def test_code_reads_what_was_learned_from_its_archive() -> None:
+    name = "concept-hero-1a2b3c4d"
+    record = Record(Scene("a <hero>"), "stickworld", {"concept": name, "clear": "/a"}, "cpu", "float32")
     long = replace(record, scene=Scene("a " * 30_000))
     for made in (record, long):
-        for code in (as_python(made, "a.png", tmp_path), as_command(made, "a.png", tmp_path)):
+        for code in (as_python(made, "a.png", {name}), as_command(made, "a.png", {name})):
             first, rest = code.split("\n", 1)
             assert first.startswith("# ")
             assert first.endswith("unzip concept-hero-1a2b3c4d.zip -d concept-hero-1a2b3c4d")
-            assert str(tmp_path) not in code
-            assert rest.count("concept-hero-1a2b3c4d") == 1
-    assert folder in as_python(record, "a.png", tmp_path / "elsewhere")
+            assert (name in rest) != ("read_record(" in rest)  # which has the name
+    assert not as_python(record, "a.png").startswith("#")
 
 
 def test_two_models_are_never_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
