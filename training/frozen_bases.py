@@ -4,7 +4,7 @@ One for each family: Stable Diffusion 1.x and 2.x, SDXL, Stable Diffusion 3 and 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import FluxPipeline
@@ -18,6 +18,9 @@ from interactdiff.training.dit import image_ids, packed
 from interactdiff.training.interaction_data import inside_boxes
 from interactdiff.training.objectives import Diffusion, Flow, Objective, weighted_loss
 from interactdiff.training.pictures_config import LossConfig
+
+if TYPE_CHECKING:
+    from interactdiff.training.control import FrozenControl
 
 CLIP_TOKENS = 77
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -35,12 +38,14 @@ class FrozenBase:
 
     Attributes:
         denoiser: its U-Net or transformer.
+        control: a ControlNet whose residuals the denoiser gets, or None.
         multiple: of what sides of pictures are multiples, in pixels.
     """
 
     multiple = 64
     flows = False  # times are shares of noise, not timesteps
     long_encoder: str | None = None  # the largest, which phrases are not encoded by
+    control: "FrozenControl | None" = None
 
     def __init__(self, pipe: Any, loss: LossConfig, text_tokens: int | None):
         self.pipe, self.options, self.text_tokens = pipe, loss, text_tokens
@@ -103,13 +108,26 @@ class FrozenBase:
             noisy: [B, C, H, W].
             times: [B].
             states: of the captions.
-            batch: with sizes and crops.
+            batch: with sizes and crops, and what `control` reads.
             denoiser: in the place of the base's own.
 
         Returns:
             [B, C, H, W].
         """
-        return (denoiser or self.denoiser)(noisy, times, states["states"]).sample
+        arguments = self.arguments(noisy, times, states, batch)
+        if self.control is not None:
+            arguments |= self.control(arguments, batch)
+        return self.unpacked((denoiser or self.denoiser)(**arguments).sample, noisy)
+
+    def arguments(
+        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What the denoiser is called with, by name; a ControlNet of its family names them alike."""
+        return {"sample": noisy, "timestep": times, "encoder_hidden_states": states["states"]}
+
+    def unpacked(self, made: Tensor, noisy: Tensor) -> Tensor:
+        """What the denoiser puts out, in the shape of the noisy latents."""
+        return made
 
     def loss_of(self, batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
         """The loss of a batch of `interaction_data`, whose noise comes with it.
@@ -171,15 +189,14 @@ class XLBase(FrozenBase):
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {**super().states_shapes(), "pooled": (pooled,)}
 
-    def predict(
-        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any], denoiser: Any = None
-    ) -> Tensor:
+    def arguments(
+        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Sizes and crops of the batch become the time ids."""
         sizes = zip(batch["original_size"], batch["crop"], batch["target_size"], strict=True)
         ids = torch.tensor([[*original, *crop, *target] for original, crop, target in sizes])
         added = {"text_embeds": states["pooled"], "time_ids": ids.to(noisy)}
-        denoiser = denoiser or self.denoiser
-        return denoiser(noisy, times, states["states"], added_cond_kwargs=added).sample
+        return {**super().arguments(noisy, times, states, batch), "added_cond_kwargs": added}
 
 
 class SD3Base(FrozenBase):
@@ -209,16 +226,16 @@ class SD3Base(FrozenBase):
         """See `FrozenBase`."""
         return _transformer_shapes(self.denoiser.config, CLIP_TOKENS + (self.text_tokens or 256))
 
-    def predict(
-        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any], denoiser: Any = None
-    ) -> Tensor:
+    def arguments(
+        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Times are shares of noise; the transformer takes thousandths."""
-        return (denoiser or self.denoiser)(
-            hidden_states=noisy,
-            timestep=times * 1000,
-            encoder_hidden_states=states["states"],
-            pooled_projections=states["pooled"],
-        ).sample
+        return {
+            "hidden_states": noisy,
+            "timestep": times * 1000,
+            "encoder_hidden_states": states["states"],
+            "pooled_projections": states["pooled"],
+        }
 
 
 class FluxBase(FrozenBase):
@@ -244,10 +261,10 @@ class FluxBase(FrozenBase):
         """See `FrozenBase`."""
         return _transformer_shapes(self.denoiser.config, self.text_tokens or 512)
 
-    def predict(
-        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any], denoiser: Any = None
-    ) -> Tensor:
-        """Packed on the way in, unpacked on the way out."""
+    def arguments(
+        self, noisy: Tensor, times: Tensor, states: States, batch: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Latents are packed."""
         places = self.places or noisy.device
         inputs: dict[str, Any] = {
             "hidden_states": packed(noisy),
@@ -259,7 +276,10 @@ class FluxBase(FrozenBase):
         }
         if self.denoiser.config.guidance_embeds:
             inputs["guidance"] = torch.full_like(times, self.options.guidance)
-        made = (denoiser or self.denoiser)(**inputs).sample
+        return inputs
+
+    def unpacked(self, made: Tensor, noisy: Tensor) -> Tensor:
+        """See `FrozenBase`."""
         return FluxPipeline._unpack_latents(made, *noisy.shape[2:], vae_scale_factor=1)
 
     def drawing_arguments(self, prompt: States, empty: States, guidance_scale: float | None) -> dict:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from interactdiff.data.cache_files import write_cache
-from interactdiff.data.examples import BadPictures, Examples, Latents, collate, make_order
+from interactdiff.data.examples import BadPictures, Examples, Further, Latents, collate, make_order
 from interactdiff.data.framing import Framing
 from interactdiff.data.latents import LatentCache
 from interactdiff.data.mixture import MixedLatents, Mixture
@@ -215,12 +215,12 @@ class PictureData:
         self.order = make_order(self.records, self.framing, config.global_batch, config.seed)
         self.bad = BadPictures(len(self.records))
 
-    def latent_caches(self, key: str) -> list[LatentCache]:
-        """A cache for each data set; `key` says what encodes."""
+    def latent_caches(self, key: str, control: bool = False) -> list[LatentCache]:
+        """A cache for each data set, of its pictures or control images; `key` says what encodes."""
         folder = self.cache / "latents"
         flip = self.config.flip > 0
         # files are named by what is in them, so the data sets share a folder
-        return [LatentCache(folder, part, self.framing, key, flip) for part in self.parts]
+        return [LatentCache(folder, part, self.framing, key, flip, control=control) for part in self.parts]
 
     def unreadable(self, latents: Sequence[LatentCache]) -> list[str]:
         """The pictures that could not be read when latents were cached, by any process, and why.
@@ -231,9 +231,10 @@ class PictureData:
         Raises:
             DataError: they are too many.
         """
-        parts = zip(self.parts, latents, strict=True)
         return self.bad.add(
-            f"{part[index].name}: {reason}" for part, cache in parts for index, reason in cache.bad().items()
+            f"{cache.records[index].name}: {reason}"
+            for cache in latents
+            for index, reason in cache.bad().items()
         )
 
     def batches(
@@ -245,6 +246,7 @@ class PictureData:
         variation: Varied,
         texts: TextCache,
         objective: Objective,
+        further: Further | None = None,
     ) -> Iterator[dict[str, Any]]:
         """This process's batches from a step on, without an end.
 
@@ -253,7 +255,7 @@ class PictureData:
         """
         config = self.config
         mixed_latents = MixedLatents(self.records, latents)
-        examples = Examples(self.records, self.framing, self.order, config.flip, mixed_latents)
+        examples = Examples(self.records, self.framing, self.order, config.flip, mixed_latents, further)
         loader = DataLoader(
             VariedExamples(examples, variation, texts, objective),
             batch_sampler=GlobalBatches(self.order, step, rank, processes, config.accumulate),  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from interactdiff.data.latents import BAD, vae_mean, weights_key
+from interactdiff.data.latents import BAD, LatentCache, vae_mean, weights_key
 from interactdiff.data.mixture import Mixture
 from interactdiff.data.problems import SHOWN
 from interactdiff.data.reading import Records
@@ -24,6 +24,7 @@ from interactdiff.data.texts import TextCache, captions_of
 from interactdiff.errors import DataError, RecipeError
 from interactdiff.models import resolve
 from interactdiff.pipeline_loading import load_pipeline
+from interactdiff.training.control import FrozenControl
 from interactdiff.training.frozen_bases import frozen_base
 from interactdiff.training.interaction_data import PictureData, Varied, WordsDone, open_pictures
 from interactdiff.training.pictures_config import PicturesConfig
@@ -58,6 +59,7 @@ class PictureRecipe(Recipe[P]):
         data: the pictures.
         shown: those whose scenes are drawn, all of them whole.
         latents: a cache for each data set.
+        control_latents: likewise of control images, where a ControlNet reads latents.
         texts: the states of captions.
         handle: what is attached.
     """
@@ -84,6 +86,7 @@ class PictureRecipe(Recipe[P]):
         if names := sorted(self.misplaced_keys()):
             kind = "U-Net" if self.in_unet else "transformer"
             raise RecipeError(f"expected keys for the {kind} of {config.base}, got {', '.join(names)}")
+        control = self.base.control = self.load_control()
         adapter = self.new_adapter().train()
         self.data = PictureData(config, records, self.base.multiple)
         if self.shown:
@@ -94,6 +97,9 @@ class PictureRecipe(Recipe[P]):
             self.base.denoiser.enable_gradient_checkpointing()
         if self.in_unet:
             self.base.denoiser.to(memory_format=torch.channels_last)
+        if control is not None:
+            memory_format = torch.channels_last if self.in_unet else torch.preserve_format
+            control.net.to(self.device, memory_format=memory_format)
         self.handle = self.attached(adapter)
         self._batches: Iterator[dict[str, Any]] | None = None
         self._next_step = -1
@@ -111,6 +117,10 @@ class PictureRecipe(Recipe[P]):
         Raises:
             RecipeError: they lack what the recipe trains on.
         """
+
+    def load_control(self) -> FrozenControl | None:
+        """A frozen ControlNet that gives the layout in training, on the CPU; None without one."""
+        return None
 
     def _whole_pictures(self, records: Records | Mixture) -> list[ShownPicture]:
         """The first ones that can be decoded, as many as are drawn; others are named on stderr."""
@@ -183,6 +193,11 @@ class PictureRecipe(Recipe[P]):
         keys = {name: weights_key(part) for name, part in {"vae": pipe.vae, **base.encoders}.items()}
         of_encoders = " ".join(keys[name] for name in base.encoders)
         self.latents = data.latent_caches(keys["vae"])
+        self.control_latents: list[LatentCache] = []
+        encoded = [(one, vae_mean(pipe.vae)) for one in self.latents]
+        if (control := base.control) is not None and not control.reads_pixels:
+            self.control_latents = data.latent_caches(f"{keys['vae']} {control.shifted}", control=True)
+            encoded += [(one, vae_mean(pipe.vae, control.shifted)) for one in self.control_latents]
         length = base.padded_length(0)
         self.texts = TextCache(
             data.cache / "texts", f"{type(base).__name__} {of_encoders} {length}", self.dtype
@@ -195,8 +210,8 @@ class PictureRecipe(Recipe[P]):
             captions += self.captions()
         rank, count = self.processes.rank, self.processes.count
         pipe.vae.to(self.device)
-        for one in self.latents:
-            for _ in one.build(vae_mean(pipe.vae), rank, count, self._pictures_at_once):
+        for one, encode in encoded:
+            for _ in one.build(encode, rank, count, self._pictures_at_once):
                 pass
         pipe.vae.cpu()
         base.encoders_to(self.device)
@@ -225,7 +240,7 @@ class PictureRecipe(Recipe[P]):
         Raises:
             DataError: they are too many; in every process.
         """
-        bad = self.data.unreadable(self.latents)
+        bad = self.data.unreadable([*self.latents, *self.control_latents])
         if bad and self.processes.is_main:
             more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
             count = f"{len(bad)} of {len(self.data.records)} pictures"
@@ -248,6 +263,7 @@ class PictureRecipe(Recipe[P]):
             f"{self.started_from()}, {sum(p.numel() for p in adapter.parameters()) / 1e6:.1f} M parameters"
             f"{', sharded' * (config.shard and self.processes.count > 1)}; "
             f"base {config.base} in {self.precision}"
+            + (f"; control images of {data.records.controls.sum()} pictures" if self.base.control else "")
         )
 
     @property
@@ -266,6 +282,7 @@ class PictureRecipe(Recipe[P]):
 
     def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """This process's parts of a step, read in order; another step than the next one starts anew."""
+        control = self.base.control
         if self._batches is None or step != self._next_step:
             self._batches = self.data.batches(
                 step,
@@ -275,6 +292,7 @@ class PictureRecipe(Recipe[P]):
                 self.vary(),
                 self.texts,
                 self.base.objective,
+                None if control is None else control.images(self.data.records, self.control_latents),
             )
         self._next_step = step + 1
         return [next(self._batches) for _ in range(self.config.accumulate)]

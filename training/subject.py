@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel
 
 from interactdiff import attach
 from interactdiff.data.mixture import Mixture
+from interactdiff.data.records import CONTROL
 from interactdiff.errors import RecipeError
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.config import CLIP_LARGE
@@ -24,6 +25,7 @@ from interactdiff.subject.encoder import tower_pixels
 from interactdiff.subject.foreground import foreground
 from interactdiff.subject.items import Subject
 from interactdiff.subject.place import boxes_of
+from interactdiff.training.control import FrozenControl, load_control
 from interactdiff.training.pictures import PictureRecipe
 from interactdiff.training.subject_config import (
     ReferenceChanges,
@@ -120,7 +122,7 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
     config_type = SubjectTrainingConfig
 
     def check_data(self, records: Mixture) -> None:
-        """Some of the first pictures have subjects.
+        """Some of the first pictures have subjects, and with a ControlNet some have control images.
 
         Raises:
             RecipeError: none has.
@@ -131,6 +133,19 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
                 f"expected subjects with pictures in the rows of {self.config.data[0].path}, got none in the "
                 f"first {count}"
             )
+        if self.config.controlnet is not None and not records.controls.any():
+            raise RecipeError(
+                f"controlnet: expected rows with a {CONTROL} in {self.config.data[0].path}, got none"
+            )
+
+    def load_control(self) -> FrozenControl | None:
+        """The ControlNet of the configuration."""
+        config = self.config
+        if config.controlnet is None:
+            return None
+        return load_control(
+            config.controlnet, self.base, self.dtype, config.controlnet_scale, config.drops.control
+        )
 
     def new_adapter(self) -> SubjectAdapter:
         """Untrained, or to go on from; of its image tower nothing is trained, or all that is read."""

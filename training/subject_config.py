@@ -38,12 +38,14 @@ class SubjectDropsConfig(Keys):
         caption: probability of an empty caption.
         all: probability of neither.
         box: probability that a subject is seen everywhere, and not in its place alone.
+        control: probability of no control image, whatever else is left out.
     """
 
     subject: Share = 0.05
     caption: Share = 0.05
     all: Share = 0.05
     box: Share = 0.0
+    control: Share = 0.0
 
 
 class ReferenceChanges(Keys):
@@ -76,6 +78,9 @@ class SubjectTrainingConfig(PicturesConfig):
         token_dim: width of the tokens; null: that of the base's text features.
         layers: which of the tower's hidden states are read.
         weight: beta in training.
+        controlnet: folder or Hub id of a ControlNet of the base's family, which stays as it is and is there
+            in training alone; or null.
+        controlnet_scale: of what it adds.
         drops: what examples are trained without.
         reference: how references are changed.
     """
@@ -86,6 +91,8 @@ class SubjectTrainingConfig(PicturesConfig):
     token_dim: OptionalCount = None
     layers: Annotated[tuple[int, ...], BeforeValidator(_layers)] = LAYERS
     weight: Rate = 1.0
+    controlnet: OptionalLocation = None
+    controlnet_scale: Rate = 1.0
     drops: SubjectDropsConfig = Field(default_factory=SubjectDropsConfig)
     reference: ReferenceChanges = Field(default_factory=ReferenceChanges)
 

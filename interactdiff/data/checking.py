@@ -18,7 +18,7 @@ from interactdiff.data.framing import Framing, phrases_of_item
 from interactdiff.data.pictures import PictureInfo, open_picture, picture_info
 from interactdiff.data.problems import Problem, Problems
 from interactdiff.data.reading import Names, Source, add_repeated, open_source, splits
-from interactdiff.data.records import ImageRecord
+from interactdiff.data.records import ImageRecord, own_file
 from interactdiff.data.rows import PICTURES
 from interactdiff.data.shards import Shards
 from interactdiff.data.words import names_side
@@ -146,7 +146,7 @@ class _SplitChecker:
     def __init__(self, source: Source, options: CheckOptions, report: Report):
         self.source, self.options, self.report = source, options, report
         self.names, self.positions, self.contents = Names(), array("Q"), array("Q")
-        self.of_items = array("Q")  # hashes of the files that items name
+        self.named = array("Q")  # hashes of the files that rows name beside their pictures
         self.spellings: dict[str, str] = {}
 
     def run(self) -> None:
@@ -157,6 +157,8 @@ class _SplitChecker:
             self.report.counts["pictures"] += 1
             self._picture(record)
             self._items(record)
+            if record.control is not None:
+                self._names(own_file(record.control))
         add_repeated(self.source, self.positions, self.names, self.report.errors)
         self.report.phrases += len(self.spellings)
         if isinstance(self.source, Shards) and self.options.decode:
@@ -178,6 +180,11 @@ class _SplitChecker:
                 self.contents[-1] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
             else:
                 info = record.info()
+            record.check_control(info)
+            if record.control is not None:
+                self.report.counts["control images"] += 1
+                if self.options.decode:
+                    record.open_control()
         except (DataError, OSError) as error:
             file = str(record.path or record.name)
             self.report.errors.add(Problem("picture", file, str(error), record.line, of_picture=True))
@@ -226,12 +233,8 @@ class _SplitChecker:
             counts[plural] += 1
             for field_name, phrase in phrases_of_item(item):
                 self._phrase(record, name, field_name, phrase)
-            if isinstance(self.source, MetadataFolder):
-                for path in filter(
-                    None, (getattr(getattr(item, one, None), "path", None) for one in PICTURES)
-                ):
-                    within = Path(os.path.relpath(path, self.source.folder)).as_posix()
-                    self.of_items.append(Names.hash(within))
+            for one in PICTURES:
+                self._names(getattr(getattr(item, one, None), "path", None))
         said = " ".join(record.prompts).lower()
         for number, one in enumerate(record.interactions, start=1):
             for role in ("subject", "object"):
@@ -242,6 +245,11 @@ class _SplitChecker:
             phrases = [phrase for item in record.items for _, phrase in phrases_of_item(item)]
             if any(map(names_side, (*record.prompts, *phrases))):
                 self._warn("side", record, "left or right in a text: swapped where the picture is mirrored")
+
+    def _names(self, path: str | Path | None) -> None:
+        """Take a file that a row names beside its picture."""
+        if path is not None and isinstance(self.source, MetadataFolder):
+            self.named.append(Names.hash(Path(os.path.relpath(path, self.source.folder)).as_posix()))
 
     def _phrase(self, record: ImageRecord, item: str, field_name: str, phrase: str) -> None:
         options = self.options
@@ -266,7 +274,7 @@ class _SplitChecker:
 
     def _without_row(self, folder: Path) -> None:
         there = sum(1 for _ in picture_names(folder))
-        hashes = {*self.names.hashes, *self.of_items}
+        hashes = {*self.names.hashes, *self.named}
         if there > len(hashes):
             for name in picture_names(folder):
                 if Names.hash(name) not in hashes:

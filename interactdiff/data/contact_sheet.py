@@ -21,6 +21,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Put pictures on a sheet, each cropped and with the boxes that are left, its caption below.
 
+    A control image stands in its lower right corner, cropped alike.
+
     Args:
         records: the data.
         framing: the sizes of training.
@@ -59,6 +61,9 @@ def _cell(records: Records, number: int, framing: Framing, flipped: bool) -> tup
     image = placement.apply(record.open())
     scale = CELL / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    if record.control is not None:
+        inset = placement.apply(record.open_control()).resize((image.width // 3, image.height // 3))
+        image.paste(inset, (image.width - inset.width, image.height - inset.height))
     kinds: dict[Any, list[Any]] = {Interaction: [], Entity: [], None: []}
     for item in items:
         kinds[type(item) if type(item) in kinds else None].append(item)

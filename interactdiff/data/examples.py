@@ -14,7 +14,7 @@ A recipe's loop, on any number of processes:
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -55,13 +55,27 @@ def make_order(records: "Records | Mixture", framing: Framing, batch_size: int, 
     return Order(buckets, batch_size, seed, records.weights, shards if shards.any() else None)
 
 
-def pixels_of(record: ImageRecord, placement: Placement) -> Tensor:
-    """The picture as training sees it, [3, H, W] float32 in [-1, 1].
+class Further(Protocol):
+    """Makes further tensors of an example, from its record."""
+
+    def __call__(
+        self, example: Mapping[str, Any], record: ImageRecord, placement: Placement, rng: random.Random
+    ) -> dict[str, Tensor]:
+        """By name; `example` is what is made so far, and `rng` the example's own.
+
+        Raises:
+            DataError: a picture could not be read.
+        """
+        ...
+
+
+def pixels_of(record: ImageRecord, placement: Placement, control: bool = False) -> Tensor:
+    """The picture, or its control image, as training sees it, [3, H, W] float32 in [-1, 1].
 
     Raises:
         DataError: it is no whole picture.
     """
-    made = np.asarray(placement.apply(record.open()))
+    made = np.asarray(placement.apply(record.open_control() if control else record.open()))
     return torch.from_numpy(made.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -74,6 +88,7 @@ class Examples(Dataset):
         order: which seed and which replacements.
         flip: probability that a picture is mirrored.
         latents: in place of pixels.
+        further: makes more of an example.
     """
 
     def __init__(
@@ -83,9 +98,10 @@ class Examples(Dataset):
         order: Order,
         flip: float = 0.5,
         latents: Latents | None = None,
+        further: Further | None = None,
     ):
         self.records, self.framing, self.order = records, framing, order
-        self.flip, self.latents = flip, latents
+        self.flip, self.latents, self.further = flip, latents, further
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         """The example of a draw.
@@ -127,7 +143,7 @@ class Examples(Dataset):
         height, width = placement.size
         scale = height / (placement.window[3] - placement.window[1])
         left = placement.window[0] if not flipped else sides[0] - placement.window[2]
-        return {
+        example = {
             **image,
             "prompt": placement.prompt(prompt, record.items, items),
             "items": items,
@@ -140,6 +156,7 @@ class Examples(Dataset):
             "position": draw.position,
             "flipped": flipped,
         }
+        return example | (self.further(example, record, placement, rng) if self.further else {})
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

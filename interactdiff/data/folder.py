@@ -8,7 +8,7 @@ from typing import Any
 from interactdiff.data.json_lines import json_lines, parse_json, read_line
 from interactdiff.data.pictures import SUFFIXES
 from interactdiff.data.problems import SHOWN, Problem, Problems, nearest
-from interactdiff.data.records import FileRange, ImageRecord
+from interactdiff.data.records import CONTROL, FileRange, ImageRecord
 from interactdiff.data.rows import RowParser, check_relative, is_file
 from interactdiff.errors import DataError
 from interactdiff.picture import NoRecordError, PictureError, read_record
@@ -41,18 +41,27 @@ class MetadataFolder:
         self.ignored = parser.ignored
         hints = _Hints(self.folder)
         for line, offset, values in json_lines(self.folder / METADATA, self.name, problems):
-            record = parser.parse(values, line, lambda name: self._find(name, hints), self._sidecar)
+            record = parser.parse(
+                values,
+                line,
+                lambda name: self._find(name, hints),
+                self._sidecar,
+                lambda name: self._find_control(name, hints),
+            )
             if record is not None:
                 yield offset, record
 
     def stamped(self) -> Iterator[Path]:
-        """The pictures that rows name, and the caption files of rows without a caption."""
+        """The pictures and control images that rows name, and the caption files of rows without a caption."""
         for _, _, values in json_lines(self.folder / METADATA, self.name, Problems()):
             try:
                 check_relative(name := values["file_name"], self.folder)
                 yield self.folder / name
                 if "prompt" not in values and not values.get("prompts"):
                     yield (self.folder / name).with_suffix(".txt")
+                if (control := values.get(CONTROL)) is not None:
+                    check_relative(control, self.folder)
+                    yield self.folder / control
             except (DataError, TypeError, KeyError, ValueError):  # a mistake, which `scan` reports
                 continue
 
@@ -67,7 +76,7 @@ class MetadataFolder:
             file.seek(position)
             values = read_line(file)
         record = RowParser(self.name, problems, self.form, self.folder).parse(
-            values, line, self._find, self._sidecar
+            values, line, self._find, self._sidecar, self._find_control
         )
         problems.raise_if_any(str(self.folder))
         assert record is not None
@@ -80,6 +89,9 @@ class MetadataFolder:
             hint = "" if hints is None else hints.of(name)
             raise DataError(f"expected a picture in {self.folder}/, got {shown(name)}{hint}")
         return name, FileRange(path)
+
+    def _find_control(self, name: Any, hints: "_Hints | None" = None) -> FileRange | None:
+        return None if name is None else self._find(name, hints)[1]
 
     def _sidecar(self, name: str) -> str | None:
         return caption_beside(self.folder / name)

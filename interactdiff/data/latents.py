@@ -21,7 +21,7 @@ from interactdiff.data.examples import pixels_of
 from interactdiff.data.framing import Framing, Placement
 from interactdiff.data.kept import Kept
 from interactdiff.data.reading import Records
-from interactdiff.data.records import FileRange, ImageRecord
+from interactdiff.data.records import FileRange, ImageRecord, Stored
 from interactdiff.errors import DataError
 from interactdiff.files import remove_stale_asides
 
@@ -48,9 +48,9 @@ def weights_key(module: nn.Module) -> str:
     return made_of.hexdigest()
 
 
-def vae_mean(vae: Any) -> Encode:
-    """The mean of a VAE's posterior, scaled as its configuration says (factor and shift)."""
-    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+def vae_mean(vae: Any, shifted: bool = True) -> Encode:
+    """The mean of a VAE's posterior, scaled as its configuration says (factor, and shift if `shifted`)."""
+    shift, scale = (shifted and getattr(vae.config, "shift_factor", None)) or 0.0, vae.config.scaling_factor
 
     def encode(pixels: Tensor) -> Tensor:
         encoded = vae.encode(pixels.to(vae.device, vae.dtype))
@@ -70,6 +70,7 @@ class LatentCache:
         key: of what encodes, such as `weights_key(vae)`.
         flip: whether mirrored latents are kept too.
         dtype: of the latents on disk.
+        control: whether they are of control images; records without one have none.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class LatentCache:
         key: str,
         flip: bool = True,
         dtype: torch.dtype = torch.bfloat16,
+        control: bool = False,
     ):
         self.folder, self.records, self.framing = folder, records, framing
-        self.flip, self.dtype = flip, dtype
-        self.key = f"{_RULE} {key} {framing} {flip} {dtype}"
+        self.flip, self.dtype, self.control = flip, dtype, control
+        self.key = f"{_RULE} {key} {framing} {flip} {dtype}{' control' * control}"
         self._keys: dict[int, str] = {}
         self._open = Kept(self._opened, 64)
 
@@ -185,7 +187,8 @@ class LatentCache:
                 record = self.records[index]
                 placement = self._placement(index, record)
                 flip = self.flip and record.may_flip
-                made_of.update(f"{_stamp(self.records, record)} {placement} {flip}".encode())
+                stamp = _stamp(self.records, record, record.control if self.control else record.stored)
+                made_of.update(f"{stamp} {placement} {flip}".encode())
             self._keys[block] = made_of.hexdigest()
         return self._keys[block]
 
@@ -224,8 +227,10 @@ class LatentCache:
         return self.framing.place(width, height, record.items)
 
     def _pixels(self, index: int, record: ImageRecord) -> list[tuple[bool, tuple[int, int], Tensor]]:
+        if self.control and record.control is None:
+            return []
         plain = self._placement(index, record)
-        pixels = pixels_of(record, plain)
+        pixels = pixels_of(record, plain, self.control)
         made = [(False, plain.size, pixels)]
         if self.flip and record.may_flip:
             made.append((True, plain.size, pixels.flip(-1)))
@@ -248,12 +253,11 @@ def _name(index: int, flipped: bool) -> str:
     return f"{index}.flipped" if flipped else str(index)
 
 
-def _stamp(records: Records, record: ImageRecord) -> str:
+def _stamp(records: Records, record: ImageRecord, stored: Stored | None) -> str:
     """What changes when a picture does, found without reading it.
 
     Size and time of its file; for a part of a shard the shard's checksum; for a table its fingerprint.
     """
-    stored = record.stored
     if not isinstance(stored, FileRange):
         return f"{record.name} {records.files_digest}"
     index = getattr(records.source, "index", None)

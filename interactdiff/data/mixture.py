@@ -21,7 +21,7 @@ class Mixture(Sequence[ImageRecord]):
 
     Attributes:
         parts: the data sets.
-        widths: [N], heights: [N], weights: [N], shards: [N], as those of `Records`.
+        widths: [N], heights: [N], weights: [N], controls: [N], shards: [N], as those of `Records`.
     """
 
     def __init__(self, parts: Sequence[Records], repeats: Sequence[int]):
@@ -29,6 +29,7 @@ class Mixture(Sequence[ImageRecord]):
         self.starts = [0, *accumulate(map(len, parts))]
         self.widths = np.concatenate([part.widths for part in parts])
         self.heights = np.concatenate([part.heights for part in parts])
+        self.controls = np.concatenate([part.controls for part in parts])
         weights = [part.weights.astype(np.int64) * by for part, by in zip(parts, repeats, strict=True)]
         self.weights = np.concatenate(weights)
         shards, first = [], 0

@@ -174,7 +174,7 @@ class Names:
 class Records(Sequence[ImageRecord]):
     """The records of a data set by their number: rows are read again as they are needed.
 
-    In memory: 20 bytes a record.
+    In memory: 23 bytes a record.
 
     Attributes:
         source: the reader.
@@ -183,15 +183,16 @@ class Records(Sequence[ImageRecord]):
         widths: [N] uint32, of the picture as shown, in pixels; 0 where it is not there.
         heights: [N] uint32.
         weights: [N] uint16, how often it comes in an epoch.
+        controls: [N] uint8, 1 where it has a control image.
         digest: changes with the rows.
         files_digest: changes also with captions beside pictures, and with size or time of a picture's file.
     """
 
-    FIELDS = ("positions", "lines", "widths", "heights", "weights")
+    FIELDS = ("positions", "lines", "widths", "heights", "weights", "controls")
 
     def __init__(self, source: Source, digests: tuple[str, str], columns: dict[str, np.ndarray]):
         self.source, (self.digest, self.files_digest) = source, digests
-        self.positions, self.lines, self.widths, self.heights, self.weights = (
+        self.positions, self.lines, self.widths, self.heights, self.weights, self.controls = (
             columns[n] for n in self.FIELDS
         )
 
@@ -254,24 +255,27 @@ class Records(Sequence[ImageRecord]):
 
 def _scanned(source: Source, need_pictures: bool) -> dict[str, np.ndarray]:
     problems, names = Problems(), Names()
-    columns = {name: array(code) for name, code in zip(Records.FIELDS, "QIIIH", strict=True)}
+    columns = {name: array(code) for name, code in zip(Records.FIELDS, "QIIIHB", strict=True)}
     for position, record in source.scan(problems):
         try:
             missing = not need_pictures and record.path is not None and not is_file(record.path)
             info = PictureInfo(0, 0) if missing else record.info()
+            if need_pictures:
+                record.check_control(info)
         except DataError as error:
             where = Problem("picture", record.name, str(error), record.line, of_picture=True)
             problems.add(where)
             continue
         names.add(record.name, record.line)
-        values = (position, record.line, info.width, info.height, record.weight)
+        sides = info.width, info.height
+        values = (position, record.line, *sides, record.weight, record.control is not None)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     add_repeated(source, columns["positions"], names, problems)
     problems.raise_if_any(source.name)
     if not columns["positions"]:
         raise DataError(f"expected at least one picture in {source.name}, got none")
-    types = (np.uint64, np.uint32, np.uint32, np.uint32, np.uint16)
+    types = (np.uint64, np.uint32, np.uint32, np.uint32, np.uint16, np.uint8)
     return {n: np.frombuffer(column, t) for (n, column), t in zip(columns.items(), types, strict=True)}
 
 

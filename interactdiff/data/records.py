@@ -9,9 +9,13 @@ from PIL import Image
 
 from interactdiff.data.pictures import PictureInfo, open_picture, picture_info
 from interactdiff.data.words import speaks_of_lettering
+from interactdiff.errors import DataError
 from interactdiff.registry import item_specs
 from interactdiff.scene import Scene
 from interactdiff.scene_items import Entity, Interaction
+
+CONTROL = "conditioning_image"
+"""The key of a row's control image, as diffusers' ControlNet scripts and data sets of the Hub call it."""
 
 
 class Stored(Protocol):
@@ -70,6 +74,7 @@ class ImageRecord:
         source: where it is from.
         license: its licence.
         line: of the file of rows, from 1; of a shard the number of the example.
+        control: where the bytes of its control image are, such as its depth; None without one.
     """
 
     name: str
@@ -82,6 +87,7 @@ class ImageRecord:
     source: str | None = None
     license: str | None = None
     line: int = 0
+    control: Stored | None = None
 
     @property
     def prompt(self) -> str:
@@ -91,7 +97,7 @@ class ImageRecord:
     @property
     def path(self) -> Path | None:
         """The picture's own file; None if it is a part of another file."""
-        return self.stored.path if isinstance(self.stored, FileRange) and not self.stored.size else None
+        return own_file(self.stored)
 
     @property
     def interactions(self) -> tuple[Interaction, ...]:
@@ -109,7 +115,7 @@ class ImageRecord:
         return self.flip and not any(map(speaks_of_lettering, self.prompts))
 
     def to_row(self) -> dict[str, Any]:
-        """The record as a row of `metadata.jsonl`, without `file_name`; what has its default is left out."""
+        """The record as a row of `metadata.jsonl`, without its pictures; what has its default is left out."""
         row: dict[str, Any] = (
             {"prompt": self.prompt} if len(self.prompts) == 1 else {"prompts": [*self.prompts]}
         )
@@ -134,12 +140,7 @@ class ImageRecord:
     @property
     def format(self) -> str:
         """What the picture's file name should end in."""
-        if suffix := Path(self.name).suffix:
-            return suffix[1:].lower()
-        with Image.open(io.BytesIO(self.stored.read())) as image:
-            return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(
-                str(image.format), str(image.format).lower()
-            )
+        return format_of(self.stored)
 
     def open(self) -> Image.Image:
         """Decode the picture: RGB, as shown, see `pictures.open_picture`.
@@ -156,3 +157,49 @@ class ImageRecord:
             DataError: it is no picture.
         """
         return picture_info(self.path or self.stored.read())
+
+    def open_control(self) -> Image.Image:
+        """Decode the control image, as `open` does the picture.
+
+        Raises:
+            DataError: there is none, or it is no whole picture.
+        """
+        if self.control is None:
+            raise DataError(f"{CONTROL}: expected a control image, got none")
+        try:
+            return open_picture(self.control.read())
+        except (DataError, OSError) as error:
+            raise DataError(f"{CONTROL}: {error}") from None
+
+    def check_control(self, info: PictureInfo) -> None:
+        """Refuse a control image whose sides are not in the ratio of the picture's, up to rounding.
+
+        Args:
+            info: of the picture.
+
+        Raises:
+            DataError: it is another ratio, or no picture.
+        """
+        if self.control is None:
+            return
+        try:
+            got = picture_info(own_file(self.control) or self.control.read())
+        except (DataError, OSError) as error:
+            raise DataError(f"{CONTROL}: {error}") from None
+        rounding = max(info.width + info.height, got.width + got.height) / 2  # half a pixel a side
+        if abs(got.width * info.height - got.height * info.width) > rounding:
+            expected = f"sides in the picture's ratio, {info.width} : {info.height}"
+            raise DataError(f"{CONTROL}: expected {expected}, got {got.width} x {got.height} pixels")
+
+
+def own_file(stored: Stored) -> Path | None:
+    """The file that a picture is; None if it is a part of another file."""
+    return stored.path if isinstance(stored, FileRange) and not stored.size else None
+
+
+def format_of(stored: Stored) -> str:
+    """What the name of a picture's file should end in."""
+    if (file := own_file(stored)) is not None and file.suffix:
+        return file.suffix[1:].lower()
+    with Image.open(io.BytesIO(stored.read())) as image:
+        return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(str(image.format), str(image.format).lower())

@@ -9,7 +9,7 @@ from typing import Any
 
 from interactdiff.data.boxes import box_fields, likely_form, to_shares
 from interactdiff.data.problems import Problem, Problems, nearest
-from interactdiff.data.records import ImageRecord, Stored
+from interactdiff.data.records import CONTROL, ImageRecord, Stored
 from interactdiff.errors import DataError
 from interactdiff.method_specs import ItemSpec
 from interactdiff.registry import item_specs
@@ -20,7 +20,7 @@ from interactdiff.scene_pictures import picture_files
 
 MAX_WEIGHT = 1000
 PICTURES = ("image", "mask")  # fields of items that name pictures
-OWN_KEYS = ("file_name", "prompt", "prompts", "weight", "source", "license", "id", "flip")
+OWN_KEYS = ("file_name", CONTROL, "prompt", "prompts", "weight", "source", "license", "id", "flip")
 _OTHER_NAMES = {"text": "prompt", "caption": "prompt", "image": "file_name", "boxes": "entities"}
 
 
@@ -51,6 +51,7 @@ class RowParser:
         line: int,
         find: Callable[[Any], tuple[str, Stored]],
         sidecar: Callable[[str], str | None] = lambda name: None,
+        find_control: Callable[[Any], Stored | None] | None = None,
     ) -> ImageRecord | None:
         """Make a record of a row.
 
@@ -60,6 +61,8 @@ class RowParser:
             find: gives the picture's name and place for the value of `file_name` (None if there is none), or
                 raises a `DataError` that says what was expected.
             sidecar: the caption in a file beside a picture of this name, or None.
+            find_control: gives the control image's place for the value of `conditioning_image`, as `find`
+                does; None where rows have no place for one.
 
         Returns:
             The record; None if the row has a mistake, all of which `problems` has then.
@@ -73,11 +76,15 @@ class RowParser:
             report("row", f"expected an object with file_name, got {shown(values)}")
             return None
         self._check_keys(values, report)
-        name, stored, size = "", None, None
+        name, stored, control, size = "", None, None, None
         try:
             name, stored = find(values.get("file_name"))
         except DataError as error:
             report("file_name", str(error), "file_name")
+        try:
+            control = (find_control or _no_control)(values.get(CONTROL))
+        except DataError as error:
+            report(CONTROL, str(error), CONTROL)
         if stored is not None and self.form.startswith("pixels"):
             size = self._size(name, stored, line)
         items = self._items(values, report, size, stored)
@@ -85,7 +92,7 @@ class RowParser:
         options = self._options(values, report)
         if len(self.problems) > before or stored is None:
             return None
-        return ImageRecord(name=name, stored=stored, prompts=prompts, items=items, line=line, **options)
+        return ImageRecord(name, stored, prompts, items, line=line, control=control, **options)
 
     def _check_keys(self, values: Mapping[str, Any], report: Callable[..., None]) -> None:
         known = [*OWN_KEYS, *item_specs()]
@@ -254,6 +261,13 @@ class RowParser:
 def _without_field(error: SceneError) -> str:
     """An error's sentence without the field's name in front of it."""
     return str(error).partition(": ")[2]
+
+
+def _no_control(given: Any) -> None:
+    if given is not None:
+        raise DataError(
+            f"expected no control image of a scene file, but of a row of metadata.jsonl, got {shown(given)}"
+        )
 
 
 def check_relative(name: Any, folder: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from interactdiff.data.json_lines import parse_json
 from interactdiff.data.pictures import SUFFIXES
 from interactdiff.data.problems import Problem, Problems
-from interactdiff.data.records import FileRange, ImageRecord
+from interactdiff.data.records import CONTROL, FileRange, ImageRecord, Stored, format_of
 from interactdiff.data.rows import RowParser
 from interactdiff.errors import DataError
 from interactdiff.files import write_aside
@@ -23,6 +23,7 @@ from interactdiff.scene_checks import shown
 INDEX = "index.json"
 _FORMAT = 1
 _COLUMNS = 4  # of an example: offset and size of its row, offset and size of its picture, in bytes
+_WITH_CONTROL = 6  # where examples of a shard have control images: offset and size of its own, or zeros
 _NUMBER_BITS = 32  # of a position, for the example's number in its shard
 _BLOCK = 512  # of a tar
 _NAME = re.compile(r"(.+)-(\d{6})\.tar")
@@ -31,6 +32,7 @@ _NAME = re.compile(r"(.+)-(\d{6})\.tar")
 class Shards:
     """A folder of shards `{split}-000000.tar` of `key.jpg` (or png, webp) and `key.json`, and `index.json`.
 
+    A control image is one more member, `key.conditioning_image.png`.
     Shards without an index (written by others) are read once to make one. Positions are
     `shard << 32 | example`. In memory: 32 bytes an example.
 
@@ -94,7 +96,7 @@ class Shards:
 
     def _record(self, shard: int, number: int, problems: Problems) -> ImageRecord | None:
         path = self.folder / self.names[shard]
-        start, size, picture, picture_size = (int(value) for value in self.examples[shard][number])
+        start, size, *places = (int(value) for value in self.examples[shard][number])
         try:
             with path.open("rb") as file:
                 file.seek(start - _BLOCK)
@@ -106,9 +108,15 @@ class Shards:
         except (OSError, tarfile.TarError, DataError) as error:
             problems.add(Problem("json", str(path), str(error), number + 1))
             return None
-        stored = FileRange(path, picture, picture_size)
+        stored = FileRange(path, *places[:2])
+        control = FileRange(path, *places[2:]) if any(places[2:]) else None
         parser = RowParser(str(path), problems, self.form)
-        record = parser.parse(values, number + 1, lambda given: _named(given, path, key, stored))
+        record = parser.parse(
+            values,
+            number + 1,
+            lambda given: _named(given, path, key, stored),
+            find_control=lambda given: _control(given, key, control),
+        )
         for name, count in parser.ignored.items():
             self.ignored[name] = self.ignored.get(name, 0) + count
         return record
@@ -209,9 +217,7 @@ def _next_shard(
         record = pending.pop() if pending else next(source, None)
         if record is None:
             break
-        stored = record.stored
-        path = stored.path if isinstance(stored, FileRange) else None
-        total += (stored.size or path.stat().st_size) if isinstance(stored, FileRange) and path else 0
+        total += _size(record.stored) + _size(record.control)
         if batch and total > size:
             pending.append(record)
             break
@@ -219,20 +225,29 @@ def _next_shard(
     return batch
 
 
+def _size(stored: Stored | None) -> int:
+    return (stored.size or stored.path.stat().st_size) if isinstance(stored, FileRange) else 0
+
+
 def _write_shard(path: Path, records: list[ImageRecord], examples: list[list[int]], first: int) -> None:
+    columns = _WITH_CONTROL if any(record.control is not None for record in records) else _COLUMNS
     with path.open("wb") as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, record in enumerate(records, start=first):
             row = record.to_row()
             row.setdefault("id", record.name)
-            key, suffix = f"{number:09d}", f".{record.format}"
-            text = json.dumps(row, ensure_ascii=False).encode()
+            members = {
+                "json": json.dumps(row, ensure_ascii=False).encode(),
+                record.format: record.stored.read(),
+            }
+            if record.control is not None:
+                members[f"{CONTROL}.{format_of(record.control)}"] = record.control.read()
             places = []
-            for name, data in ((f"{key}.json", text), (f"{key}{suffix}", record.stored.read())):
-                member = tarfile.TarInfo(name)
+            for kind, data in members.items():
+                member = tarfile.TarInfo(f"{number:09d}.{kind}")
                 member.size = len(data)
                 places += [tar.offset + _BLOCK, len(data)]
                 tar.addfile(member, io.BytesIO(data))
-            examples.append(places)
+            examples.append(places + [0] * (columns - len(places)))
 
 
 def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
@@ -252,11 +267,12 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _offsets(entry: dict[str, Any], folder: Path) -> np.ndarray:
-    """[N, 4] int64 of a shard's examples."""
+    """[N, 4 or 6] int64 of a shard's examples."""
     try:
-        examples = np.array(entry["examples"], np.int64).reshape(-1, _COLUMNS)
+        columns = _WITH_CONTROL if _WITH_CONTROL in map(len, entry["examples"]) else _COLUMNS
+        examples = np.array(entry["examples"], np.int64).reshape(-1, columns)
         inside = (examples >= 0).all() and (examples[:, 0] >= _BLOCK).all()
-        inside = inside and (examples[:, 2] + examples[:, 3] <= entry["bytes"]).all()
+        inside = inside and (examples[:, 2::2] + examples[:, 3::2] <= entry["bytes"]).all()
         if len(examples) != entry["count"] or not inside:
             raise ValueError("offsets that do not fit its shards")
     except (ValueError, TypeError, KeyError, OverflowError) as error:
@@ -285,9 +301,10 @@ def _check_shards(folder: Path, index: dict[str, dict[str, Any]], there: list[st
 
 
 def _scanned(path: Path) -> np.ndarray:
-    """[N, 4] int64 of the examples in a shard without an index."""
+    """[N, 4 or 6] int64 of the examples in a shard without an index."""
     rows: dict[str, tuple[int, int]] = {}
     pictures: dict[str, tuple[int, int]] = {}
+    controls: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -295,14 +312,16 @@ def _scanned(path: Path) -> np.ndarray:
                 if member.isfile() and kind == "json":
                     rows[key] = member.offset_data, member.size
                 elif member.isfile() and f".{kind.lower()}" in SUFFIXES:
-                    pictures[key] = member.offset_data, member.size
+                    found = controls if key.endswith(f".{CONTROL}") else pictures
+                    found[key.removesuffix(f".{CONTROL}")] = member.offset_data, member.size
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"expected a whole tar at {path}, got {error}") from None
-    if alone := sorted(set(rows) ^ set(pictures)):
+    if alone := sorted(set(rows) ^ set(pictures) | set(controls) - set(rows)):
         raise DataError(
             f"expected a row and a picture of each key in {path}, got one of them of {alone[0]!r}"
         )
-    return np.array([(*rows[key], *pictures[key]) for key in rows], np.int64).reshape(-1, _COLUMNS)
+    places = [(*rows[key], *pictures[key], *controls.get(key, (0, 0))) for key in rows]
+    return np.array(places, np.int64).reshape(-1, _WITH_CONTROL)[:, : None if controls else _COLUMNS]
 
 
 def _split_of(name: str) -> str:
@@ -316,3 +335,9 @@ def _named(given: Any, path: Path, key: str, stored: FileRange) -> tuple[str, Fi
             f"expected no file_name in a shard, where the key names the picture, got {shown(given)}"
         )
     return f"{path.name}/{key}", stored
+
+
+def _control(given: Any, key: str, control: FileRange | None) -> FileRange | None:
+    if given is not None:
+        raise DataError(f"expected the control image as the member {key}.{CONTROL}.png, got {shown(given)}")
+    return control

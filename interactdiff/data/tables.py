@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from interactdiff.data.problems import Problems
-from interactdiff.data.records import ImageRecord, Inline
+from interactdiff.data.records import CONTROL, ImageRecord, Inline
 from interactdiff.data.rows import OWN_KEYS, RowParser
 from interactdiff.data.shards import chosen_split
 from interactdiff.errors import DataError
@@ -100,7 +100,10 @@ class Table:
         if IMAGE not in self.columns:
             raise DataError(f"expected a column of pictures in {path}, got {', '.join(rows.column_names)}")
         rows = rows.select_columns(sorted(set(self.columns.values())))
-        self.rows = rows.cast_column(self.columns[IMAGE], datasets.Image(decode=False))
+        for key in (IMAGE, CONTROL):
+            if key in self.columns:
+                rows = rows.cast_column(self.columns[key], datasets.Image(decode=False))
+        self.rows = rows
         self.fingerprint = rows._fingerprint
 
     def scan(self, problems: Problems) -> Iterator[tuple[int, ImageRecord]]:
@@ -130,15 +133,22 @@ class Table:
             if isinstance(row[key], list):  # a column has all keys in every row: those without a value go
                 row[key] = [_without_nulls(one) for one in row[key]]
 
-        def find(_: Any) -> tuple[str, Inline]:
-            data = image.get("bytes")
-            if data is None and image.get("path") and Path(image["path"]).is_file():
-                data = Path(image["path"]).read_bytes()
-            if data is None:
-                raise DataError(f"expected the bytes of a picture, got {sorted(image)} without them")
-            return f"{number:09d}", Inline(data)
+        return RowParser(self.name, problems, self.form).parse(
+            row,
+            number + 1,
+            lambda _: (f"{number:09d}", _inline(image)),
+            find_control=lambda cell: None if cell is None else _inline(cell),
+        )
 
-        return RowParser(self.name, problems, self.form).parse(row, number + 1, find)
+
+def _inline(cell: Mapping[str, Any]) -> Inline:
+    """The picture in a cell of a column of pictures."""
+    data = cell.get("bytes")
+    if data is None and cell.get("path") and Path(cell["path"]).is_file():
+        data = Path(cell["path"]).read_bytes()
+    if data is None:
+        raise DataError(f"expected the bytes of a picture, got {sorted(cell)} without them")
+    return Inline(data)
 
 
 def features() -> Any:
@@ -164,7 +174,7 @@ def features() -> Any:
             "entities": datasets.List({"phrase": text, "box": box, **common}),
             "weight": datasets.Value("int64"),
             "flip": datasets.Value("bool"),
-            **{key: text for key in ("id", "source", "license")},
+            **{key: text for key in (CONTROL, "id", "source", "license")},
         }
     )
 

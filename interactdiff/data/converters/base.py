@@ -60,14 +60,14 @@ class Converted:
         picture: its file, or its bytes.
         row: of `metadata.jsonl`, without `file_name`.
         split: the subfolder, or None.
-        references: pictures that items of the row name, by their paths in the new folder.
+        references: further pictures that the row names, files or bytes, by their paths in the new folder.
     """
 
     name: str
     picture: Path | bytes
     row: dict[str, Any]
     split: str | None = None
-    references: Mapping[str, bytes] = field(default_factory=dict)
+    references: Mapping[str, Path | bytes] = field(default_factory=dict)
 
 
 class Pictures:

@@ -93,20 +93,18 @@ def _write(
             opened[one.split] = files.enter_context(
                 (here / METADATA).open("w", encoding="utf-8", newline="\n")
             )
-        check_relative(one.name, here)
-        path = here / one.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() or path.is_symlink():
-            raise DataError(f"expected each picture once, got {one.name!r} twice")
-        if isinstance(one.picture, bytes):
-            path.write_bytes(one.picture)
-        elif copy:
-            shutil.copyfile(one.picture, path)
-        else:
-            path.symlink_to(one.picture.resolve())
-        for name, picture in one.references.items():
-            (here / name).parent.mkdir(parents=True, exist_ok=True)
-            (here / name).write_bytes(picture)
+        for name, picture in {one.name: one.picture, **one.references}.items():
+            check_relative(name, here)
+            path = here / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() or path.is_symlink():
+                raise DataError(f"expected each picture once, got {name!r} twice")
+            if isinstance(picture, bytes):
+                path.write_bytes(picture)
+            elif copy:
+                shutil.copyfile(picture, path)
+            else:
+                path.symlink_to(picture.resolve())
         row: dict[str, Any] = {"file_name": one.name, **one.row}
         opened[one.split].write(json.dumps(row, ensure_ascii=False) + "\n")
         notes["pictures"] += 1

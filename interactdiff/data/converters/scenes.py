@@ -6,6 +6,7 @@ from pathlib import Path
 
 from interactdiff.data.converters.base import Converted, Options
 from interactdiff.data.reading import read_folder, splits
+from interactdiff.data.records import CONTROL, format_of, own_file
 
 
 def convert(source: str, options: Options, notes: Counter[str]) -> Iterator[Converted]:
@@ -21,4 +22,8 @@ def convert(source: str, options: Options, notes: Counter[str]) -> Iterator[Conv
             name = record.name
             if not Path(name).suffix:  # a key of a shard or a number of a table
                 name = f"{Path(name).name}.{record.format}"
-            yield Converted(name, record.path or record.stored.read(), record.to_row(), split)
+            row, references = record.to_row(), {}
+            if (control := record.control) is not None:
+                row[CONTROL] = f"{CONTROL}s/{name}.{format_of(control)}"
+                references[row[CONTROL]] = own_file(control) or control.read()
+            yield Converted(name, record.path or record.stored.read(), row, split, references)
