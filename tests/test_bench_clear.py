@@ -59,14 +59,12 @@ def test_what_is_too_slow_is_timed_once_and_what_is_too_large_left_out(monkeypat
 
 def test_on_the_command_line(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    sizes = ["--grids", "6,8", "--windows", "2", "--text", "3", "--heads", "1", "--dim", "16"]
+    sizes = ["--grids", "6", "--windows", "2", "--text", "3", "--heads", "1", "--dim", "16"]
     assert main(["bench", "clear", *sizes, "--rounds", "2", "--device", "cpu", "--json", str(file)]) == 0
     written = json.loads(file.read_text())
     assert (written["heads"], written["dim"], written["rounds"], written["device"]) == (1, 16, 2, "cpu")
     ways = ["full", "published_flex", "tiles", "flex"]
-    assert [(row["grid"], row["backend"]) for row in written["rows"]] == [
-        (g, w) for g in (6, 8) for w in ways
-    ]
+    assert [(row["grid"], row["backend"]) for row in written["rows"]] == [(6, way) for way in ways]
     for row in written["rows"]:
         assert {"grid", "window", "text", "dtype", "backend", "seconds", "peak_mb"} <= row.keys()
         assert ("mask_seconds" in row) == (row["backend"] == "published_flex")

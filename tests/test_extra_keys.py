@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -133,14 +134,16 @@ def oracle_with_gradients(q: Tensor, k: Tensor, v: Tensor, extra: list[KeyBlock]
     return (own @ v + more @ extra[0].values) / (own.sum(-1, keepdim=True) + more.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiles", "flex"])
-@pytest.mark.parametrize(("down_factor", "text_first"), [(1, True), (2, False)])
-@pytest.mark.parametrize("by_query", [False, True])
-def test_extra_keys_beside_windows(backend: str, down_factor: int, text_first: bool, by_query: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "pooled", "by_query"),
+    [*product(("reference", "tiles"), (False, True), (False, True)), ("flex", True, True)],
+)
+def test_extra_keys_beside_windows(backend: str, pooled: bool, by_query: bool) -> None:
     """Image tokens see their windows, the text and the further keys; text tokens not the further ones."""
     if backend == "flex" and (why_not := can_run_flex(torch.device("cpu"), torch.float32)):
         pytest.skip(why_not)
     grid, text = (6, 8), 5
+    down_factor, text_first = (2, False) if pooled else (1, True)
     pattern = Pattern(grid, text, 2, down_factor, text_first=text_first)
     q, k, v = (noise(B, HEADS, pattern.length, D, seed=n) for n in (20, 21, 22))
     extra, expected_of = blocks(), blocks()

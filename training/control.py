@@ -1,4 +1,4 @@
-"""A frozen ControlNet beside a frozen base (arXiv 2302.05543): it gives the layout, an adapter learns more.
+"""A frozen ControlNet beside a frozen base (arXiv 2302.05543): it gives the layout, an adapter the rest.
 
 Its residuals enter the denoiser as in diffusers' pipelines with a ControlNet. Those sample the latents of
 control images, which SD3's and Flux's read; here they are the mean, as the latents of pictures are.
