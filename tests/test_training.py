@@ -40,6 +40,8 @@ from interactdiff.training.tokenizer import make_tokenizer, world_words
 from interactdiff.training.vae import VaeConfig
 from interactdiff.training.world_data import (
     CAPTIONS,
+    DESCRIBED,
+    DETAILED,
     CaptionedLatents,
     SizeConfig,
     as_images,
@@ -201,14 +203,21 @@ def test_items_are_the_scene_with_some_slack() -> None:
 
 
 def test_captions_are_those_of_the_renders_and_kept(tmp_path: Path) -> None:
-    captions = cached_captions(tmp_path, 5)
-    assert [len(one) for one in captions] == [CAPTIONS] * 5
+    captions = cached_captions(tmp_path, 12)
+    counts = [len(sample_scene(seed).things) for seed in range(12)]
+    assert min(counts) <= DESCRIBED < max(counts)
+    assert [len(one) for one in captions] == [CAPTIONS + DETAILED * (count <= DESCRIBED) for count in counts]
     for seed, one in enumerate(captions):
         names = [thing.name for thing in sample_scene(seed).things]
+        said = [
+            value for thing in sample_scene(seed).things for value in thing.appearance.attributes().values()
+        ]
+        words = {"stripes": "strip", "dots": "dot", "checks": "check", "plain": "", "none": ""}
+        assert all(words.get(value, value) in text for text in one[CAPTIONS:] for value in said)
         assert all(name in text or "someone" in text for text in one for name in names)
     (made,) = tmp_path.glob("captions-*")
     before = made.stat().st_mtime_ns
-    assert cached_captions(tmp_path, 5) == captions
+    assert cached_captions(tmp_path, 12) == captions
     assert made.stat().st_mtime_ns == before
 
 

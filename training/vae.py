@@ -38,6 +38,9 @@ class VaeConfig(RecipeConfig):
         freeze_encoder: polish the decoder alone: latents, and whatever was trained on them, stay as they are.
         latent_noise: standard deviation of the noise that latents bear.
         edge_weight: of the error of pixels' differences.
+        scale_weight: of the error of pictures that are decoded from latents of 1/2 and 1/4 of the size: what
+            is coarse in a picture is then coarse in its latents (arXiv 2502.14831, section 4).
+        roughness_weight: of the squared differences of neighbouring latents.
     """
 
     batch_size: Count
@@ -48,10 +51,15 @@ class VaeConfig(RecipeConfig):
     freeze_encoder: Flag = False
     latent_noise: Rate
     edge_weight: Rate
+    scale_weight: Rate
+    roughness_weight: Rate
 
 
 class VaeRecipe(Recipe[VaeConfig]):
-    """Trains an `AutoencoderTiny` on renders, with latents of mean 0 and variance 1 that bear some noise."""
+    """Trains an `AutoencoderTiny` on renders, with latents that a denoiser learns easily.
+
+    They have mean 0 and variance 1, bear some noise, and have most of their variance in low frequencies.
+    """
 
     config_type = VaeConfig
 
@@ -72,13 +80,17 @@ class VaeRecipe(Recipe[VaeConfig]):
         return {"images": images.contiguous(memory_format=torch.channels_last)}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        images = batch["images"]
+        config, images = self.config, batch["images"]
         latents = self.model.encode(images).latents.float()
-        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
-        drawn = self.model.decode(latents + self.config.latent_noise * noise).sample.float()
-        mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
-        spread = mean.square().mean() + (variance - 1).square().mean()
-        return reconstruction_loss(drawn, images, self.config.edge_weight) + 0.1 * spread
+        loss = config.roughness_weight * roughness(latents) + 0.1 * spread(latents)
+        for scale, weight in ((1, 1.0), (2, config.scale_weight / 2), (4, config.scale_weight / 2)):
+            if not weight:
+                continue
+            small = F.avg_pool2d(latents, scale)
+            noise = torch.randn(small.shape, generator=generator, device=generator.device).to(small)
+            drawn = self.model.decode(small + config.latent_noise * noise).sample.float()
+            loss = loss + weight * reconstruction_loss(drawn, F.avg_pool2d(images, scale), config.edge_weight)
+        return loss
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
@@ -106,6 +118,20 @@ def keep_variance(model: AutoencoderTiny) -> None:
         if isinstance(module, AutoencoderTinyBlock):
             with torch.no_grad():
                 list(module.conv.children())[-1].get_parameter("weight").mul_(0.2)
+
+
+def roughness(latents: Tensor) -> Tensor:
+    """Mean squared difference of neighbours, along rows plus along columns, of [B, C, H, W] latents."""
+    return latents.diff(dim=-1).square().mean() + latents.diff(dim=-2).square().mean()
+
+
+def spread(latents: Tensor) -> Tensor:
+    """How far [B, C, H, W] latents are from a mean of 0 in each channel and a variance of 1 over all of them.
+
+    Channels may differ: a variance of 1 in each of them drives detail into all, and latents to white noise.
+    """
+    mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3)).mean()
+    return mean.square().mean() + (variance - 1).square()
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor, edge_weight: float) -> Tensor:

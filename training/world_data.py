@@ -26,6 +26,8 @@ from interactdiff.training.config import Count, Keys, OptionalCount, Share, refu
 
 _CHUNK = 500
 CAPTIONS = 4  # wordings of each scene
+DETAILED = 2  # more of them that name every attribute,
+DESCRIBED = 4  # of scenes with at most so many persons and objects: their words fit into the text encoders
 
 
 def _render_chunk(seeds: Sequence[int], size: int) -> np.ndarray:
@@ -38,7 +40,9 @@ def _caption_chunk(seeds: Sequence[int]) -> list[str]:
 
 def _captions(seed: int) -> list[str]:
     scene, rng = sample_scene(seed), random.Random(f"captions {seed}")
-    return [varied_caption(scene, rng) for _ in range(CAPTIONS)]
+    varied = [varied_caption(scene, rng) for _ in range(CAPTIONS)]
+    detailed = DETAILED if len(scene.things) <= DESCRIBED else 0
+    return varied + [caption(scene, rng, likelihood=1.0).text for _ in range(detailed)]
 
 
 def varied_caption(scene: WorldScene, rng: random.Random) -> str:
@@ -113,7 +117,7 @@ def cached_renders(folder: Path, count: int, size: int = SIZE, most: int | None 
 
 
 def cached_captions(folder: Path, count: int, most: int | None = None) -> list[list[str]]:
-    """`CAPTIONS` wordings of each of the scenes of `scene_seeds`, kept in `folder`."""
+    """Wordings of each of the scenes of `scene_seeds`, kept in `folder`: `CAPTIONS` and up to `DETAILED`."""
     folder.mkdir(parents=True, exist_ok=True)
     seeds = scene_seeds(count, most)
     wording = hashlib.sha256("\n".join(_caption_chunk(seeds[:64])).encode()).hexdigest()[:12]

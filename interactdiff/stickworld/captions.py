@@ -65,14 +65,16 @@ def phrase(name: str, look: Appearance, colours: bool = True) -> str:
     return f"person in {look.colour}" if name == "person" else f"{look.colour} {name}"
 
 
-def named_attributes(look: Appearance, rng: random.Random, colours: bool = True) -> dict[str, str]:
-    """Choose what to say of an appearance: the colour, and each other attribute with probability `NAMED`.
+def named_attributes(
+    look: Appearance, rng: random.Random, colours: bool = True, likelihood: float = NAMED
+) -> dict[str, str]:
+    """Choose what to say of an appearance: the colour, and each other attribute with a probability.
 
     A second colour is said with its pattern only, and the colour of headwear with that.
     """
     named = {}
     for attribute, value in look.attributes().items():
-        likely = colours if attribute == "colour" else rng.random() < NAMED
+        likely = colours if attribute == "colour" else rng.random() < likelihood
         if attribute == "second_colour":
             likely = likely or rng.random() < 0.4  # as its pattern has to be named too
             likely = likely and "pattern" in named
@@ -151,6 +153,7 @@ def caption(
     colours: bool = True,
     place: bool = True,
     undescribed: Collection[int] = (),
+    likelihood: float = NAMED,
 ) -> Caption:
     """Describe a scene in words, with varied wording.
 
@@ -161,6 +164,7 @@ def caption(
         colours: whether first colours are named.
         place: whether the background is named.
         undescribed: numbers of the things of which no attribute is named.
+        likelihood: of an attribute other than the colour to be named.
     """
     pieces: list[tuple[str, int | None]] = []  # words, and the number of the thing that they are of
     where = rng.choice(PLACES[scene.background])
@@ -169,7 +173,8 @@ def caption(
         pieces.append((f"{where}, ", None))
     things, named, words = scene.things, [], []
     for number, thing in enumerate(things):
-        named.append({} if number in undescribed else named_attributes(thing.appearance, rng, colours))
+        left_out = number in undescribed
+        named.append({} if left_out else named_attributes(thing.appearance, rng, colours, likelihood))
         is_person = isinstance(thing.appearance, PersonAppearance)
         words.append(
             describe_person(named[-1], rng) if is_person else describe_object(thing.name, named[-1], rng)
