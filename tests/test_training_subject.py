@@ -30,7 +30,7 @@ from interactdiff.subject.foreground import foreground
 from interactdiff.subject.items import Subject
 from interactdiff.training.config import checked
 from interactdiff.training.run import load_config, make_recipe
-from interactdiff.training.subject import SubjectVariation, changed, subjects_of
+from interactdiff.training.subject import SubjectRecipe, SubjectVariation, changed, subjects_of
 from interactdiff.training.subject_config import (
     ReferenceChanges,
     SubjectDropsConfig,
@@ -242,6 +242,12 @@ def test_bad_references_are_one_sentence(pictures: Path, tmp_path: Path, pipe: A
     config = subject_config(pipe, tmp_path / "rows", tmp_path, tower)
     with pytest.raises(RecipeError, match=r"expected subjects with pictures in the rows of .*, got none in"):
         make_recipe(config)
+    rows = [{"file_name": f"{number}.png", "prompt": "a dog"} for number in range(150)]
+    for row in rows:
+        picture(0, (32, 32)).save(tmp_path / "rows" / row["file_name"])
+    (tmp_path / "rows/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixed = [{"path": str(tmp_path / "rows")}, {"path": str(pictures)}]
+    assert isinstance(make_recipe(config | {"data": mixed}), SubjectRecipe)
     with pytest.raises(RecipeError, match="image_encoder: expected it, vision or init_from, got none"):
         checked(SubjectTrainingConfig, config | {"image_encoder": None})
     with pytest.raises(RecipeError, match="layers: expected whole numbers of the image tower's layers"):

@@ -22,7 +22,7 @@ from diffusers import AutoencoderTiny
 
 from interactdiff.stickworld import model_path
 from interactdiff.training.tokenizer import make_portable
-from interactdiff.training.world_data import cached_captions, cached_latents, cached_renders
+from interactdiff.training.world_data import CaptionedLatents, SizeConfig, cached_renders
 
 CONFIGS = Path(__file__).parent / "configs"
 # The files that are written, with the folders in them; a model's own parts only, since bases share theirs.
@@ -70,11 +70,13 @@ class Stage:
 
 
 _SIZES = {
-    128: {"renders": 32000, "batch_size": 192, "share": 0.85},
-    96: {"renders": 8000, "batch_size": 256, "share": 0.05},
+    128: {"renders": 32000, "batch_size": 192, "share": 0.5},
+    96: {"renders": 16000, "batch_size": 256, "share": 0.2, "most": 3},
+    64: {"renders": 32000, "batch_size": 512, "share": 0.2, "most": 2},
     160: {"renders": 8000, "batch_size": 128, "share": 0.05},
     192: {"renders": 8000, "batch_size": 96, "share": 0.05},
 }
+_TOY_SIZES = {128: {"renders": 24, "batch_size": 4, "share": 1.0}}
 _TOY: dict[str, dict[str, Any]] = {  # narrow models for a trial run
     "unet": {"block_out_channels": [16, 16, 16]},
     "transformer": {"num_single_layers": 1, "num_attention_heads": 1},
@@ -188,7 +190,7 @@ def settings_of(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool
         small = {"batch_size": 4, "renders": 24, "held_out": 8}
         values |= {name: value for name, value in small.items() if name in recipe}
         if "sizes" in values:
-            values["sizes"] = {128: {"renders": 24, "batch_size": 4, "share": 1.0}}
+            values["sizes"] = _TOY_SIZES
         for part, sizes in _TOY.items():
             if part in recipe:
                 values[part] = recipe[part] | sizes
@@ -218,19 +220,15 @@ def train(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool) -> N
 
 
 def prepare(stage: Stage, runs: Path, toy: bool) -> None:
-    """Fill the cache with renders and captions, or with latents, of all that later stages see."""
+    """Fill the cache with renders, or with captions and latents, of all that later stages see."""
     began, cache = time.monotonic(), runs / "cache"
-    counts = {128: 24} if toy else {size: one["renders"] for size, one in _SIZES.items()}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae: Any = None
+    sizes = {size: SizeConfig(**one) for size, one in (_TOY_SIZES if toy else _SIZES).items()}
     if stage is _LATENTS:
-        vae = AutoencoderTiny.from_pretrained(runs / "parts" / "vae").float()
-        vae.to(device)
-    for size, count in counts.items():
-        renders = cached_renders(cache, count, size)
-        if vae is not None:
-            cached_latents(cache, vae, renders)
-    cached_captions(cache, max(counts.values()))
+        vae: Any = AutoencoderTiny.from_pretrained(runs / "parts" / "vae").float()
+        CaptionedLatents(cache, vae.to("cuda" if torch.cuda.is_available() else "cpu"), sizes)
+    else:
+        for size, one in sizes.items():
+            cached_renders(cache, one.renders, size, one.most)
     print(f"{stage.name}: {time.monotonic() - began:.0f} s", flush=True)
 
 

@@ -122,21 +122,22 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
     config_type = SubjectTrainingConfig
 
     def check_data(self, records: Mixture) -> None:
-        """Some of the first pictures have subjects, and with a ControlNet some have control images.
+        """Some of `LOOKED_AT` rows, spread evenly, have subjects; with a ControlNet some have control images.
 
         Raises:
             RecipeError: none has.
         """
-        count = min(LOOKED_AT, len(records))
-        if not any(isinstance(item, Subject) for n in range(count) for item in records[n].items):
+        looked_at = range(0, len(records), len(records) // LOOKED_AT + 1)
+        if not any(isinstance(item, Subject) for n in looked_at for item in records[n].items):
             raise RecipeError(
-                f"expected subjects with pictures in the rows of {self.config.data[0].path}, got none in the "
-                f"first {count}"
+                f"expected subjects with pictures in the rows of {self._data_names()}, got none in the "
+                f"{len(looked_at)} that were looked at"
             )
         if self.config.controlnet is not None and not records.controls.any():
-            raise RecipeError(
-                f"controlnet: expected rows with a {CONTROL} in {self.config.data[0].path}, got none"
-            )
+            raise RecipeError(f"controlnet: expected rows with a {CONTROL} in {self._data_names()}, got none")
+
+    def _data_names(self) -> str:
+        return ", ".join(str(part.path) for part in self.config.data)
 
     def load_control(self) -> FrozenControl | None:
         """The ControlNet of the configuration."""
