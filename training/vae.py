@@ -56,9 +56,10 @@ class VaeConfig(RecipeConfig):
 
 
 class VaeRecipe(Recipe[VaeConfig]):
-    """Trains an `AutoencoderTiny` on renders, with latents that a denoiser learns easily.
+    """Trains an `AutoencoderTiny` on renders, with latents that are coarse to fine.
 
-    They have mean 0 and variance 1, bear some noise, and have most of their variance in low frequencies.
+    They have mean 0 in each channel and variance 1 over all of them, bear some noise, and have little of
+    their variance in high frequencies, where `scale_weight` and `roughness_weight` are above 0.
     """
 
     config_type = VaeConfig

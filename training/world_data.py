@@ -27,7 +27,7 @@ from interactdiff.training.config import Count, Keys, OptionalCount, Share, refu
 _CHUNK = 500
 CAPTIONS = 4  # wordings of each scene
 DETAILED = 2  # more of them that name every attribute,
-DESCRIBED = 4  # of scenes with at most so many persons and objects: their words fit into the text encoders
+DESCRIBED = 4  # of scenes with at most so many persons and objects: nearly all fit the encoders' 77 tokens
 
 
 def _render_chunk(seeds: Sequence[int], size: int) -> np.ndarray:
