@@ -7,8 +7,8 @@ decided.
 
 import copy
 import random
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -29,6 +29,7 @@ from interactdiff.errors import RecipeError
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
+from interactdiff.training.compiling import compile_each_shape
 from interactdiff.training.config import (
     Count,
     Flag,
@@ -41,9 +42,10 @@ from interactdiff.training.config import (
     arguments_named,
     arguments_of,
 )
+from interactdiff.training.flow_teacher import FlowTeacher
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
-from interactdiff.training.tokenizer import make_portable
+from interactdiff.training.tokenizer import make_portable, token_ids
 from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
 
 SCHEDULE: dict[str, Any] = {
@@ -66,6 +68,7 @@ def velocity_loss(
     text: Tensor,
     generator: torch.Generator,
     timestep_power: float,
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Squared error of the predicted v.
 
@@ -76,24 +79,24 @@ def velocity_loss(
         generator: source of the noise and of the timesteps.
         timestep_power: timesteps are 1000 u^power with u uniform in [0, 1); below 1 leans to high noise,
             where text and layout are decided.
+        teacher: says what v of [B, C, H, W] noisy latents at [B] timesteps is; None is the v of x.
     """
     noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
     uniform = torch.rand(len(latents), generator=generator, device=generator.device)
     timesteps = (uniform**timestep_power * 1000).long().clamp(max=999).to(latents.device)
     noisy = schedule().add_noise(latents, noise, cast(Any, timesteps))
     predicted = denoiser(noisy, timesteps, text).sample
-    return F.mse_loss(predicted.float(), schedule().get_velocity(latents, noise, cast(Any, timesteps)))
+    if teacher is None:
+        target = schedule().get_velocity(latents, noise, cast(Any, timesteps))
+    else:
+        target = teacher(noisy, timesteps)
+    return F.mse_loss(predicted.float(), target)
 
 
 def sampler() -> DPMSolverMultistepScheduler:
     """The sampler that fits the loss, and adds noise on its way: a small model's early errors are mended."""
     # steps_offset is not read with trailing timesteps; Stable Diffusion pipelines warn without it.
     return DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1, algorithm_type="sde-dpmsolver++")
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
-    """[B, L] tokens of the prompts, padded to the encoder's length as diffusers' pipelines pad them."""
-    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def text_states(tokenizer: PreTrainedTokenizerBase, encoder: CLIPTextModel, texts: Sequence[str]) -> Tensor:
@@ -135,6 +138,8 @@ class BaseConfig(RecipeConfig):
         pooled_dropout: share of the examples without the pooled caption.
         compile: whether to compile the U-Net.
         init_from: pipeline folder to go on from, or null.
+        teacher: folder of a Flux pipeline on the same latents, whose predictions the U-Net learns instead of
+            the pictures themselves, or null; see `FlowTeacher`.
         empty_caption: probability.
         timestep_power: see `velocity_loss`.
         guidance_scale: of samples.
@@ -151,6 +156,7 @@ class BaseConfig(RecipeConfig):
     pooled_dropout: Share
     compile: Flag
     init_from: OptionalLocation = None
+    teacher: OptionalLocation = None
     empty_caption: Share
     timestep_power: Positive
     guidance_scale: Rate
@@ -170,6 +176,7 @@ class BaseRecipe(Recipe[BaseConfig]):
         self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(config.text, subfolder="tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(config.text, subfolder="text_encoder").eval()
         self.text_encoder.float().to(self.device).requires_grad_(False)
+        self.teacher = FlowTeacher(config.teacher, self.vae, config.compile) if config.teacher else None
         make: Any = UNet2DConditionModel  # annotated with tuples of one
         if config.init_from:
             unet = make.from_pretrained(config.init_from, subfolder="unet").float()
@@ -178,20 +185,24 @@ class BaseRecipe(Recipe[BaseConfig]):
         self.pooled = PooledDropout(unet, config.pooled_dropout)
         unet.to(memory_format=torch.channels_last)
         if config.compile:
-            unet.compile()
+            compile_each_shape(unet)
         return unet
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config.seed * 1_000_003 + step)
         latents, captions = self.data.batch(rng, self.config.empty_caption)
         tokens = token_ids(self.tokenizer, captions)
-        return {"latents": latents.to(self.device), "tokens": tokens.to(self.device)}
+        return {"latents": latents.to(self.device), "tokens": tokens.to(self.device), "captions": captions}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         with torch.no_grad():
             text = self.text_encoder(batch["tokens"]).last_hidden_state
         self.pooled.draw(len(text), generator)
-        return velocity_loss(self.model, batch["latents"], text, generator, self.config.timestep_power)
+        velocity = None
+        if self.teacher is not None:
+            velocity = partial(self.teacher.velocity, schedule=schedule(), texts=batch["captions"])
+        power = self.config.timestep_power
+        return velocity_loss(self.model, batch["latents"], text, generator, power, velocity)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The stock pipeline around the parts as they are now."""

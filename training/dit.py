@@ -22,7 +22,7 @@ from interactdiff.pipeline_calls import call_arguments
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
-from interactdiff.training.base import token_ids
+from interactdiff.training.compiling import compile_each_shape
 from interactdiff.training.config import (
     Count,
     Flag,
@@ -38,7 +38,7 @@ from interactdiff.training.config import (
 )
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
-from interactdiff.training.tokenizer import make_portable
+from interactdiff.training.tokenizer import make_portable, token_ids
 from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
 
 LENGTHS = 16  # tokens: texts are cut to multiples, so that a compiled transformer sees few shapes
@@ -202,7 +202,7 @@ class DitRecipe(Recipe[DitConfig]):
             transformer = make(**config.transformer)
             start_at_identity(transformer)
         if config.compile:
-            transformer.compile(dynamic=False)
+            compile_each_shape(transformer)
         return transformer
 
     def batch(self, step: int) -> dict[str, Any]:

@@ -18,11 +18,11 @@ train stickworld_t5 seed=4
 # What scores the pictures; it has seen renders only, half of them through the autoencoder.
 train stickworld_detector seed=2 autoencoder=runs/stickworld/vae
 
-# The bases, on captions; then what is attached to them.
-train stickworld_base seed=0
-train stickworld_interaction seed=1
+# The bases, on captions, the U-Net from what the transformer predicts; then what is attached to them.
 train stickworld_dit seed=5
 train stickworld_dit_interaction seed=1
+train stickworld_base seed=0 teacher=runs/stickworld-dit
+train stickworld_interaction seed=1
 train distill_clear_stickworld seed=6
 
 # What draws a person or an object of one picture, in both.

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram
-from transformers import CLIPTokenizerFast, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor
+from transformers import CLIPTokenizerFast, PreTrainedTokenizerBase, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
 from interactdiff.checkpoint import save_tensors
 from interactdiff.files import write_aside
@@ -50,6 +51,11 @@ def merges_for(words: Iterable[str]) -> list[tuple[str, str]]:
             at = pairs.index(best)
             pieces[at : at + 2] = ["".join(best)]
     return list(ranks)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """[B, L] tokens of the prompts, padded to the encoder's length as diffusers' pipelines pad them."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def make_tokenizer(max_length: int) -> CLIPTokenizerFast:
