@@ -81,5 +81,6 @@ class FlowTeacher:
             img_ids=image_ids(scaled),
             txt_ids=torch.zeros(states.shape[1], 3, device=noisy.device),
         ).sample
-        flow = FluxPipeline._unpack_latents(tokens.to(noisy.dtype), *noisy.shape[2:], 1)
+        height, width = noisy.shape[2:]
+        flow = FluxPipeline._unpack_latents(tokens.to(noisy.dtype), height, width, 1)
         return velocity_of_flow(flow, scaled, time, signal, spread)
