@@ -9,7 +9,7 @@ SHAPES = 64  # graphs of one module; by torch's limit of 8 the ninth shape and a
 def compile_each_shape(module: nn.Module, backend: str = "inductor") -> None:
     """Compile a module in place, with a graph for every shape of its inputs.
 
-    Graphs of dynamic shapes are slower, and a U-Net's does not compile (torch 2.13).
+    A graph of dynamic shapes, torch's way from the second shape on, does not compile for a U-Net (2.13).
 
     Args:
         module: whose `forward` is compiled.
