@@ -55,6 +55,25 @@ def image_ids(latents: Tensor, device: torch.device | None = None) -> Tensor:
     return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device or latents.device, torch.float32)
 
 
+def flow_inputs(noisy: Tensor, times: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Any]:
+    """What a `FluxTransformer2DModel` is called with.
+
+    Args:
+        noisy: latents, [B, C, H, W].
+        times: [B] in [0, 1]; 1 is noise alone.
+        text: [B, T, D] states of the text.
+        pooled: [B, P] pooled state of the text.
+    """
+    return {
+        "hidden_states": packed(noisy),
+        "timestep": times,
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+        "img_ids": image_ids(noisy),
+        "txt_ids": torch.zeros(text.shape[1], 3, device=noisy.device),
+    }
+
+
 @torch.no_grad()
 def encoded(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     """[B, T, D] states of texts and their [B, P] pooled state, as the pipeline draws by them."""
@@ -92,14 +111,7 @@ class FlowBatch:
         times = times.to(latents)
         share = times[:, None, None, None]
         self.target = packed(noise - latents)
-        self.inputs: dict[str, Any] = {
-            "hidden_states": packed((1 - share) * latents + share * noise),
-            "timestep": times,
-            "encoder_hidden_states": text,
-            "pooled_projections": pooled,
-            "img_ids": image_ids(latents),
-            "txt_ids": torch.zeros(text.shape[1], 3, device=latents.device),
-        }
+        self.inputs = flow_inputs((1 - share) * latents + share * noise, times, text, pooled)
 
     def loss(self, predicted: Tensor) -> Tensor:
         """Squared error of the predicted flow."""

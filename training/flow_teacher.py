@@ -1,7 +1,7 @@
 """A frozen flow transformer as the teacher of a U-Net on the same latents (arXiv 1503.02531).
 
 What a U-Net should predict of one picture's noisy latents is mostly chance: the picture is one of many that
-fit. A trained teacher predicts the mean of them, so that its student's gradients are less noisy.
+fit. A trained teacher predicts the mean of them, which is what its student has to learn.
 """
 
 from typing import Any, cast
@@ -13,7 +13,7 @@ from torch import Tensor
 from interactdiff.errors import RecipeError
 from interactdiff.fingerprints import weights_digest
 from interactdiff.training.compiling import compile_each_shape
-from interactdiff.training.dit import TextParts, image_ids, packed
+from interactdiff.training.dit import TextParts, flow_inputs
 
 
 def velocity_of_flow(flow: Tensor, noisy: Tensor, time: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
@@ -73,14 +73,7 @@ class FlowTeacher:
         short, long = self.text.tokens(texts)
         states, pooled = self.text.states(short, long)
         states = states[:, : self.text.length(long)]
-        tokens = self.transformer(
-            hidden_states=packed(scaled),
-            timestep=time.flatten(),
-            encoder_hidden_states=states,
-            pooled_projections=pooled,
-            img_ids=image_ids(scaled),
-            txt_ids=torch.zeros(states.shape[1], 3, device=noisy.device),
-        ).sample
+        tokens = self.transformer(**flow_inputs(scaled, time.flatten(), states, pooled)).sample
         height, width = noisy.shape[2:]
         flow = FluxPipeline._unpack_latents(tokens.to(noisy.dtype), height, width, 1)
         return velocity_of_flow(flow, scaled, time, signal, spread)
