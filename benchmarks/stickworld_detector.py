@@ -1,6 +1,6 @@
 """How often each head of the detector is right on held-out renders, and on renders through an autoencoder.
 
-python benchmarks/stickworld_detector.py --autoencoder interactdiff/stickworld/models/stickworld/vae
+python benchmarks/stickworld_detector.py --autoencoder interactdiff/stickworld/models/parts/vae
 """
 
 import argparse

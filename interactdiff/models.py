@@ -20,8 +20,7 @@ class ModelInfo:
         guidance_scale: that suits it; None is its pipeline's default.
         size: of its pictures in pixels, where its pipeline would draw another size; None is the pipeline's.
         settings: of methods and samplers, by their names: values that suit it better than the defaults.
-        detector: packaged name of the detector that scores its pictures.
-        plain_world: whether it was trained on the plain world, see `stickworld.plain`.
+        detector: packaged name of the detector that scores its pictures, of the world that they are of.
     """
 
     name: str
@@ -30,14 +29,16 @@ class ModelInfo:
     size: int | None = None
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     detector: str = "detector"
-    plain_world: bool = False
 
 
 PACKAGED = {
     one.name: one
     for one in (
         ModelInfo(
-            "stickworld", {"interaction": "stickworld-interaction"}, guidance_scale=2.0, plain_world=True
+            "stickworld",
+            {"interaction": "stickworld-interaction"},
+            guidance_scale=2.0,
+            detector="detector-plain",
         ),
         ModelInfo(
             "stickworld-dit",
@@ -45,7 +46,7 @@ PACKAGED = {
             guidance_scale=3.0,
             size=96,
             settings={"high_resolution": {"strength": 0.25, "shift": 1.0}},
-            plain_world=True,
+            detector="detector-plain",
         ),
     )
 }

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from recipes import resume
 from tiny_dit import tiny_autoencoder
 from world_truth import perfect
@@ -32,8 +33,10 @@ from interactdiff.stickworld.detector import (
     paired,
 )
 from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import ACTIONS, WorldScene
 from interactdiff.training.detector import (
+    as_pictures,
     attribute_loss,
     detection_loss,
     focal_loss,
@@ -312,14 +315,19 @@ def test_pictures_pass_through_an_autoencoder_and_every_head_is_scored(tmp_path:
     assert {"person", "object"} <= set(row["renders"])
 
 
-def packaged(scenes: list[WorldScene]) -> list[Detections]:
-    return detect_renders(scenes, Detector.from_pretrained(model_path("detector")), 30)
+DETECTORS = ("detector", "detector-plain")
 
 
-def test_packaged_detector_sees_what_is_in_renders() -> None:
-    plain = Detector.from_pretrained(model_path("detector")).plain
+def packaged(scenes: list[WorldScene], name: str) -> list[Detections]:
+    return detect_renders(scenes, Detector.from_pretrained(model_path(name)), 30)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_packaged_detector_sees_what_is_in_renders(name: str) -> None:
+    plain = Detector.from_pretrained(model_path(name)).plain
+    assert plain == (name == "detector-plain")
     scenes = held_out_scenes(60, 11, plain)
-    found = packaged(scenes)
+    found = packaged(scenes, name)
     once = np.ones((1, len(scenes)))
     got = {name: float(score.value(once)[0]) for name, score in picture_scores(found, scenes).items()}
     assert min(got.values()) > 0.97, got
@@ -328,8 +336,23 @@ def test_packaged_detector_sees_what_is_in_renders() -> None:
         assert min(heads.values()) > 0.95, heads
 
 
-def test_packaged_detector_follows_an_action_changed_in_place() -> None:
-    scenes = held_out_scenes(20, 12, Detector.from_pretrained(model_path("detector")).plain)
+def test_packaged_detector_reads_renders_through_the_packaged_autoencoder() -> None:
+    """`accuracy.jsonl` of its recipe has the whole score, of 512 renders."""
+    detector = Detector.from_pretrained(model_path("detector"))
+    load: Any = AutoencoderTiny.from_pretrained(model_path("parts") / "vae")
+    scenes = held_out_scenes(60, 11)
+    images = torch.stack([as_pictures(render(scene).image[None])[0] for scene in scenes])
+    with torch.no_grad():
+        drawn = load(2 * images - 1).sample.clamp(-1, 1) / 2 + 0.5
+        found = detector.detect(drawn)
+    assert -10 * (drawn - images).square().mean((1, 2, 3)).log10().mean() > 25  # dB
+    heads = head_accuracies(found, scenes)
+    assert min(heads.values()) > 0.9, heads
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_packaged_detector_follows_an_action_changed_in_place(name: str) -> None:
+    scenes = held_out_scenes(20, 12, Detector.from_pretrained(model_path(name)).plain)
     swaps = [action_swap(n, scene, seed=0) for n, scene in enumerate(scenes) if scene.triplets]
     changed = []
     for swap in swaps:
@@ -338,15 +361,16 @@ def test_packaged_detector_follows_an_action_changed_in_place() -> None:
             triplets[swap.triplet] = replace(triplets[swap.triplet], action=action)
             changed.append(replace(scenes[swap.scene], triplets=tuple(triplets)))
     requests = [request for swap in swaps for request in swap.pictures]
-    found = dict(zip(requests, packaged(changed), strict=True))
-    as_they_are = packaged(scenes)
+    found = dict(zip(requests, packaged(changed, name), strict=True))
+    as_they_are = packaged(scenes, name)
     found |= {swap.without: as_they_are[swap.scene] for swap in swaps}
     assert swap_scores(swaps, scenes, found)["adapter"].value(np.ones((1, len(scenes))))[0] > 0.97
 
 
-def test_packaged_detector_sees_nothing_where_nothing_is() -> None:
-    detector = Detector.from_pretrained(model_path("detector"))
-    flat = torch.full((1, 3, 96, 96), 0.8)
-    noise = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", DETECTORS)
+def test_packaged_detector_sees_nothing_where_nothing_is(name: str) -> None:
+    detector = Detector.from_pretrained(model_path(name))
+    flat = torch.full((1, 3, detector.size, detector.size), 0.8)
+    noise = torch.rand(flat.shape, generator=torch.Generator().manual_seed(0))
     for picture in detector.detect(torch.cat([flat, noise])):
         assert not any(triplet.score > 0.3 for triplet in picture.triplets)

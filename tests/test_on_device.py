@@ -6,8 +6,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from interactdiff.stickworld.detector import Detector
 from interactdiff.training import on_device
-from interactdiff.training.on_device import BASES, CONFIGS, FILES, PLAN, pack, settings_of, unpack, with_parts
+from interactdiff.training.on_device import (
+    BASES,
+    CONFIGS,
+    FILES,
+    PLAN,
+    from_package,
+    pack,
+    settings_of,
+    unpack,
+    with_parts,
+)
 from interactdiff.training.run import load_config
 
 STAGES = [stage for lanes in PLAN for lane in lanes for stage in lane if stage.config]
@@ -58,6 +69,9 @@ def test_models_travel_in_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {"parts/vae", "stickworld/unet", "stickworld-interaction"} <= there
     assert not (back / "cache").exists()
     assert all((back / "stickworld" / part).is_symlink() for part in BASES["stickworld"])
+    from_package(back)  # takes the place of what is there, and adds the detector
+    assert {"vae", "text_encoder", "tokenizer"} <= {path.name for path in (back / "parts").iterdir()}
+    assert Detector.from_pretrained(back / "detector").plain is False
     monkeypatch.setattr(on_device, "LARGEST", 100)
     with pytest.raises(RuntimeError, match=r"at most 100 bytes, got larger ones: parts\.tar"):
         pack(runs, out)

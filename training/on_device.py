@@ -7,6 +7,7 @@ leave most of a GPU idle.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -261,12 +262,20 @@ def _fork_lane(*arguments: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command)
 
 
+def from_package(runs: Path) -> None:
+    """Start from the package's autoencoder, CLIP text encoder and detector."""
+    for name in ("parts", "detector"):
+        shutil.copytree(model_path(name), runs / name, dirs_exist_ok=True)
+
+
 def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> None:
-    """Train what is not there yet, within the minutes.
+    """Train what is not there yet, within the minutes; those of an autoencoder that is there go to the rest.
 
     Raises:
         RuntimeError: a stage failed; the others have run to their ends.
     """
+    if (runs / _VAE.made).exists() and _VAE.name not in again:
+        minutes /= 1 - _VAE.share
     for lanes in PLAN:
         processes = [_fork_lane([stage.name for stage in lane], runs, minutes, again, toy) for lane in lanes]
         failed = [p for p in processes if p.wait()]
@@ -346,7 +355,7 @@ def install(folder: Path) -> None:
     for base in BASES:
         if (runs / base).exists():
             with_parts(runs, base)
-    for made in sorted(path for path in runs.iterdir() if path.name != "parts"):
+    for made in sorted(runs.iterdir()):
         make_portable(made)
         subprocess.run(["cp", "-RL", str(made), str(model_path(""))], check=True)
 
@@ -356,6 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="on_device.sh", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, help="where the files are written")
+    parser.add_argument(
+        "--from-package", action="store_true", help="start from what it has of the whole world"
+    )
     parser.add_argument("--start", type=Path, help="files that an earlier call wrote")
     parser.add_argument("--again", nargs="*", default=[], metavar="STAGE", help="train these on")
     parser.add_argument("--install", type=Path, metavar="DIR", help="put packed models into the package")
@@ -373,6 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("expected --out or --install")
     began = time.monotonic()
     runs = Path(os.environ.get("RUNS", "build/on_device_runs")).resolve()
+    if args.from_package:
+        from_package(runs)
     if args.start is not None:
         unpack(args.start, runs)
     runs.mkdir(parents=True, exist_ok=True)

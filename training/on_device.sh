@@ -3,10 +3,11 @@
 # transformers and accelerate; wheels of what it lacks (diffusers) are read from the folder WHEELS, if given.
 #
 #   pip download --no-deps --dest .whl diffusers==0.42.1      # elsewhere, and carried along
-#   WHEELS=.whl bash training/on_device.sh --minutes 9 --out DIR [--start DIR] [--again base dit]
+#   WHEELS=.whl bash training/on_device.sh --minutes 9 --out DIR [--from-package] [--start DIR] [--again base dit]
 #
-# --start is a folder with files that an earlier call wrote: models in them are taken as they are, those named
-# by --again are trained on. `--install DIR` puts the models of such files into the package instead.
+# --from-package takes the package's autoencoder, CLIP text encoder and detector as they are. --start is a folder
+# with files that an earlier call wrote: models in them are taken as they are, those named by --again are trained on.
+# `--install DIR` puts the models of such files into the package instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

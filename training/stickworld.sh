@@ -8,15 +8,19 @@ train() {
 	.venv/bin/interactdiff train "training/configs/$1.yaml" --resume_from_checkpoint latest --set "${@:2}"
 }
 
-# What both bases share: the autoencoder, and the text encoders, which read before anything is drawn.
-train stickworld_vae seed=0 steps=1500
-train stickworld_text seed=3
-mkdir -p runs/stickworld-dit
-cp -R runs/stickworld/{vae,text_encoder,tokenizer} runs/stickworld-dit/
-train stickworld_t5 seed=4
+# What both bases share: the autoencoder, and the text encoder, which reads before anything is drawn. Those of the
+# package are taken in their place after `mkdir -p runs && cp -R interactdiff/stickworld/models/parts runs/`.
+if [ ! -d runs/parts/text_encoder ]; then
+	train stickworld_vae seed=0 steps=1400 export_to=runs/parts/vae
+	train stickworld_text seed=3 export_to=runs/parts
+fi
+train stickworld_t5 seed=4 export_to=runs/parts
+mkdir -p runs/stickworld runs/stickworld-dit
+cp -R runs/parts/{vae,text_encoder,tokenizer} runs/stickworld/
+cp -R runs/parts/* runs/stickworld-dit/
 
 # What scores the pictures; it has seen renders only, half of them through the autoencoder.
-train stickworld_detector seed=2 autoencoder=runs/stickworld/vae
+train stickworld_detector seed=2 autoencoder=runs/parts/vae
 
 # The bases, on captions, the U-Net from what the transformer predicts; then what is attached to them.
 train stickworld_dit seed=5

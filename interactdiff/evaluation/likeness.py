@@ -18,7 +18,7 @@ from interactdiff.evaluation.sampling import Sampling
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
 from interactdiff.method_specs import EvaluationOptions
-from interactdiff.models import MODEL, PACKAGED, model_info
+from interactdiff.models import MODEL, model_info
 from interactdiff.stickworld.appearance import (
     Appearance,
     PersonAppearance,
@@ -213,7 +213,7 @@ def sampling(pipeline: ScenePipeline, options: EvaluationOptions) -> Sampling:
     """How pictures are drawn: with the guidance that suits the model, unless another is given."""
     guidance = options.guidance_scale
     if guidance is None:
-        guidance = PACKAGED.get(pipeline.model, model_info(MODEL)).guidance_scale
+        guidance = model_info(pipeline.model).guidance_scale or model_info(MODEL).guidance_scale
     return Sampling(options.steps, guidance, options.size)
 
 
@@ -226,14 +226,14 @@ def whole_world_detector(detector: Detector | None, pipeline: ScenePipeline) -> 
     """The detector that reads attributes of appearance, on the pipeline's device.
 
     Args:
-        detector: that was chosen; None takes the packaged one of the pipeline's model.
+        detector: that was chosen; None takes the packaged one of the whole world.
         pipeline: that draws.
 
     Raises:
         ModelError: it is of the plain world, whose persons differ in a colour alone.
     """
     if detector is None:
-        detector = packaged_detector(PACKAGED.get(pipeline.model, model_info(MODEL)).detector)
+        detector = packaged_detector("detector")
     if detector.plain:
         raise ModelError(
             "expected a detector of appearances, as training/configs/stickworld_detector.yaml makes it, got "

@@ -69,8 +69,8 @@ def evaluate_world(
     its group in turn; the share of pictures in which the person at that box does it. boxes_only is the
     same with that action left null, compared with each action in turn; chance is what guessing would give.
 
-    A model that was trained on the plain world is scored on scenes of it, any that is not packaged on the
-    world of the default model, or of the detector that is given.
+    The scenes are of the detector's world: packaged models, which were trained on the plain world, have one
+    of it; any other is scored by that of the whole world, unless another detector is given.
 
     Args:
         model: packaged name, folder or Hub id.
@@ -87,7 +87,7 @@ def evaluate_world(
         n_interactions: in every scene, 0 to 3, in the plain world 1 or 2; None is as scenes have them.
         word_iou: number of renders on which `words.word_iou` is measured; 0 leaves it out.
         scene_pipeline: a loaded model, with an adapter or without, in place of loading `model` and `adapter`.
-        detector: in place of the packaged one.
+        detector: in place of the packaged one of the model.
         clear: layers for the row of windows, in place of those that a packaged model has, if any.
 
     Returns:
@@ -114,9 +114,9 @@ def evaluate_world(
         raise AdapterError(
             f"expected an adapter for the row of fast control, got none for {scene_pipeline.model}"
         )
-    info = PACKAGED.get(scene_pipeline.model, model_info(MODEL))
-    plain = info.plain_world if detector is None else detector.plain
+    info = model_info(scene_pipeline.model)
     detector = (detector or packaged_detector(info.detector)).to(scene_pipeline.denoiser.device)
+    plain = detector.plain
     least, most = (1, 2) if plain else (0, MOST_INTERACTIONS)
     if n_interactions is not None and not least <= n_interactions <= most:
         raise SceneError(f"expected {least} to {most} interactions a scene, got {n_interactions}")
@@ -125,7 +125,7 @@ def evaluate_world(
             f"expected a model of the whole world for word_iou, got {scene_pipeline.model} of the plain one"
         )
     if guidance_scale is None:
-        guidance_scale = info.guidance_scale
+        guidance_scale = info.guidance_scale or model_info(MODEL).guidance_scale
     how = Sampling(steps, guidance_scale, size or scene_pipeline.size)
     world = held_out_scenes(scenes, seed, plain, n_interactions)
     layers = default_adapter(scene_pipeline.model, "clear")

@@ -8,7 +8,8 @@ def model_path(name: str) -> Path:
 
     Args:
         name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction" or
-            "stickworld-dit-interaction" (their adapters), "stickworld-dit-clear" (layers for CLEAR's windows)
-            or "detector".
+            "stickworld-dit-interaction" (their adapters), "stickworld-dit-clear" (layers for CLEAR),
+            "detector" or "detector-plain" (of the whole and of the plain world), or "parts" (the autoencoder
+            and the CLIP text encoder that bases of the whole world are trained on).
     """
     return Path(__file__).parent / "models" / name
