@@ -339,11 +339,11 @@ def test_packaged_detector_sees_what_is_in_renders(name: str) -> None:
 def test_packaged_detector_reads_renders_through_the_packaged_autoencoder() -> None:
     """`accuracy.jsonl` of its recipe has the whole score, of 512 renders."""
     detector = Detector.from_pretrained(model_path("detector"))
-    load: Any = AutoencoderTiny.from_pretrained(model_path("parts") / "vae")
+    autoencoder: Any = AutoencoderTiny.from_pretrained(model_path("parts") / "vae")
     scenes = held_out_scenes(60, 11)
     images = torch.stack([as_pictures(render(scene).image[None])[0] for scene in scenes])
     with torch.no_grad():
-        drawn = load(2 * images - 1).sample.clamp(-1, 1) / 2 + 0.5
+        drawn = autoencoder(2 * images - 1).sample.clamp(-1, 1) / 2 + 0.5
         found = detector.detect(drawn)
     assert -10 * (drawn - images).square().mean((1, 2, 3)).log10().mean() > 25  # dB
     heads = head_accuracies(found, scenes)

@@ -53,7 +53,7 @@ def packaged(
     trained_adapter(pipe.unet).save_pretrained(tmp_path / "adapter")
     names = ("dit", "dit-interaction", "dit-clear")
     folders = {f"stickworld-{name}": tmp_path / name for name in names}
-    folders["detector"] = interactdiff.stickworld.model_path("detector")
+    folders["detector-plain"] = interactdiff.stickworld.model_path("detector-plain")
     for module in (interactdiff.stickworld, interactdiff.evaluation.world):
         monkeypatch.setattr(module, "model_path", folders.__getitem__)
     (tmp_path / "work").mkdir()
