@@ -7,18 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from interactdiff.stickworld.detector import Detector
-from interactdiff.training import on_device
-from interactdiff.training.on_device import (
-    BASES,
-    CONFIGS,
-    FILES,
-    PLAN,
-    from_package,
-    pack,
-    settings_of,
-    unpack,
-    with_parts,
-)
+from interactdiff.training import device_files, on_device
+from interactdiff.training.device_files import BASES, FILES, from_package, pack, unpack, with_parts
+from interactdiff.training.on_device import CONFIGS, PLAN, settings_of
 from interactdiff.training.run import load_config
 
 STAGES = [stage for lanes in PLAN for lane in lanes for stage in lane if stage.config]
@@ -72,6 +63,6 @@ def test_models_travel_in_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from_package(back)  # takes the place of what is there, and adds the detector
     assert {"vae", "text_encoder", "tokenizer"} <= {path.name for path in (back / "parts").iterdir()}
     assert Detector.from_pretrained(back / "detector").plain is False
-    monkeypatch.setattr(on_device, "LARGEST", 100)
+    monkeypatch.setattr(device_files, "LARGEST", 100)
     with pytest.raises(RuntimeError, match=r"at most 100 bytes, got larger ones: parts\.tar"):
         pack(runs, out)

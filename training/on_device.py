@@ -1,4 +1,4 @@
-"""Trains all models of the embedded world in some minutes on one GPU, packs them, and installs packed ones.
+"""Trains all models of the embedded world in some minutes on one GPU.
 
 Models that do not need one another are trained side by side, each by a process of its own: so small ones
 leave most of a GPU idle.
@@ -7,10 +7,8 @@ leave most of a GPU idle.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,32 +19,18 @@ import torch
 import yaml
 from diffusers import AutoencoderTiny
 
-from interactdiff.stickworld import model_path
-from interactdiff.training.tokenizer import make_portable
+from interactdiff.training.device_files import (
+    BASES,
+    from_package,
+    install,
+    pack,
+    pack_samples,
+    unpack,
+    with_parts,
+)
 from interactdiff.training.world_data import CaptionedLatents, SizeConfig, cached_renders
 
 CONFIGS = Path(__file__).parent / "configs"
-# The files that are written, with the folders in them; a model's own parts only, since bases share theirs.
-FILES: dict[str, tuple[str, ...]] = {
-    "parts.tar": (
-        "parts/vae",
-        "parts/text_encoder",
-        "parts/tokenizer",
-        "parts/text_encoder_2",
-        "parts/tokenizer_2",
-    ),
-    "detector.tar": ("detector",),
-    "unet.tar": ("stickworld/unet", "stickworld/scheduler", "stickworld/model_index.json"),
-    "transformer.tar": (
-        "stickworld-dit/transformer",
-        "stickworld-dit/scheduler",
-        "stickworld-dit/model_index.json",
-    ),
-    "adapters.tar": ("stickworld-interaction", "stickworld-dit-interaction", "stickworld-dit-clear"),
-}
-BASES: dict[str, tuple[str, ...]] = {"stickworld": ("vae", "text_encoder", "tokenizer")}
-BASES["stickworld-dit"] = (*BASES["stickworld"], "text_encoder_2", "tokenizer_2")
-LARGEST = 16 * 2**20  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -233,15 +217,6 @@ def prepare(stage: Stage, runs: Path, toy: bool) -> None:
     print(f"{stage.name}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def with_parts(runs: Path, base: str) -> None:
-    """Put the shared parts into a base's folder, so that diffusers loads it."""
-    for part in BASES[base]:
-        link = runs / base / part
-        if not link.exists():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(runs / "parts" / part)
-
-
 def _lane(stages: Sequence[Stage], runs: Path, minutes: float, again: Sequence[str], toy: bool) -> None:
     for stage in stages:
         if stage in (_RENDERS, _LATENTS):
@@ -260,12 +235,6 @@ def _fork_lane(*arguments: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "interactdiff.training.on_device", "--lane", *names, "--out", str(runs)]
     command += ["--minutes", str(minutes), *(["--toy"] if toy else []), "--again", *again]
     return subprocess.Popen(command)
-
-
-def from_package(runs: Path) -> None:
-    """Start from the package's autoencoder, CLIP text encoder and detector."""
-    for name in ("parts", "detector"):
-        shutil.copytree(model_path(name), runs / name, dirs_exist_ok=True)
 
 
 def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> None:
@@ -308,56 +277,6 @@ def evaluate(runs: Path, scenes: int, steps: int) -> dict[str, Any]:
         print(done.stdout[-3000:], done.stderr[-2000:] if done.returncode else "", flush=True)
         report[base] = json.loads(file.read_text()) if file.exists() else done.stderr[-2000:]
     return report
-
-
-def pack(runs: Path, out: Path) -> list[Path]:
-    """Write what was made as a few files.
-
-    Raises:
-        RuntimeError: a file is too large to travel.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, folders in FILES.items():
-        there = [folder for folder in folders if (runs / folder).exists()]
-        if there:
-            with tarfile.open(out / name, "w") as tar:
-                for folder in there:
-                    tar.add(runs / folder, folder)
-            written.append(out / name)
-    large = [path.name for path in written if path.stat().st_size > LARGEST]
-    if large:
-        raise RuntimeError(f"expected files of at most {LARGEST} bytes, got larger ones: {', '.join(large)}")
-    return written
-
-
-def pack_samples(runs: Path, out: Path) -> None:
-    """Write the last sample grid of each stage."""
-    with tarfile.open(out / "samples.tar", "w") as tar:
-        for folder in sorted(runs.glob("run-*/samples")):
-            newest = max(folder.iterdir())
-            tar.add(newest, f"{folder.parent.name}{newest.suffix}")
-
-
-def unpack(folder: Path, runs: Path) -> None:
-    """Lay out what an earlier call packed."""
-    runs.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if (folder / name).is_file():
-            with tarfile.open(folder / name) as tar:
-                tar.extractall(runs, filter="data")
-
-
-def install(folder: Path) -> None:
-    """Put packed models into the package, each base with the parts that it shares."""
-    runs = Path("build/on_device_models")
-    unpack(folder, runs)
-    for base in BASES:
-        if (runs / base).exists():
-            with_parts(runs, base)
-    for made in sorted(runs.iterdir()):
-        make_portable(made)
-        subprocess.run(["cp", "-RL", str(made), str(model_path(""))], check=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
