@@ -25,6 +25,7 @@ from interactdiff.stickworld.world import WorldScene
 from interactdiff.training.config import Count, Keys, OptionalCount, Share, refusal
 
 _CHUNK = 500
+_LENGTHS = 4  # groups of captions by length, of which a batch is one
 CAPTIONS = 4  # wordings of each scene
 DETAILED = 2  # more of them that name every attribute,
 DESCRIBED = 4  # of scenes with at most so many persons and objects: nearly all fit the encoders' 77 tokens
@@ -196,13 +197,17 @@ class CaptionedLatents:
         self.captions = {size: made[one.most] for size, one in sizes.items()}
 
     def batch(self, rng: random.Random, empty: float) -> tuple[Tensor, list[str]]:
-        """[B, C, H, W] latents of one size, and their captions, each empty with probability `empty`."""
+        """[B, C, H, W] latents of one size, and their captions, each empty with probability `empty`.
+
+        The captions are of similar length, so that little of a batch is padding.
+        """
         (size,) = rng.choices(list(self.sizes), [one.share for one in self.sizes.values()])
-        latents, count = self.latents[size], self.sizes[size].batch_size
-        chosen = [rng.randrange(len(latents)) for _ in range(count)]
-        captions = self.captions[size]
-        texts = ["" if rng.random() < empty else rng.choice(captions[index]) for index in chosen]
-        return latents[chosen].float(), texts
+        latents, captions, count = self.latents[size], self.captions[size], self.sizes[size].batch_size
+        drawn = [rng.randrange(len(latents)) for _ in range(_LENGTHS * count)]
+        worded = sorted(((rng.choice(captions[n]), n) for n in drawn), key=lambda one: len(one[0]))
+        first = rng.randrange(_LENGTHS) * count
+        texts, chosen = zip(*worded[first : first + count], strict=True)
+        return latents[list(chosen)].float(), ["" if rng.random() < empty else text for text in texts]
 
 
 def as_images(pixels: np.ndarray) -> Tensor:
