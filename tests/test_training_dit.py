@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from recipes import SIZES, TEXT, VAE, check_that_a_resumed_run_is_the_unbroken_one, short
 from safetensors.torch import load_file
 from tiny_dit import tiny_flux
@@ -18,6 +18,7 @@ from interactdiff.training.distill import sharing_copy
 from interactdiff.training.dit import FlowBatch, image_ids, packed
 from interactdiff.training.run import make_recipe
 from interactdiff.training.tokenizer import make_t5_tokenizer, world_words
+from interactdiff.training.transfer import affine, rotation
 
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 TRANSFORMER = {
@@ -111,6 +112,31 @@ def test_an_untrained_transformer_predicts_nothing_yet(folder: Path) -> None:
     text, pooled = recipe.text.states(*recipe.text.tokens(["a person"]))
     flow = FlowBatch(torch.randn(1, 4, 4, 6), text, pooled, torch.Generator().manual_seed(0))
     assert recipe.model(**flow.inputs).sample.abs().max() == 0
+
+
+def test_a_transformer_goes_over_to_other_encoders(folder: Path) -> None:
+    torch.manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(24, 24))
+    states, latents = torch.randn(500, 8), torch.randn(500, 24)
+    assert torch.allclose(
+        rotation(latents[:, :16] @ turn[:16, :16], latents @ turn).norm(), torch.tensor(4.0)
+    )
+    assert torch.allclose(rotation(latents @ turn.T, latents), turn, atol=1e-4)
+    mapped = states @ torch.ones(8, 5) + 3
+    weight, bias = affine(mapped, states)
+    assert torch.allclose(states @ weight.T + bias, mapped, atol=0.05)
+
+    config = recipe_config(folder, "stickworld_dit")
+    config |= {"output_dir": str(folder / "over"), "transfer_from": config["export_to"]}
+    recipe = make_recipe(
+        config
+    )  # onto its own encoders: nothing changes but for the ridge of the least squares
+    before: Any = FluxTransformer2DModel.from_pretrained(folder / "world", subfolder="transformer")
+    before = before.float()
+    text, pooled = recipe.text.states(*recipe.text.tokens(["a person kicking a ball"]))
+    flow = FlowBatch(torch.randn(1, 4, 4, 6), text, pooled, torch.Generator().manual_seed(0))
+    expected, got = (model(**flow.inputs).sample for model in (before, recipe.model))
+    assert (got - expected).norm() / expected.norm() < 0.05
 
 
 def test_texts_are_cut_to_the_longest(folder: Path) -> None:

@@ -5,7 +5,6 @@ section 3).
 """
 
 import copy
-import math
 import random
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -16,9 +15,9 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipe
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizerFast, T5EncoderModel, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
 from interactdiff.pipeline_calls import call_arguments
+from interactdiff.stickworld.captions import caption
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT
@@ -36,12 +35,15 @@ from interactdiff.training.config import (
     arguments_named,
     arguments_of,
 )
+from interactdiff.training.dit_text import TextParts
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
-from interactdiff.training.tokenizer import make_portable, token_ids
-from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
+from interactdiff.training.tokenizer import make_portable
+from interactdiff.training.transfer import transferred
+from interactdiff.training.world_data import CaptionedLatents, Sizes, cached_renders, grid
 
-LENGTHS = 16  # tokens: texts are cut to multiples, so that a compiled transformer sees few shapes
+_SEEN, _READ = 600, 4000  # renders and captions by which a transformer is transferred
+_NAMED = 0.05  # how often its captions name an attribute: one that the old encoders do not know tells nothing
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -118,34 +120,6 @@ class FlowBatch:
         return F.mse_loss(predicted.float(), self.target)
 
 
-class TextParts:
-    """The tokenizers and frozen text encoders of a Flux pipeline."""
-
-    def __init__(self, folder: str | Path, device: torch.device):
-        load: Any = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
-        self.text_encoder = load.float().eval().to(device).requires_grad_(False)
-        load = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_2")
-        self.text_encoder_2 = load.float().eval().to(device).requires_grad_(False)
-        self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
-        self.tokenizer_2: Any = T5TokenizerFast.from_pretrained(folder, subfolder="tokenizer_2")
-
-    def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """[B, L] tokens of CLIP and [B, T] of T5, as `FluxPipeline` pads them."""
-        device = self.text_encoder.device
-        short, long = token_ids(self.tokenizer, texts), token_ids(self.tokenizer_2, texts)
-        return short.to(device), long.to(device)
-
-    def length(self, long: Tensor) -> int:
-        """A multiple of `LENGTHS` that no text of T5's [B, T] tokens exceeds, at most T."""
-        used = (long != self.tokenizer_2.pad_token_id).any(0).nonzero().max().item() + 1
-        return min(math.ceil(used / LENGTHS) * LENGTHS, long.shape[1])
-
-    @torch.no_grad()
-    def states(self, short: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, D] states of T5 and [B, P] pooled state of CLIP, as `FluxPipeline` makes them."""
-        return self.text_encoder_2(long).last_hidden_state, self.text_encoder(short).pooler_output
-
-
 def start_at_identity(transformer: FluxTransformer2DModel) -> None:
     """Zero what modulates, gates and leaves: every block starts as if it were not there (adaLN-zero, DiT)."""
     for name, module in transformer.named_modules():
@@ -168,6 +142,8 @@ class DitConfig(RecipeConfig):
             cut to the longest text, and a step is up to 1.6 times as fast.
         compile: whether to compile the transformer.
         init_from: pipeline folder to go on from, or null.
+        transfer_from: pipeline folder of another autoencoder and other text encoders to go on from, or null
+            (`interactdiff.training.transfer`). Like `init_from` it decides the transformer's sizes.
         empty_caption: probability.
         logit_mean: of the times' logit-normal density, see `FlowBatch`.
         logit_std: its standard deviation.
@@ -188,6 +164,7 @@ class DitConfig(RecipeConfig):
     whole_text: Share = 1.0
     compile: Flag
     init_from: OptionalLocation = None
+    transfer_from: OptionalLocation = None
     empty_caption: Share
     logit_mean: Number
     logit_std: Rate
@@ -210,12 +187,21 @@ class DitRecipe(Recipe[DitConfig]):
         make: Any = FluxTransformer2DModel
         if config.init_from:
             transformer = make.from_pretrained(config.init_from, subfolder="transformer").float()
+        elif config.transfer_from:
+            transformer = self._transferred(config.transfer_from)
         else:
             transformer = make(**config.transformer)
             start_at_identity(transformer)
         if config.compile:
             compile_each_shape(transformer)
         return transformer
+
+    def _transferred(self, folder: str) -> FluxTransformer2DModel:
+        size, one = next(iter(self.config.sizes.items()))
+        renders = cached_renders(Path(self.config.cache_dir), one.renders, size, one.most)[:_SEEN]
+        rng = random.Random(self.config.seed)
+        captions = [caption(sample_scene(seed), rng, likelihood=_NAMED).text for seed in range(_READ)]
+        return transferred(folder, self.vae, self.text, renders, captions)
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config.seed * 1_000_003 + step)

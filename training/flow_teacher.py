@@ -13,7 +13,8 @@ from torch import Tensor
 from interactdiff.errors import RecipeError
 from interactdiff.fingerprints import weights_digest
 from interactdiff.training.compiling import compile_each_shape
-from interactdiff.training.dit import TextParts, flow_inputs
+from interactdiff.training.dit import flow_inputs
+from interactdiff.training.dit_text import TextParts
 
 
 def velocity_of_flow(flow: Tensor, noisy: Tensor, time: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
