@@ -122,7 +122,7 @@ def transferred(
 
     sizes = {"in_channels": ours.shape[1], "joint_attention_dim": read.shape[1]}
     config = dict(source.config) | sizes | {"pooled_projection_dim": pool.shape[1], "out_channels": None}
-    target = FluxTransformer2DModel.from_config(config)
+    target: Any = FluxTransformer2DModel.from_config(config)
     state = source.state_dict()
     pooled_layer = "time_text_embed.text_embedder.linear_1"
     for name, weight, bias in (("context_embedder", read, read_bias), (pooled_layer, pool, pool_bias)):
