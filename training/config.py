@@ -21,7 +21,20 @@ from interactdiff.errors import RecipeError
 MAX_SEED = 2**32 - 1  # numpy's
 C = TypeVar("C", bound="Keys")
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-PRECISIONS = ("no", "fp16", "bf16")
+PRECISIONS = ("no", "fp16", "bf16", "auto")
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether the device that trains has instructions for bfloat16; without them it is many times slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
+
+def _chosen_precision(name: str) -> str:
+    if name != "auto":
+        return name
+    return "bf16" if computes_in_bfloat16() else "no"
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
@@ -192,7 +205,8 @@ class RecipeConfig(Keys):
             and such runs do not repeat bit for bit.
         weight_decay: decoupled.
         max_grad_norm: to which gradients are clipped.
-        mixed_precision: "no", "fp16" (on a GPU) or "bf16".
+        mixed_precision: "no", "fp16" (on a GPU) or "bf16"; "auto" is "bf16" where the device has instructions
+            for it, else "no".
         ema_decay: of the average of the weights that is sampled and exported; 0: no average is kept.
         log_every: steps.
         checkpoint_every: steps.
@@ -235,6 +249,7 @@ class RecipeConfig(Keys):
             aliases={False: "no", None: "no", "none": "no", "float32": "no", "fp32": "no"}
             | {"float16": "fp16", "half": "fp16", "bfloat16": "bf16"},
         ),
+        AfterValidator(_chosen_precision),
     ]
     ema_decay: Share
     log_every: Count
