@@ -2,6 +2,7 @@
 
 import json
 import random
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,20 @@ def test_sizes_come_as_often_as_their_shares(folder: Path, tmp_path: Path) -> No
     assert 0.6 < shapes[3, 4, 8, 8] / 200 < 0.9
     with pytest.raises(RecipeError, match=r"sizes: expected shares of the sizes that add up to 1, got 0\.75"):
         checked(BaseConfig, recipe_configs(folder)["stickworld_base"] | {"sizes": {64: sizes[64]}})
+
+
+def test_captions_of_a_batch_are_of_similar_length(folder: Path, tmp_path: Path) -> None:
+    vae = make_recipe(recipe_configs(folder)["stickworld_vae"] | {"output_dir": str(tmp_path)}).model.eval()
+    data = CaptionedLatents(tmp_path, vae, {64: SizeConfig(renders=12, batch_size=6, share=1.0)})
+    rng = random.Random(0)
+    drawn = [data.batch(rng, 0.0) for _ in range(40)]
+    for latents, texts in drawn:  # each with its own picture
+        for one, text in zip(latents, texts, strict=True):
+            row = next(n for n, known in enumerate(data.captions[64]) if text in known)
+            assert torch.equal(one, data.latents[64][row].float())
+    everything = [len(text) for _, texts in drawn for text in texts]
+    spread = sum(statistics.pstdev(len(text) for text in texts) for _, texts in drawn) / len(drawn)
+    assert spread < 0.5 * statistics.pstdev(everything)
 
 
 def test_the_pooled_caption_is_left_out_of_a_share_of_the_examples(folder: Path) -> None:

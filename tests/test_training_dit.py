@@ -14,11 +14,13 @@ from tiny_dit import tiny_flux
 from interactdiff import InteractionAdapter, attach
 from interactdiff.clear import ClearAdapter, ClearConfig
 from interactdiff.errors import RecipeError
+from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.training.distill import sharing_copy
 from interactdiff.training.dit import FlowBatch, image_ids, packed
 from interactdiff.training.run import make_recipe
 from interactdiff.training.tokenizer import make_t5_tokenizer, world_words
-from interactdiff.training.transfer import affine, rotation
+from interactdiff.training.transfer import transferred
+from interactdiff.training.world_data import cached_renders
 
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 TRANSFORMER = {
@@ -115,28 +117,45 @@ def test_an_untrained_transformer_predicts_nothing_yet(folder: Path) -> None:
 
 
 def test_a_transformer_goes_over_to_other_encoders(folder: Path) -> None:
-    torch.manual_seed(0)
-    turn, _ = torch.linalg.qr(torch.randn(24, 24))
-    states, latents = torch.randn(500, 8), torch.randn(500, 24)
-    assert torch.allclose(
-        rotation(latents[:, :16] @ turn[:16, :16], latents @ turn).norm(), torch.tensor(4.0)
-    )
-    assert torch.allclose(rotation(latents @ turn.T, latents), turn, atol=1e-4)
-    mapped = states @ torch.ones(8, 5) + 3
-    weight, bias = affine(mapped, states)
-    assert torch.allclose(states @ weight.T + bias, mapped, atol=0.05)
+    """To an autoencoder with its channels in another order, and to text encoders with negative states."""
+    config = recipe_config(folder, "stickworld_dit") | {"output_dir": str(folder / "over")}
+    recipe = make_recipe(config)
+    order = [2, 0, 3, 1]
+    last = recipe.vae.encoder.layers[-1]
+    last.weight.data, last.bias.data = last.weight[order], last.bias[order]
+    latents, texts = torch.randn(1, 4, 4, 6), ["a person kicking a ball"]
+    flows = []
+    for changed in (False, True):
+        if changed:
+            recipe.text.text_encoder_2.encoder.final_layer_norm.weight.neg_()
+            norm = recipe.text.text_encoder.final_layer_norm
+            norm.weight.neg_()
+            norm.bias.neg_()
+        text, pooled = recipe.text.states(*recipe.text.tokens(texts))
+        flows.append(FlowBatch(latents, text, pooled, torch.Generator().manual_seed(0)))
+    old, new = (flow.inputs for flow in flows)
+    new["hidden_states"] = new["hidden_states"].unflatten(-1, (4, 4))[..., order, :].flatten(-2)
 
-    config = recipe_config(folder, "stickworld_dit")
-    config |= {"output_dir": str(folder / "over"), "transfer_from": config["export_to"]}
-    recipe = make_recipe(
-        config
-    )  # onto its own encoders: nothing changes but for the ridge of the least squares
     before: Any = FluxTransformer2DModel.from_pretrained(folder / "world", subfolder="transformer")
     before = before.float()
-    text, pooled = recipe.text.states(*recipe.text.tokens(["a person kicking a ball"]))
-    flow = FlowBatch(torch.randn(1, 4, 4, 6), text, pooled, torch.Generator().manual_seed(0))
-    expected, got = (model(**flow.inputs).sample for model in (before, recipe.model))
-    assert (got - expected).norm() / expected.norm() < 0.05
+    pictures = cached_renders(Path(config["cache_dir"]), 4, 96)
+    captions = [sample_scene(seed).caption for seed in range(400)]
+    after = transferred(folder / "world", recipe.vae, recipe.text, pictures, captions)
+    expected = before(**old).sample.unflatten(-1, (4, 4))[..., order, :].flatten(-2)
+
+    def error(model: Any) -> float:
+        return ((model(**new).sample - expected).norm() / expected.norm()).item()
+
+    assert error(after) < 0.05
+    assert error(before) > 0.3  # what was there reads them wrongly
+
+
+def test_a_run_that_is_transferred_starts_from_there(folder: Path) -> None:
+    config = recipe_config(folder, "stickworld_dit") | {"output_dir": str(folder / "transferred")}
+    source = str(folder / "world")
+    assert make_recipe(config | {"transfer_from": source}).model.proj_out.weight.abs().sum() > 0
+    with pytest.raises(RecipeError, match="transfer_from: expected none beside init_from"):
+        make_recipe(config | {"transfer_from": source, "init_from": source})
 
 
 def test_texts_are_cut_to_the_longest(folder: Path) -> None:

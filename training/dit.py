@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from interactdiff.pipeline_calls import call_arguments
@@ -171,6 +172,12 @@ class DitConfig(RecipeConfig):
     shift: Positive
     guidance_scale: Rate
     sample_steps: Count = 30
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "DitConfig":
+        if self.init_from and self.transfer_from:
+            raise ValueError(f"transfer_from: expected none beside init_from, got {self.transfer_from!r}")
+        return self
 
 
 class DitRecipe(Recipe[DitConfig]):

@@ -25,7 +25,7 @@ from interactdiff.stickworld.world import WorldScene
 from interactdiff.training.config import Count, Keys, OptionalCount, Share, refusal
 
 _CHUNK = 500
-_LENGTHS = 4  # groups of captions by length, of which a batch is one
+_LENGTH_GROUPS = 4  # into which captions are sorted by length; a batch is one
 CAPTIONS = 4  # wordings of each scene
 DETAILED = 2  # more of them that name every attribute,
 DESCRIBED = 4  # of scenes with at most so many persons and objects: nearly all fit the encoders' 77 tokens
@@ -203,9 +203,9 @@ class CaptionedLatents:
         """
         (size,) = rng.choices(list(self.sizes), [one.share for one in self.sizes.values()])
         latents, captions, count = self.latents[size], self.captions[size], self.sizes[size].batch_size
-        drawn = [rng.randrange(len(latents)) for _ in range(_LENGTHS * count)]
+        drawn = [rng.randrange(len(latents)) for _ in range(_LENGTH_GROUPS * count)]
         worded = sorted(((rng.choice(captions[n]), n) for n in drawn), key=lambda one: len(one[0]))
-        first = rng.randrange(_LENGTHS) * count
+        first = rng.randrange(_LENGTH_GROUPS) * count
         texts, chosen = zip(*worded[first : first + count], strict=True)
         return latents[list(chosen)].float(), ["" if rng.random() < empty else text for text in texts]
 
