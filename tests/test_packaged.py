@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from interactdiff.evaluation.world import evaluate_world, packaged_detector
 from interactdiff.generation import ScenePipeline
 from interactdiff.models import MODEL, PACKAGED, default_adapter
 from interactdiff.picture import read_record
+from interactdiff.pipeline_calls import call_arguments
 from interactdiff.scene import Scene
 from interactdiff.stickworld import model_path
 
@@ -130,6 +132,20 @@ def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert Image.open("out.png").size == (96, 96)
     exec(compile(blocks[1], "README.md", "exec"), names)
     assert read_record("out.png").model == "stickworld-dit"
+
+
+def test_the_example_of_the_model_card_calls_each_pipeline_as_generate_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = model_path("README.md").read_text(encoding="utf-8")
+    example = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example, "model card", "exec"), names)
+    assert Image.open("unet.png").size == Image.open("transformer.png").size == (96, 96)
+    expected = call_arguments(names["pipe"], names["prompt"], None, PACKAGED["stickworld-dit"].guidance_scale)
+    assert expected == {"prompt": names["prompt"], **names["flux"]}
+    assert f"guidance_scale={PACKAGED['stickworld'].guidance_scale})" in example
 
 
 @pytest.mark.parametrize("name", PACKAGED)
