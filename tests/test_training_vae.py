@@ -8,8 +8,9 @@ import pytest
 import torch
 from recipes import VAE, short
 
+from interactdiff.errors import RecipeError
 from interactdiff.training.run import make_recipe
-from interactdiff.training.vae import roughness, spread
+from interactdiff.training.vae import busiest_crop, roughness, spread
 
 
 def test_roughness_and_spread_are_those_of_their_formulas() -> None:
@@ -57,3 +58,29 @@ def test_what_is_coarse_in_pictures_becomes_coarse_in_latents(tmp_path: Path) ->
     coarse = trained("coarse", scale_weight=0.5, roughness_weight=0.1)
     assert coarse[0] < 0.9 * plain[0]
     assert coarse[1] < plain[1]
+
+
+def test_a_step_sees_the_most_varied_of_the_crops(tmp_path: Path) -> None:
+    pixels = np.zeros((12, 12, 3), np.uint8)
+    pixels[8:, 8:] = np.random.default_rng(0).integers(256, size=(4, 4, 3))
+    crops = [busiest_crop(pixels, 6, np.random.default_rng(seed)) for seed in range(60)]
+    assert all(crop.shape == (6, 6, 3) for crop in crops)
+    places = [np.random.default_rng(seed).integers(0, 7, size=(3, 2)) for seed in range(60)]
+    varied = [max(float(pixels[y : y + 6, x : x + 6].std()) for y, x in three) for three in places]
+    assert [float(crop.std()) for crop in crops] == varied
+    assert any(varied)
+
+    config = short(tmp_path, "stickworld_vae", model=VAE, export_to=str(tmp_path / "made"))
+    recipe = make_recipe(config | {"crop": 32})
+    seen = recipe.batch(0)["images"]
+    assert seen.shape[-2:] == (32, 32)
+    assert torch.equal(seen, recipe.batch(0)["images"])
+    assert len(recipe.train()) == config["steps"]
+
+
+@pytest.mark.parametrize("crop", [48, 160])
+def test_a_crop_that_does_not_fit_is_refused(crop: int, tmp_path: Path) -> None:
+    config = short(tmp_path, "stickworld_vae", model=VAE, export_to=str(tmp_path / "made"))
+    with pytest.raises(RecipeError, match=f"a crop of at most 128 pixels, a multiple of 32, got {crop}"):
+        make_recipe(config | {"crop": crop})
+    assert not (tmp_path / "made").exists()

@@ -12,10 +12,12 @@ from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from PIL import Image
 from torch import Tensor, nn
 
+from interactdiff.errors import RecipeError
 from interactdiff.training.config import (
     Count,
     Flag,
     Location,
+    OptionalCount,
     OptionalLocation,
     Rate,
     RecipeConfig,
@@ -33,6 +35,7 @@ class VaeConfig(RecipeConfig):
         batch_size: pictures of a step.
         cache_dir: where renders are kept, for every recipe.
         renders: how many.
+        crop: height and width in pixels of the crop of each picture that a step sees, or null for all of it.
         model: arguments of `AutoencoderTiny`.
         init_from: folder of an autoencoder to go on from, or null.
         freeze_encoder: polish the decoder alone: latents, and whatever was trained on them, stay as they are.
@@ -46,6 +49,7 @@ class VaeConfig(RecipeConfig):
     batch_size: Count
     cache_dir: Location
     renders: Count
+    crop: OptionalCount = None
     model: Annotated[dict[str, Any], arguments_of(AutoencoderTiny, arguments_named(AutoencoderTiny))]
     init_from: OptionalLocation = None
     freeze_encoder: Flag = False
@@ -71,13 +75,21 @@ class VaeRecipe(Recipe[VaeConfig]):
         else:
             model = AutoencoderTiny(**self.config.model)
             keep_variance(model)
+        # pictures of a quarter of the size, which `scale_weight` decodes, have whole latents
+        least = 4 * 2 ** (len(model.config.encoder_block_out_channels) - 1)
+        most, crop = self.renders.shape[1], self.config.crop
+        if crop is not None and (crop % least or crop > most):
+            raise RecipeError(f"expected a crop of at most {most} pixels, a multiple of {least}, got {crop}")
         model.encoder.requires_grad_(not self.config.freeze_encoder)
         return model.to(memory_format=torch.channels_last)
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.config.seed, step))
         chosen = np.sort(rng.integers(len(self.renders), size=self.config.batch_size))
-        images = as_images(self.renders[chosen]).to(self.device)
+        pixels = self.renders[chosen]
+        if self.config.crop is not None:
+            pixels = np.stack([busiest_crop(picture, self.config.crop, rng) for picture in pixels])
+        images = as_images(pixels).to(self.device)
         return {"images": images.contiguous(memory_format=torch.channels_last)}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
@@ -103,6 +115,21 @@ class VaeRecipe(Recipe[VaeConfig]):
         model = copy.deepcopy(self.accelerator.unwrap_model(self.model))
         model.to(torch.float16, memory_format=torch.contiguous_format)
         model.save_pretrained(self.config.export_to)
+
+
+def busiest_crop(pixels: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Of 3 crops at random places the one whose values vary most: much of a picture is bare background.
+
+    Args:
+        pixels: [S, S, 3].
+        side: of the crop.
+        rng: of the places.
+
+    Returns:
+        [side, side, 3].
+    """
+    places = rng.integers(0, len(pixels) - side + 1, size=(3, 2))
+    return max((pixels[y : y + side, x : x + side] for y, x in places), key=np.std)
 
 
 def keep_variance(model: AutoencoderTiny) -> None:
