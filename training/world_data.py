@@ -26,7 +26,6 @@ from interactdiff.training.config import Count, Keys, OptionalCount, Share, refu
 
 _CHUNK = 500
 _LENGTH_GROUPS = 4  # into which captions are sorted by length; a batch is one
-_ENCODED_AT_ONCE = 10  # pictures; what a CPU holds of more does not stay in its cache
 CAPTIONS = 4  # wordings of each scene
 DETAILED = 2  # more of them that name every attribute,
 DESCRIBED = 4  # of scenes with at most so many persons and objects: nearly all fit the encoders' 77 tokens
@@ -143,8 +142,9 @@ def cached_latents(folder: Path, vae: Any, renders: np.ndarray) -> Tensor:
     path = folder / f"latents-{len(renders)}-{made_of.hexdigest()[:12]}.npy"
     if not path.exists():
         parts = []
-        for first in range(0, len(renders), _ENCODED_AT_ONCE):
-            images = as_images(renders[first : first + _ENCODED_AT_ONCE]).to(vae.device)
+        at_once = 10 if vae.device.type == "cpu" else 250  # a CPU is slower with more, a GPU waits with fewer
+        for first in range(0, len(renders), at_once):
+            images = as_images(renders[first : first + at_once]).to(vae.device)
             parts.append(vae.encode(images).latents.half().cpu().numpy())
         write_aside(path, lambda aside: np.save(aside, np.concatenate(parts)))
     return torch.from_numpy(np.load(path))
