@@ -2,9 +2,9 @@
 
 python benchmarks/denoising_error.py interactdiff/stickworld/models/stickworld-dit
 
-Latents of held-out renders get noise of 0.1 to 3 times their own scale. The table has the squared error of
-the latents that the denoiser predicts with the scene's caption, as a share of their variance: where persons
-and objects are, and in the background, which shows through much more noise.
+Latents x of held-out renders get noise: a x + s n, with s / a from 0.1 to 3. The table has the squared error
+of the x that the denoiser predicts with the scene's caption, as a share of its variance: where persons and
+objects are, and in the background, which shows through much more noise.
 """
 
 import argparse
@@ -22,37 +22,34 @@ from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import Rendering, render
 from interactdiff.stickworld.world import HELD_OUT
 
-RATIOS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 3.0)  # of the noise's scale to the latents'
+RATIOS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 3.0)  # s / a
 BATCH = 20
 
 
 def foreground(drawn: list[Rendering], side: int) -> Tensor:
-    """[B, 1, side, side] bool: cells of the latents' grid of which persons and objects cover half."""
+    """[B, side, side] bool: cells of the latents' grid of which persons and objects cover more than half."""
     masks = [torch.from_numpy(sum(thing.mask for thing in one.things) > 0) for one in drawn]
-    return F.adaptive_avg_pool2d(torch.stack(masks)[:, None].float(), side) > 0.5
+    return F.adaptive_avg_pool2d(torch.stack(masks).float(), side) > 0.5
 
 
 def nearest_times(denoising: Denoising) -> list[int]:
-    """The timesteps at which noise is `RATIOS` times as large as what is left of the latents."""
+    """The timesteps whose s / a is nearest to each of `RATIOS`."""
     times = torch.arange(1, TRAIN_STEPS)
     ones, zeros = torch.ones(len(times), 1, 1, 1), torch.zeros(len(times), 1, 1, 1)
     ratio = (denoising.noisy(zeros, ones, times) / denoising.noisy(ones, zeros, times)).flatten()
     return [int(times[(ratio - one).abs().argmin()]) for one in RATIOS]
 
 
-@torch.no_grad()
 def squared_error(
     denoising: Denoising, latents: Tensor, noise: Tensor, times: Tensor, prompt: Prompt
 ) -> Tensor:
-    """[B, C, H, W]: of the latents that a prediction of v or of a flow implies.
-
-    It is the noise's share of the noisy latents times the error of the prediction, for both.
-    """
+    """[B, C, H, W]: of the x that a prediction implies; of v and of a flow its error is s times theirs."""
     share = denoising.noisy(torch.zeros_like(latents), torch.ones_like(latents), times)
     predicted = denoising.predict(denoising.noisy(latents, noise, times), times, prompt)
     return (share * (predicted - denoising.target(latents, noise, times))).square()
 
 
+@torch.no_grad()
 def errors(denoising: Denoising, scenes: int, size: int) -> dict[str, list[float]]:
     """Of persons and objects and of the background, for each of `RATIOS`."""
     times = nearest_times(denoising)
@@ -65,7 +62,7 @@ def errors(denoising: Denoising, scenes: int, size: int) -> dict[str, list[float
         latents = torch.cat([denoising.latents(Image.fromarray(one.image)) for one in drawn])
         prompt = denoising.encode([scene.caption for scene in held_out], (size, size))
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(first))
-        shown = foreground(drawn, latents.shape[-1])[:, 0]
+        shown = foreground(drawn, latents.shape[-1])
         chosen = dict(zip(regions, (shown, ~shown), strict=True))
         for region, where in chosen.items():
             cells[region].append(latents.movedim(1, -1)[where])
@@ -88,7 +85,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels (default: 128)")
     args = parser.parse_args()
     quiet_libraries()
-    print(f"| error / variance at noise / signal of | {' | '.join(map(str, RATIOS))} |")
+    print(f"| error of x / variance at s / a of | {' | '.join(map(str, RATIOS))} |")
     print("|---|" + "---|" * len(RATIOS))
     for folder in args.folders:
         pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
