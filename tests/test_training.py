@@ -24,7 +24,7 @@ from interactdiff.stickworld.captions import PLACES, caption
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
 from interactdiff.training.adapter import in_random_slots, varied_items
-from interactdiff.training.base import BaseConfig, PooledDropout, velocity_loss
+from interactdiff.training.base import BaseConfig, PooledDropout, VelocityBatch
 from interactdiff.training.config import RecipeConfig, checked
 from interactdiff.training.muon import Muon
 from interactdiff.training.optimizers import make_optimizers
@@ -215,8 +215,10 @@ def test_captions_are_those_of_the_renders_and_kept(tmp_path: Path) -> None:
             value for thing in sample_scene(seed).things for value in thing.appearance.attributes().values()
         ]
         words = {"stripes": "strip", "dots": "dot", "checks": "check", "plain": "", "none": ""}
-        assert all(words.get(value, value) in text for text in one[CAPTIONS:] for value in said)
-        assert all(name in text or "someone" in text for text in one for name in names)
+        assert all(words.get(value, value) in text for text, _ in one[CAPTIONS:] for value in said)
+        for text, spans in one:
+            own = [text[first:last] for first, last in spans]
+            assert all(name in words or "someone" in words for name, words in zip(names, own, strict=True))
     (made,) = tmp_path.glob("captions-*")
     before = made.stat().st_mtime_ns
     assert cached_captions(tmp_path, 12) == captions
@@ -235,11 +237,11 @@ def test_sizes_come_as_often_as_their_shares(folder: Path, tmp_path: Path) -> No
     assert [seed for seed in range(seeds[-1] + 1) if len(sample_scene(seed).things) == 1] == seeds
     for row, seed in enumerate(seeds):
         name = sample_scene(seed).things[0].name
-        assert all(name in text or "someone" in text for text in data.captions[64][row])
+        assert all(name in text or "someone" in text for text, _ in data.captions[64][row])
         pixels = as_images(render(sample_scene(seed), 64).image[None])
         assert torch.allclose(data.latents[64][row].float(), vae.encode(pixels).latents[0], atol=1e-2)
     rng = random.Random(0)
-    shapes = Counter(tuple(data.batch(rng, 0.5)[0].shape) for _ in range(200))
+    shapes = Counter(tuple(data.batch(rng, 0.5).latents.shape) for _ in range(200))
     assert shapes.keys() == {(3, 4, 8, 8), (1, 4, 16, 16)}
     assert 0.6 < shapes[3, 4, 8, 8] / 200 < 0.9
     with pytest.raises(RecipeError, match=r"sizes: expected shares of the sizes that add up to 1, got 0\.75"):
@@ -251,12 +253,12 @@ def test_captions_of_a_batch_are_of_similar_length(folder: Path, tmp_path: Path)
     data = CaptionedLatents(tmp_path, vae, {64: SizeConfig(renders=12, batch_size=6, share=1.0)})
     rng = random.Random(0)
     drawn = [data.batch(rng, 0.0) for _ in range(40)]
-    for latents, texts in drawn:  # each with its own picture
-        for one, text in zip(latents, texts, strict=True):
-            row = next(n for n, known in enumerate(data.captions[64]) if text in known)
+    for batch in drawn:  # each with its own picture
+        for one, worded in zip(batch.latents, batch.captions, strict=True):
+            row = next(n for n, known in enumerate(data.captions[64]) if worded in known)
             assert torch.equal(one, data.latents[64][row].float())
-    everything = [len(text) for _, texts in drawn for text in texts]
-    spread = sum(statistics.pstdev(len(text) for text in texts) for _, texts in drawn) / len(drawn)
+    everything = [len(text) for batch in drawn for text in batch.texts]
+    spread = sum(statistics.pstdev(map(len, batch.texts)) for batch in drawn) / len(drawn)
     assert spread < 0.5 * statistics.pstdev(everything)
 
 
@@ -272,6 +274,21 @@ def test_the_pooled_caption_is_left_out_of_a_share_of_the_examples(folder: Path)
         PooledDropout(unet, 0.5)
 
 
+def test_attention_to_words_is_part_of_the_loss_while_training(folder: Path) -> None:
+    made = recipe_configs(folder)["stickworld_base"] | {
+        "output_dir": str(folder / "attended"),
+        "empty_caption": 0.0,
+    }
+    losses = []
+    for weight in (0.0, 0.5, 2.0):
+        torch.manual_seed(0)
+        recipe = make_recipe(made | {"word_attention": weight})
+        recipe.model.train()
+        losses.append(recipe.loss(recipe.batch(0), recipe.generator(0)).item())
+    assert losses[0] < losses[1] < losses[2]
+    assert losses[2] - losses[0] == pytest.approx(4 * (losses[1] - losses[0]), rel=1e-3)
+
+
 def test_velocity_loss_is_zero_for_the_true_velocity() -> None:
     latents, text = torch.randn(3, 4, 2, 2), torch.zeros(3, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
@@ -284,8 +301,9 @@ def test_velocity_loss_is_zero_for_the_true_velocity() -> None:
             assert torch.allclose(x, a * latents + s * noise, atol=0.05)
             return type("Output", (), {"sample": a * noise - s * latents})
 
-    loss = velocity_loss(Oracle(), latents, text, torch.Generator().manual_seed(5), 0.7)
-    assert loss.item() < 1e-3
+    noised = VelocityBatch(latents, torch.Generator().manual_seed(5), 0.7)
+    assert noised.loss(Oracle(), text).item() < 1e-3
+    assert torch.allclose(noised.signal, kept[noised.timesteps] ** 2, atol=0.01)
 
 
 def test_renders_are_the_scenes_in_order(tmp_path: Path) -> None:

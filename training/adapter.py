@@ -29,7 +29,7 @@ from interactdiff.stickworld.captions import describe_object, describe_person, n
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
 from interactdiff.stickworld.world import HELD_OUT, WorldEntity, WorldScene
-from interactdiff.training.base import sampler, text_states, velocity_loss
+from interactdiff.training.base import VelocityBatch, sampler, text_states
 from interactdiff.training.config import (
     Count,
     Location,
@@ -126,7 +126,7 @@ class AdapterConfig(RecipeConfig):
         slack: of boxes, see `varied_items`.
         guidance_scale: of samples.
         sample_steps: denoising steps of samples.
-        timestep_power: of a U-Net, see `velocity_loss`.
+        timestep_power: of a U-Net, see `VelocityBatch`.
         logits: of a transformer, see `FlowBatch`.
     """
 
@@ -226,7 +226,8 @@ class AdapterRecipe(Recipe[AdapterConfig]):
     def _loss_in_unet(self, latents: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
         with torch.no_grad():
             text = text_states(self.pipe.tokenizer, self.pipe.text_encoder, prompts)
-        return velocity_loss(self.pipe.unet, latents, text, generator, self.config.timestep_power)
+        noised = VelocityBatch(latents, generator, self.config.timestep_power)
+        return noised.loss(self.pipe.unet, text)
 
     def _loss_in_transformer(self, latents: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
         text, pooled = encoded(self.pipe, prompts)

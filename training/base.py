@@ -1,4 +1,4 @@
-"""The embedded text-to-image base: a U-Net, trained on pictures and their captions alone.
+"""The embedded text-to-image base: a U-Net, trained on pictures and their captions.
 
 The U-Net predicts v = a n - s x (arXiv 2202.00512) of noisy latents a x + s n, on a cosine schedule that ends
 in noise alone (arXiv 2305.08891). A narrow U-Net copies noise badly; this asks for none of it where layout is
@@ -46,6 +46,7 @@ from interactdiff.training.flow_teacher import FlowTeacher
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.tokenizer import make_portable, token_ids
+from interactdiff.training.word_attention import WordAttention, WordRegions
 from interactdiff.training.world_data import CaptionedLatents, Sizes, grid
 
 SCHEDULE: dict[str, Any] = {
@@ -62,35 +63,42 @@ def schedule() -> DDPMScheduler:
     return DDPMScheduler(**SCHEDULE)
 
 
-def velocity_loss(
-    denoiser: nn.Module,
-    latents: Tensor,
-    text: Tensor,
-    generator: torch.Generator,
-    timestep_power: float,
-    teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Squared error of the predicted v.
+class VelocityBatch:
+    """Noisy latents, their timesteps, and the v that a U-Net should predict of them.
 
     Args:
-        denoiser: a `UNet2DConditionModel`.
         latents: x, [B, C, H, W].
-        text: [B, L, D] states of the text encoder.
         generator: source of the noise and of the timesteps.
         timestep_power: timesteps are 1000 u^power with u uniform in [0, 1); below 1 leans to high noise,
             where text and layout are decided.
         teacher: says what v of [B, C, H, W] noisy latents at [B] timesteps is; None is the v of x.
     """
-    noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
-    uniform = torch.rand(len(latents), generator=generator, device=generator.device)
-    timesteps = (uniform**timestep_power * 1000).long().clamp(max=999).to(latents.device)
-    noisy = schedule().add_noise(latents, noise, cast(Any, timesteps))
-    predicted = denoiser(noisy, timesteps, text).sample
-    if teacher is None:
-        target = schedule().get_velocity(latents, noise, cast(Any, timesteps))
-    else:
-        target = teacher(noisy, timesteps)
-    return F.mse_loss(predicted.float(), target)
+
+    def __init__(
+        self,
+        latents: Tensor,
+        generator: torch.Generator,
+        timestep_power: float,
+        teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
+        uniform = torch.rand(len(latents), generator=generator, device=generator.device)
+        self.timesteps = (uniform**timestep_power * 1000).long().clamp(max=999).to(latents.device)
+        self.noisy = schedule().add_noise(latents, noise, cast(Any, self.timesteps))
+        if teacher is None:
+            self.target = schedule().get_velocity(latents, noise, cast(Any, self.timesteps))
+        else:
+            self.target = teacher(self.noisy, self.timesteps)
+
+    @property
+    def signal(self) -> Tensor:
+        """[B] share of the latents in the variance of the noisy ones."""
+        return schedule().alphas_cumprod.to(self.timesteps.device)[self.timesteps]
+
+    def loss(self, denoiser: nn.Module, text: Tensor) -> Tensor:
+        """Squared error of the v that a `UNet2DConditionModel` predicts with [B, L, D] states of the text."""
+        predicted = denoiser(self.noisy, self.timesteps, text).sample
+        return F.mse_loss(predicted.float(), self.target)
 
 
 def sampler() -> DPMSolverMultistepScheduler:
@@ -141,7 +149,8 @@ class BaseConfig(RecipeConfig):
         teacher: folder of a Flux pipeline on the same latents, whose predictions the U-Net learns instead of
             the pictures themselves, or null; see `FlowTeacher`.
         empty_caption: probability.
-        timestep_power: see `velocity_loss`.
+        word_attention: weight of `WordAttention.loss`; 0 leaves it out.
+        timestep_power: see `VelocityBatch`.
         guidance_scale: of samples.
         sample_steps: denoising steps of samples.
     """
@@ -158,13 +167,14 @@ class BaseConfig(RecipeConfig):
     init_from: OptionalLocation = None
     teacher: OptionalLocation = None
     empty_caption: Share
+    word_attention: Rate = 0.0
     timestep_power: Positive
     guidance_scale: Rate
     sample_steps: Count = 30
 
 
 class BaseRecipe(Recipe[BaseConfig]):
-    """Trains a U-Net on captions; it never sees a box."""
+    """Trains a U-Net on captions. It sees no box; silhouettes enter its loss alone."""
 
     config_type = BaseConfig
 
@@ -172,7 +182,8 @@ class BaseRecipe(Recipe[BaseConfig]):
         config = self.config
         self.vae = AutoencoderTiny.from_pretrained(config.vae).float().to(self.device).eval()
         self.vae.requires_grad_(False)
-        self.data = CaptionedLatents(Path(config.cache_dir), self.vae, config.sizes)
+        attended = config.word_attention > 0
+        self.data = CaptionedLatents(Path(config.cache_dir), self.vae, config.sizes, attended)
         self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(config.text, subfolder="tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(config.text, subfolder="text_encoder").eval()
         self.text_encoder.float().to(self.device).requires_grad_(False)
@@ -183,6 +194,7 @@ class BaseRecipe(Recipe[BaseConfig]):
         else:
             unet = make(**config.unet)
         self.pooled = PooledDropout(unet, config.pooled_dropout)
+        self.word_attention = WordAttention(unet) if attended else None
         unet.to(memory_format=torch.channels_last)
         if config.compile:
             compile_each_shape(unet)
@@ -190,9 +202,12 @@ class BaseRecipe(Recipe[BaseConfig]):
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config.seed * 1_000_003 + step)
-        latents, captions = self.data.batch(rng, self.config.empty_caption)
-        tokens = token_ids(self.tokenizer, captions)
-        return {"latents": latents.to(self.device), "tokens": tokens.to(self.device), "captions": captions}
+        drawn = self.data.batch(rng, self.config.empty_caption)
+        tokens = token_ids(self.tokenizer, drawn.texts).to(self.device)
+        batch = {"latents": drawn.latents.to(self.device), "tokens": tokens, "captions": drawn.texts}
+        if self.word_attention is not None:
+            batch["regions"] = WordRegions.of(drawn, self.tokenizer, tokens.shape[1], self.device)
+        return batch
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         with torch.no_grad():
@@ -201,8 +216,12 @@ class BaseRecipe(Recipe[BaseConfig]):
         velocity = None
         if self.teacher is not None:
             velocity = partial(self.teacher.velocity, schedule=schedule(), texts=batch["captions"])
-        power = self.config.timestep_power
-        return velocity_loss(self.model, batch["latents"], text, generator, power, velocity)
+        noised = VelocityBatch(batch["latents"], generator, self.config.timestep_power, velocity)
+        loss = noised.loss(self.model, text)
+        if self.word_attention is not None and self.model.training:
+            attended = self.word_attention.loss(batch["regions"], noised.signal)
+            loss = loss + self.config.word_attention * attended
+        return loss
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The stock pipeline around the parts as they are now."""

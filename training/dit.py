@@ -1,4 +1,4 @@
-"""The embedded diffusion transformer: a small Flux, trained on pictures and their captions alone.
+"""The embedded diffusion transformer: a small Flux, trained on pictures and their captions.
 
 Rectified flow: of x_s = (1 - s) x + s n the transformer predicts n - x (arXiv 2209.03003; arXiv 2403.03206,
 section 3).
@@ -41,6 +41,7 @@ from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.tokenizer import make_portable
 from interactdiff.training.transfer import transferred
+from interactdiff.training.word_attention import WordAttention, WordRegions
 from interactdiff.training.world_data import CaptionedLatents, Sizes, cached_renders, grid
 
 _SEEN, _READ = 600, 4000  # renders and captions by which a transformer is transferred
@@ -146,6 +147,7 @@ class DitConfig(RecipeConfig):
         transfer_from: pipeline folder of another autoencoder and other text encoders to go on from, or null
             (`interactdiff.training.transfer`). Like `init_from` it decides the transformer's sizes.
         empty_caption: probability.
+        word_attention: weight of `WordAttention.loss`; 0 leaves it out.
         logit_mean: of the times' logit-normal density, see `FlowBatch`.
         logit_std: its standard deviation.
         shift: of the sampler.
@@ -167,6 +169,7 @@ class DitConfig(RecipeConfig):
     init_from: OptionalLocation = None
     transfer_from: OptionalLocation = None
     empty_caption: Share
+    word_attention: Rate = 0.0
     logit_mean: Number
     logit_std: Rate
     shift: Positive
@@ -181,7 +184,7 @@ class DitConfig(RecipeConfig):
 
 
 class DitRecipe(Recipe[DitConfig]):
-    """Trains a `FluxTransformer2DModel` on captions; it never sees a box."""
+    """Trains a `FluxTransformer2DModel` on captions. It sees no box; silhouettes enter its loss alone."""
 
     config_type = DitConfig
 
@@ -190,7 +193,8 @@ class DitRecipe(Recipe[DitConfig]):
         self.text = TextParts(config.text, self.device)
         self.vae: Any = AutoencoderTiny.from_pretrained(config.text, subfolder="vae").float()
         self.vae.to(self.device).eval().requires_grad_(False)
-        self.data = CaptionedLatents(Path(config.cache_dir), self.vae, config.sizes)
+        attended = config.word_attention > 0
+        self.data = CaptionedLatents(Path(config.cache_dir), self.vae, config.sizes, attended)
         make: Any = FluxTransformer2DModel
         if config.init_from:
             transformer = make.from_pretrained(config.init_from, subfolder="transformer").float()
@@ -199,6 +203,7 @@ class DitRecipe(Recipe[DitConfig]):
         else:
             transformer = make(**config.transformer)
             start_at_identity(transformer)
+        self.word_attention = WordAttention(transformer) if attended else None
         if config.compile:
             compile_each_shape(transformer)
         return transformer
@@ -212,10 +217,13 @@ class DitRecipe(Recipe[DitConfig]):
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = random.Random(self.config.seed * 1_000_003 + step)
-        latents, captions = self.data.batch(rng, self.config.empty_caption)
-        short, long = self.text.tokens(captions)
+        drawn = self.data.batch(rng, self.config.empty_caption)
+        short, long = self.text.tokens(drawn.texts)
         length = long.shape[1] if rng.random() < self.config.whole_text else self.text.length(long)
-        return {"latents": latents.to(self.device), "tokens": (short, long), "length": length}
+        batch = {"latents": drawn.latents.to(self.device), "tokens": (short, long), "length": length}
+        if self.word_attention is not None:
+            batch["regions"] = WordRegions.of(drawn, self.text.tokenizer_2, length, self.device)
+        return batch
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         config = self.config
@@ -225,7 +233,11 @@ class DitRecipe(Recipe[DitConfig]):
         pooled = pooled * kept.to(pooled)
         logits = config.logit_mean, config.logit_std
         flow = FlowBatch(batch["latents"], text, pooled, generator, logits)
-        return flow.loss(self.model(**flow.inputs).sample)
+        loss = flow.loss(self.model(**flow.inputs).sample)
+        if self.word_attention is not None and self.model.training:
+            signal = 1 - flow.inputs["timestep"]
+            loss = loss + config.word_attention * self.word_attention.loss(batch["regions"], signal)
+        return loss
 
     def pipeline(self) -> FluxPipeline:
         """The stock pipeline around the parts as they are now."""

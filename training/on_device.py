@@ -210,7 +210,7 @@ def prepare(stage: Stage, runs: Path, toy: bool) -> None:
     sizes = {size: SizeConfig(**one) for size, one in (_TOY_SIZES if toy else _SIZES).items()}
     if stage is _LATENTS:
         vae: Any = AutoencoderTiny.from_pretrained(runs / "parts" / "vae").float()
-        CaptionedLatents(cache, vae.to("cuda" if torch.cuda.is_available() else "cpu"), sizes)
+        CaptionedLatents(cache, vae.to("cuda" if torch.cuda.is_available() else "cpu"), sizes, masks=True)
     else:
         for size, one in sizes.items():
             cached_renders(cache, one.renders, size, one.most)

@@ -27,7 +27,7 @@ from interactdiff.stickworld.captions import (
     describe_person,
     named_attributes,
 )
-from interactdiff.stickworld.layouts import MOST_ENTITIES, MOST_INTERACTIONS, sample_scene
+from interactdiff.stickworld.layouts import MOST_INTERACTIONS, MOST_THINGS, sample_scene
 from interactdiff.stickworld.world import ACTIONS, BACKGROUNDS, HELD_OUT, OBJECTS, WorldScene
 from interactdiff.training.config import Count, Keys, RecipeConfig, Share, arguments_of, refusal
 from interactdiff.training.recipe import Recipe
@@ -35,7 +35,7 @@ from interactdiff.training.tokenizer import make_portable, make_t5_tokenizer, ma
 
 _SPECIAL = ("bos", "eos", "pad")
 _NAMES = ("person", *OBJECTS)
-_MOST_THINGS = 2 * MOST_INTERACTIONS + MOST_ENTITIES
+
 _PATTERNS = tuple(dict.fromkeys((*PERSON_ATTRIBUTES["pattern"], *OBJECT_ATTRIBUTES["pattern"])))
 OF_A_THING: dict[str, tuple[str, ...]] = {
     "name": _NAMES,
@@ -49,7 +49,7 @@ OF_A_TEXT: dict[str, tuple[str, ...]] = {
     "background": BACKGROUNDS,
     **{
         f"{name} {n}": _NAMES if name == "name" else tuple(COLOURS)
-        for n in range(_MOST_THINGS)
+        for n in range(MOST_THINGS)
         for name in ("name", "colour")
     },
     **{f"action {n}": ACTIONS for n in range(MOST_INTERACTIONS)},
@@ -218,8 +218,8 @@ class TextRecipe(Recipe[Any]):
             texts, padding="max_length", truncation=True, return_tensors="pt", return_offsets_mapping=True
         )
         tokens, offsets = encoded.input_ids, encoded.offset_mapping
-        ends = torch.zeros(count, _MOST_THINGS, dtype=torch.long)
-        of_things = torch.full((count, _MOST_THINGS, len(OF_A_THING)), IGNORED)
+        ends = torch.zeros(count, MOST_THINGS, dtype=torch.long)
+        of_things = torch.full((count, MOST_THINGS, len(OF_A_THING)), IGNORED)
         of_text = torch.zeros(count, len(OF_A_TEXT), dtype=torch.long)
         for row, one in enumerate(described):
             of_text[row] = torch.tensor(_numbers(answers_of_text(one), OF_A_TEXT))

@@ -2,14 +2,16 @@
 
 import hashlib
 import itertools
+import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +20,8 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from interactdiff.files import write_aside
-from interactdiff.stickworld.captions import caption
-from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.captions import Caption, Described, caption
+from interactdiff.stickworld.layouts import MOST_THINGS, sample_scene
 from interactdiff.stickworld.render import SIZE, render
 from interactdiff.stickworld.world import WorldScene
 from interactdiff.training.config import Count, Keys, OptionalCount, Share, refusal
@@ -28,7 +30,27 @@ _CHUNK = 500
 _LENGTH_GROUPS = 4  # into which captions are sorted by length; a batch is one
 CAPTIONS = 4  # wordings of each scene
 DETAILED = 2  # more of them that name every attribute,
+MASK_SIDE = 48  # pixels of silhouettes: a multiple of the grids of 64, 96 and 128 px, whose cells are 8 px
 DESCRIBED = 4  # of scenes with at most so many persons and objects: nearly all fit the encoders' 77 tokens
+
+
+class WordedCaption(NamedTuple):
+    """A caption, and of each person and object the first and last + 1 character of its words.
+
+    Those of a person go on to the verb of what it does.
+    """
+
+    text: str
+    spans: Sequence[tuple[int, int]] = ()
+
+    @classmethod
+    def of(cls, caption: Caption) -> "WordedCaption":
+        """Of a scene's caption."""
+        spans = [thing.span for thing in caption.things]
+        for n, action in enumerate(caption.actions):
+            if action is not None:
+                spans[2 * n] = (spans[2 * n][0], spans[2 * n + 1][0] - 1)
+        return cls(caption.text, spans)
 
 
 def _render_chunk(seeds: Sequence[int], size: int) -> np.ndarray:
@@ -36,23 +58,38 @@ def _render_chunk(seeds: Sequence[int], size: int) -> np.ndarray:
 
 
 def _caption_chunk(seeds: Sequence[int]) -> list[str]:
-    return ["\t".join(_captions(seed)) for seed in seeds]
+    return [json.dumps([WordedCaption.of(one) for one in _captions(seed)]) for seed in seeds]
 
 
-def _captions(seed: int) -> list[str]:
+def _mask_chunk(seeds: Sequence[int]) -> np.ndarray:
+    masks = np.zeros((len(seeds), MOST_THINGS, MASK_SIDE, MASK_SIDE), dtype=bool)
+    for row, seed in zip(masks, seeds, strict=True):
+        things = render(sample_scene(seed), MASK_SIDE).things
+        row[: len(things)] = [thing.mask for thing in things]
+    return np.packbits(masks, axis=-1)
+
+
+def _captions(seed: int) -> list[Caption]:
     scene, rng = sample_scene(seed), random.Random(f"captions {seed}")
     varied = [varied_caption(scene, rng) for _ in range(CAPTIONS)]
     detailed = DETAILED if len(scene.things) <= DESCRIBED else 0
-    return varied + [caption(scene, rng, likelihood=1.0).text for _ in range(detailed)]
+    return varied + [caption(scene, rng, likelihood=1.0) for _ in range(detailed)]
 
 
-def varied_caption(scene: WorldScene, rng: random.Random) -> str:
+def varied_caption(scene: WorldScene, rng: random.Random) -> Caption:
     """A caption in random wording: at times without verbs, colours or the place, or keywords."""
     if rng.random() > 0.95:
-        words = [f"{thing.appearance.colour} {thing.name}" for thing in scene.things]
-        return ", ".join([*words, scene.background])
+        text, things = "", []
+        for thing in scene.things:
+            words = f"{thing.appearance.colour} {thing.name}"
+            span = (len(text), len(text) + len(words))
+            things.append(Described(thing.name, {"colour": thing.appearance.colour}, span))
+            text += f"{words}, "
+        return Caption(
+            text + scene.background, tuple(things), (None,) * len(scene.triplets), scene.background
+        )
     verbs, colours, place = rng.random() < 0.9, rng.random() < 0.92, rng.random() < 0.95
-    return caption(scene, rng, verbs=verbs, colours=colours, place=place).text
+    return caption(scene, rng, verbs=verbs, colours=colours, place=place)
 
 
 def _in_chunks(seeds: Sequence[int], make: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -117,16 +154,36 @@ def cached_renders(folder: Path, count: int, size: int = SIZE, most: int | None 
     return np.load(path, mmap_mode="r")
 
 
-def cached_captions(folder: Path, count: int, most: int | None = None) -> list[list[str]]:
+def cached_captions(folder: Path, count: int, most: int | None = None) -> list[list[WordedCaption]]:
     """Wordings of each of the scenes of `scene_seeds`, kept in `folder`: `CAPTIONS` and up to `DETAILED`."""
     folder.mkdir(parents=True, exist_ok=True)
     seeds = scene_seeds(count, most)
     wording = hashlib.sha256("\n".join(_caption_chunk(seeds[:64])).encode()).hexdigest()[:12]
-    path = folder / f"captions-{count}-{wording}.txt"
+    path = folder / f"captions-{count}-{wording}.jsonl"
     if not path.exists():
         lines = [line for chunk in _in_chunks(seeds, _caption_chunk) for line in chunk]
         write_aside(path, lambda aside: aside.write_text("\n".join(lines), encoding="utf-8"))
-    return [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [
+        [WordedCaption(text, [(a, b) for a, b in spans]) for text, spans in json.loads(line)]
+        for line in lines
+    ]
+
+
+def cached_masks(folder: Path, count: int, most: int | None = None) -> np.ndarray:
+    """Silhouettes of the persons and objects of the scenes of `scene_seeds`, kept in `folder`.
+
+    Returns:
+        [count, MOST_THINGS, MASK_SIDE, MASK_SIDE / 8] uint8, the bits of each row; see `WorldScene.things`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = scene_seeds(count, most)
+    look = hashlib.sha256(_mask_chunk(seeds[:32]).tobytes()).hexdigest()[:12]
+    path = folder / f"masks-{count}-{look}.npy"
+    if not path.exists():
+        masks = np.concatenate(_in_chunks(seeds, _mask_chunk))
+        write_aside(path, lambda aside: np.save(aside, masks))
+    return np.load(path)
 
 
 @torch.no_grad()
@@ -176,6 +233,26 @@ Sizes = Annotated[dict[Count, SizeConfig], AfterValidator(_add_up)]
 """By height and width in pixels."""
 
 
+@dataclass(frozen=True)
+class CaptionedBatch:
+    """Pictures of one size and their captions.
+
+    Attributes:
+        latents: [B, C, H, W].
+        captions: one each; empty where it is left out.
+        masks: [B, MOST_THINGS, MASK_SIDE, MASK_SIDE] silhouettes, where they are wanted.
+    """
+
+    latents: Tensor
+    captions: list[WordedCaption]
+    masks: Tensor | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions alone."""
+        return [one.text for one in self.captions]
+
+
 class CaptionedLatents:
     """Latents and captions of the first scenes of the world, at one or several sizes.
 
@@ -183,9 +260,10 @@ class CaptionedLatents:
         folder: where the caches are kept.
         vae: the autoencoder.
         sizes: in pixels.
+        masks: whether batches have silhouettes.
     """
 
-    def __init__(self, folder: Path, vae: Any, sizes: Mapping[int, SizeConfig]):
+    def __init__(self, folder: Path, vae: Any, sizes: Mapping[int, SizeConfig], masks: bool = False):
         self.sizes = sizes
         self.latents = {
             size: cached_latents(folder, vae, cached_renders(folder, one.renders, size, one.most))
@@ -196,19 +274,28 @@ class CaptionedLatents:
             counts[one.most] = max(one.renders, counts.get(one.most, 0))
         made = {most: cached_captions(folder, count, most) for most, count in counts.items()}
         self.captions = {size: made[one.most] for size, one in sizes.items()}
+        self.masks = {most: cached_masks(folder, count, most) for most, count in counts.items() if masks}
 
-    def batch(self, rng: random.Random, empty: float) -> tuple[Tensor, list[str]]:
-        """[B, C, H, W] latents of one size, and their captions, each empty with probability `empty`.
+    def batch(self, rng: random.Random, empty: float) -> CaptionedBatch:
+        """Latents of one size, and their captions, each empty with probability `empty`.
 
         The captions are of similar length, so that little of a batch is padding.
         """
         (size,) = rng.choices(list(self.sizes), [one.share for one in self.sizes.values()])
-        latents, captions, count = self.latents[size], self.captions[size], self.sizes[size].batch_size
+        latents, captions, config = self.latents[size], self.captions[size], self.sizes[size]
+        count, most = config.batch_size, config.most
         drawn = [rng.randrange(len(latents)) for _ in range(_LENGTH_GROUPS * count)]
-        worded = sorted(((rng.choice(captions[n]), n) for n in drawn), key=lambda one: len(one[0]))
+        worded = sorted(((rng.choice(captions[n]), n) for n in drawn), key=lambda one: len(one[0].text))
         first = rng.randrange(_LENGTH_GROUPS) * count
-        texts, chosen = zip(*worded[first : first + count], strict=True)
-        return latents[list(chosen)].float(), ["" if rng.random() < empty else text for text in texts]
+        wordings, chosen = zip(*worded[first : first + count], strict=True)
+        masks = None
+        if self.masks:
+            masks = torch.from_numpy(np.unpackbits(self.masks[most][list(chosen)], axis=-1)).float()
+        return CaptionedBatch(
+            latents[list(chosen)].float(),
+            [WordedCaption("") if rng.random() < empty else one for one in wordings],
+            masks,
+        )
 
 
 def as_images(pixels: np.ndarray) -> Tensor:

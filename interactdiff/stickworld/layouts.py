@@ -11,6 +11,7 @@ from interactdiff.stickworld.appearance import sample_object_appearance, sample_
 from interactdiff.stickworld.world import BACKGROUNDS, GROUPS, OBJECTS, Triplet, WorldEntity, WorldScene
 
 MOST_INTERACTIONS, MOST_ENTITIES = 3, 2
+MOST_THINGS = 2 * MOST_INTERACTIONS + MOST_ENTITIES  # persons and objects of a scene
 _INTERACTIONS = (0.08, 0.44, 0.32, 0.16)  # probabilities of 0, 1, 2, 3
 _ENTITIES = (0.55, 0.30, 0.15)
 _LONE_PERSON = 0.35  # probability that an entity is a person
