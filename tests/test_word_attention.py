@@ -180,3 +180,15 @@ def test_maps_are_the_denoisers_attention_to_the_text(pipeline: Any) -> None:
     denoiser.eval()
     predict(pipeline)
     assert attention.maps(1) == [], "kept while nothing is trained"
+
+
+def test_the_loss_is_of_float32_under_autocast(pipeline: Any) -> None:
+    attention, losses = WordAttention(denoiser_of(pipeline).train()), []
+    for mixed in (False, True):
+        capture = predict(pipeline)
+        wanted = regions(2, capture.text_length, 16)
+        alone = WordRegions(wanted.tokens[1:], wanted.masks[1:])
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            losses.append(attention.loss(alone, torch.ones(1)))
+    assert losses[0] > 0.1
+    assert torch.equal(*losses)

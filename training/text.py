@@ -35,7 +35,6 @@ from interactdiff.training.tokenizer import make_portable, make_t5_tokenizer, ma
 
 _SPECIAL = ("bos", "eos", "pad")
 _NAMES = ("person", *OBJECTS)
-
 _PATTERNS = tuple(dict.fromkeys((*PERSON_ATTRIBUTES["pattern"], *OBJECT_ATTRIBUTES["pattern"])))
 OF_A_THING: dict[str, tuple[str, ...]] = {
     "name": _NAMES,

@@ -17,7 +17,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from interactdiff.stickworld.captions import tokens_in
 from interactdiff.stickworld.layouts import MOST_THINGS
 from interactdiff.training.world_data import CaptionedBatch, WordedCaption
 
@@ -46,13 +45,12 @@ class WordRegions:
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, captions: Sequence[WordedCaption], length: int) -> Tensor:
     """[B, MOST_THINGS, `length`] bool: the tokens of the words of each person and object."""
-    found = torch.zeros(len(captions), MOST_THINGS, length, dtype=torch.bool)
-    texts = [one.text for one in captions]
-    offsets = tokenizer(texts, truncation=True, return_offsets_mapping=True)["offset_mapping"]
-    for row, (one, places) in enumerate(zip(captions, offsets, strict=True)):
-        for k, span in enumerate(one.spans):
-            found[row, k, tokens_in(span, places[:length])] = True
-    return found
+    texts, pad = [one.text for one in captions], {"padding": "max_length", "truncation": True}
+    offsets = tokenizer(texts, **pad, max_length=length, return_offsets_mapping=True)["offset_mapping"]
+    spans = [[*one.spans, *[(0, 0)] * (MOST_THINGS - len(one.spans))] for one in captions]
+    first, last = torch.tensor(spans)[:, :, None].unbind(-1)  # [B, K, 1] each
+    start, end = torch.tensor(offsets)[:, None].unbind(-1)  # [B, 1, T]; special tokens are empty
+    return (start < end) & (start < last) & (end > first)
 
 
 class WordAttention:
@@ -75,10 +73,12 @@ class WordAttention:
         else:
             assert isinstance(denoiser, FluxTransformer2DModel)
             denoiser.pos_embed.register_forward_hook(self._keep_rotary)
-            for block in denoiser.transformer_blocks:
+            double: Any = denoiser.transformer_blocks
+            single: Any = denoiser.single_transformer_blocks
+            for block in double:
                 self._keep(block.attn.norm_q, self._queries)
                 self._keep(block.attn.norm_added_k, self._keys)
-            for block in denoiser.single_transformer_blocks:  # of the text and the image in a row
+            for block in single:  # of the text and the image in a row
                 self._keep(block.attn.norm_q, self._queries)
                 self._keep(block.attn.norm_k, self._keys)
 
@@ -101,8 +101,9 @@ class WordAttention:
         maps = []
         for queries, keys in zip(self._queries, self._keys, strict=True):
             if self._rotary:
-                tables = [table[length:] for table in self._rotary]
-                queries = apply_rotary_emb(queries[:, -len(tables[0]) :], tables, sequence_dim=1)
+                tables: Any = tuple(table[length:] for table in self._rotary)
+                rotated: Any = apply_rotary_emb(queries[:, -len(tables[0]) :], tables, sequence_dim=1)
+                queries = rotated
             maps.append(image_attention(queries, keys[:, :length]))
         self._queries.clear()
         self._keys.clear()
@@ -115,8 +116,9 @@ class WordAttention:
             regions: of the batch.
             weights: [B] of its examples.
         """
-        maps = self.maps(regions.tokens.shape[2])
-        return torch.stack([word_attention_loss(one, regions, weights) for one in maps]).mean()
+        with torch.autocast(weights.device.type, enabled=False):  # logarithms of small shares
+            maps = self.maps(regions.tokens.shape[2])
+            return torch.stack([word_attention_loss(one, regions, weights) for one in maps]).mean()
 
 
 def image_attention(queries: Tensor, keys: Tensor) -> Tensor:
@@ -146,6 +148,7 @@ def word_attention_loss(attention: Tensor, regions: WordRegions, weights: Tensor
     shares = shares / shares.sum(-1, keepdim=True).clamp(min=1)
     said = regions.tokens.any(-1)  # [B, K]
     attended = attention @ regions.tokens.to(attention).mT  # [B, N, K]
+    rest = attention @ (~regions.tokens.any(1)).to(attention)[:, :, None]  # [B, N, 1]
     nats = -(shares * said[:, None] * attended.clamp(min=1e-6).log()).sum(-1)
-    nats = nats - (1 - shares.sum(-1)) * (1 - attended.sum(-1)).clamp(min=1e-6).log()
+    nats = nats - (1 - shares.sum(-1)) * rest.squeeze(-1).clamp(min=1e-6).log()
     return (nats.mean(1) * weights * said.any(-1)).mean()

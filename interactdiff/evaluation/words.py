@@ -26,7 +26,7 @@ from interactdiff.concept.masks import from_zero_to_one
 from interactdiff.handle import attach
 from interactdiff.models import ModelError
 from interactdiff.sites import Denoiser, denoiser_of, find_sites, known_family
-from interactdiff.stickworld.captions import Described, tokens_in
+from interactdiff.stickworld.captions import Described
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import WorldScene
 
@@ -125,7 +125,7 @@ def word_tokens(pipeline: Any, caption: str, span: tuple[int, int], limit: int) 
     """Which tokens of a caption, of the first `limit`, overlap a span of its characters."""
     last = "tokenizer_2" if hasattr(pipeline, "transformer") else "tokenizer"
     offsets = getattr(pipeline, last)(caption, return_offsets_mapping=True)["offset_mapping"]
-    return tokens_in(span, offsets[:limit])
+    return [n for n, (a, b) in enumerate(offsets[:limit]) if a < b and a < span[1] and b > span[0]]
 
 
 @torch.no_grad()

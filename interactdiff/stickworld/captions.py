@@ -53,16 +53,6 @@ class Caption:
     background: str | None
 
 
-def tokens_in(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """The numbers of the tokens that overlap a span of a text's characters.
-
-    Args:
-        span: first and last + 1 character.
-        offsets: likewise of each token; those of special tokens are empty.
-    """
-    return [n for n, (a, b) in enumerate(offsets) if a < b and a < span[1] and b > span[0]]
-
-
 def article(words: str) -> str:
     """Put "a" or "an" before a phrase."""
     return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
