@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def taught(folder: Path, teacher: Path) -> BaseRecipe:
     """The U-Net's recipe with a teacher."""
     config = recipe_configs(folder)["stickworld_base"] | {"output_dir": str(folder / "taught")}
-    recipe = make_recipe(config | {"teacher": str(teacher)})
+    recipe = make_recipe(config | {"teacher": str(teacher), "word_attention": 0.0})
     assert isinstance(recipe, BaseRecipe)
     return recipe
 
