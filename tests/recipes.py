@@ -97,3 +97,22 @@ def check_that_a_resumed_run_is_the_unbroken_one(config: dict[str, Any]) -> Reci
     # gradient of a bias before a norm, which is nothing but such bits, into whole steps.
     assert resumed.train(overwrite=True) == pytest.approx(losses, rel=2e-3)
     return unbroken
+
+
+def check_that_attention_to_words_is_part_of_the_loss(config: dict[str, Any], folder: Path) -> None:
+    """By its weight while a base is trained, and not otherwise."""
+    config = config | {"output_dir": str(folder / "attended"), "empty_caption": 0.0}
+    losses: list[float] = []
+    outside: list[float] = []
+    for weight in (0.0, 0.5, 2.0):
+        torch.manual_seed(0)
+        recipe = make_recipe(config | {"word_attention": weight})
+        recipe.model.train()
+        batch = recipe.batch(0)
+        assert ("regions" in batch) == (weight > 0)
+        losses.append(recipe.loss(batch, recipe.generator(0)).item())
+        recipe.model.eval()
+        outside.append(recipe.loss(batch, recipe.generator(0)).item())
+    assert outside == [outside[0]] * 3
+    assert losses[0] < losses[1] < losses[2]
+    assert losses[2] - losses[0] == pytest.approx(4 * (losses[1] - losses[0]), rel=1e-3)

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from recipes import CONFIGS, SIZES, TEXT, VAE, check_that_a_resumed_run_is_the_unbroken_one, short
+from recipes import (
+    CONFIGS,
+    SIZES,
+    TEXT,
+    VAE,
+    check_that_a_resumed_run_is_the_unbroken_one,
+    check_that_attention_to_words_is_part_of_the_loss,
+    short,
+)
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -275,18 +283,7 @@ def test_the_pooled_caption_is_left_out_of_a_share_of_the_examples(folder: Path)
 
 
 def test_attention_to_words_is_part_of_the_loss_while_training(folder: Path) -> None:
-    made = recipe_configs(folder)["stickworld_base"] | {
-        "output_dir": str(folder / "attended"),
-        "empty_caption": 0.0,
-    }
-    losses = []
-    for weight in (0.0, 0.5, 2.0):
-        torch.manual_seed(0)
-        recipe = make_recipe(made | {"word_attention": weight})
-        recipe.model.train()
-        losses.append(recipe.loss(recipe.batch(0), recipe.generator(0)).item())
-    assert losses[0] < losses[1] < losses[2]
-    assert losses[2] - losses[0] == pytest.approx(4 * (losses[1] - losses[0]), rel=1e-3)
+    check_that_attention_to_words_is_part_of_the_loss(recipe_configs(folder)["stickworld_base"], folder)
 
 
 def test_velocity_loss_is_zero_for_the_true_velocity() -> None:

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from recipes import SIZES, TEXT, VAE, check_that_a_resumed_run_is_the_unbroken_one, short
+from recipes import (
+    SIZES,
+    TEXT,
+    VAE,
+    check_that_a_resumed_run_is_the_unbroken_one,
+    check_that_attention_to_words_is_part_of_the_loss,
+    short,
+)
 from safetensors.torch import load_file
 from tiny_dit import tiny_flux
 
@@ -174,20 +181,7 @@ def test_texts_are_cut_to_the_longest(folder: Path) -> None:
 
 
 def test_attention_to_words_is_part_of_the_loss_while_training(folder: Path) -> None:
-    made = recipe_config(folder, "stickworld_dit") | {
-        "output_dir": str(folder / "attended"),
-        "empty_caption": 0.0,
-    }
-    losses = []
-    for weight in (0.0, 0.5, 2.0):
-        torch.manual_seed(0)
-        recipe = make_recipe(made | {"word_attention": weight})
-        assert ("regions" in recipe.batch(0)) == (weight > 0)
-        losses.append(recipe.loss(recipe.batch(0), recipe.generator(0)).item())
-    assert losses[0] < losses[1] < losses[2]
-    assert losses[2] - losses[0] == pytest.approx(4 * (losses[1] - losses[0]), rel=1e-3)
-    recipe.model.eval()
-    assert recipe.loss(recipe.batch(0), recipe.generator(0)).item() == pytest.approx(losses[0], rel=1e-5)
+    check_that_attention_to_words_is_part_of_the_loss(recipe_config(folder, "stickworld_dit"), folder)
 
 
 def test_flow_is_between_noise_and_latents() -> None:
