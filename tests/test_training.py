@@ -2,12 +2,10 @@
 
 import json
 import random
-import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -30,9 +28,8 @@ from interactdiff.scene import Entity, Interaction
 from interactdiff.stickworld.appearance import COLOURS
 from interactdiff.stickworld.captions import PLACES, caption
 from interactdiff.stickworld.layouts import sample_scene
-from interactdiff.stickworld.render import render
 from interactdiff.training.adapter import in_random_slots, varied_items
-from interactdiff.training.base import BaseConfig, PooledDropout, VelocityBatch
+from interactdiff.training.base import PooledDropout, VelocityBatch
 from interactdiff.training.config import RecipeConfig, checked
 from interactdiff.training.muon import Muon
 from interactdiff.training.optimizers import make_optimizers
@@ -48,17 +45,6 @@ from interactdiff.training.text import (
 )
 from interactdiff.training.tokenizer import make_tokenizer, world_words
 from interactdiff.training.vae import VaeConfig
-from interactdiff.training.world_data import (
-    CAPTIONS,
-    DESCRIBED,
-    DETAILED,
-    CaptionedLatents,
-    SizeConfig,
-    as_images,
-    cached_captions,
-    cached_renders,
-    scene_seeds,
-)
 
 
 @pytest.fixture(scope="module")
@@ -212,64 +198,6 @@ def test_items_are_the_scene_with_some_slack() -> None:
     assert 15 < seen["no action"] < 65
 
 
-def test_captions_are_those_of_the_renders_and_kept(tmp_path: Path) -> None:
-    captions = cached_captions(tmp_path, 12)
-    counts = [len(sample_scene(seed).things) for seed in range(12)]
-    assert min(counts) <= DESCRIBED < max(counts)
-    assert [len(one) for one in captions] == [CAPTIONS + DETAILED * (count <= DESCRIBED) for count in counts]
-    for seed, one in enumerate(captions):
-        names = [thing.name for thing in sample_scene(seed).things]
-        said = [
-            value for thing in sample_scene(seed).things for value in thing.appearance.attributes().values()
-        ]
-        words = {"stripes": "strip", "dots": "dot", "checks": "check", "plain": "", "none": ""}
-        assert all(words.get(value, value) in text for text, _ in one[CAPTIONS:] for value in said)
-        for text, spans in one:
-            own = [text[first:last] for first, last in spans]
-            assert all(name in words or "someone" in words for name, words in zip(names, own, strict=True))
-    (made,) = tmp_path.glob("captions-*")
-    before = made.stat().st_mtime_ns
-    assert cached_captions(tmp_path, 12) == captions
-    assert made.stat().st_mtime_ns == before
-
-
-def test_sizes_come_as_often_as_their_shares(folder: Path, tmp_path: Path) -> None:
-    vae = make_recipe(recipe_configs(folder)["stickworld_vae"] | {"output_dir": str(tmp_path)}).model.eval()
-    sizes = {
-        64: {"renders": 4, "batch_size": 3, "share": 0.75, "most": 1},
-        128: {"renders": 2, "batch_size": 1, "share": 0.25},
-    }
-    data = CaptionedLatents(tmp_path, vae, {size: SizeConfig(**one) for size, one in sizes.items()})
-    seeds = scene_seeds(4, 1)
-    assert [len(sample_scene(seed).things) for seed in seeds] == [1] * 4
-    assert [seed for seed in range(seeds[-1] + 1) if len(sample_scene(seed).things) == 1] == seeds
-    for row, seed in enumerate(seeds):
-        name = sample_scene(seed).things[0].name
-        assert all(name in text or "someone" in text for text, _ in data.captions[64][row])
-        pixels = as_images(render(sample_scene(seed), 64).image[None])
-        assert torch.allclose(data.latents[64][row].float(), vae.encode(pixels).latents[0], atol=1e-2)
-    rng = random.Random(0)
-    shapes = Counter(tuple(data.batch(rng, 0.5).latents.shape) for _ in range(200))
-    assert shapes.keys() == {(3, 4, 8, 8), (1, 4, 16, 16)}
-    assert 0.6 < shapes[3, 4, 8, 8] / 200 < 0.9
-    with pytest.raises(RecipeError, match=r"sizes: expected shares of the sizes that add up to 1, got 0\.75"):
-        checked(BaseConfig, recipe_configs(folder)["stickworld_base"] | {"sizes": {64: sizes[64]}})
-
-
-def test_captions_of_a_batch_are_of_similar_length(folder: Path, tmp_path: Path) -> None:
-    vae = make_recipe(recipe_configs(folder)["stickworld_vae"] | {"output_dir": str(tmp_path)}).model.eval()
-    data = CaptionedLatents(tmp_path, vae, {64: SizeConfig(renders=12, batch_size=6, share=1.0)})
-    rng = random.Random(0)
-    drawn = [data.batch(rng, 0.0) for _ in range(40)]
-    for batch in drawn:  # each with its own picture
-        for one, worded in zip(batch.latents, batch.captions, strict=True):
-            row = next(n for n, known in enumerate(data.captions[64]) if worded in known)
-            assert torch.equal(one, data.latents[64][row].float())
-    everything = [len(text) for batch in drawn for text in batch.texts]
-    spread = sum(statistics.pstdev(map(len, batch.texts)) for batch in drawn) / len(drawn)
-    assert spread < 0.5 * statistics.pstdev(everything)
-
-
 def test_the_pooled_caption_is_left_out_of_a_share_of_the_examples(folder: Path) -> None:
     unet = make_recipe(recipe_configs(folder)["stickworld_base"] | {"output_dir": str(folder / "drop")}).model
     text, pooled = torch.randn(64, 77, 16), PooledDropout(unet, 0.5)
@@ -301,13 +229,6 @@ def test_velocity_loss_is_zero_for_the_true_velocity() -> None:
     noised = VelocityBatch(latents, torch.Generator().manual_seed(5), 0.7)
     assert noised.loss(Oracle(), text).item() < 1e-3
     assert torch.allclose(noised.signal, kept[noised.timesteps] ** 2, atol=0.01)
-
-
-def test_renders_are_the_scenes_in_order(tmp_path: Path) -> None:
-    renders = cached_renders(tmp_path, 3)
-    assert renders.shape == (3, 128, 128, 3)
-    for seed in range(3):
-        assert np.array_equal(renders[seed], render(sample_scene(seed)).image)
 
 
 def test_every_word_of_the_world_is_one_token() -> None:

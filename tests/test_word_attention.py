@@ -15,7 +15,6 @@ from interactdiff.concept.capture import AttentionCapture, Layers
 from interactdiff.concept.denoising import Denoising
 from interactdiff.sites import denoiser_of, find_sites
 from interactdiff.stickworld.layouts import MOST_THINGS, sample_scene
-from interactdiff.stickworld.render import render
 from interactdiff.training.compiling import compile_each_shape
 from interactdiff.training.tokenizer import make_t5_tokenizer, make_tokenizer
 from interactdiff.training.word_attention import (
@@ -24,7 +23,7 @@ from interactdiff.training.word_attention import (
     word_attention_loss,
     word_tokens,
 )
-from interactdiff.training.world_data import MASK_SIDE, WordedCaption, cached_masks, varied_caption
+from interactdiff.training.world_data import WordedCaption, varied_caption
 
 CAPTION = "a red bike and a person in blue"
 
@@ -65,16 +64,6 @@ def test_tokens_are_those_of_the_words(make: Any) -> None:
     cut = word_tokens(make(12), captions, 10)
     assert torch.equal(cut, found[:60, :, :10] & cut)
     assert (cut.any(2).sum(1) < found[:60].any(2).sum(1)).any()
-
-
-def test_masks_are_the_silhouettes(tmp_path: Any) -> None:
-    masks = np.unpackbits(cached_masks(tmp_path, 5, 3), axis=-1)
-    assert masks.shape == (5, MOST_THINGS, MASK_SIDE, MASK_SIDE)
-    fitting = (seed for seed in range(100) if len(sample_scene(seed).things) <= 3)
-    for row, seed in zip(masks, fitting, strict=False):
-        things = render(sample_scene(seed), MASK_SIDE).things
-        assert all(np.array_equal(one, thing.mask) for one, thing in zip(row, things, strict=False))
-        assert not row[len(things) :].any()
 
 
 def regions(batch: int, tokens: int, side: int) -> WordRegions:
