@@ -1,4 +1,4 @@
-"""How often each head of the detector is right on held-out renders, and on renders through an autoencoder.
+"""How often each head of the detector is right on held-out renders, and on renders through autoencoders.
 
 python benchmarks/stickworld_detector.py --autoencoder interactdiff/stickworld/models/parts/vae
 """
@@ -41,7 +41,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--detector", type=Path, default=model_path("detector"), help="its folder")
-    parser.add_argument("--autoencoder", type=Path, help="folder of an AutoencoderTiny")
+    parser.add_argument("--autoencoder", type=Path, nargs="*", default=[], help="folders of AutoencoderTiny")
     parser.add_argument("--scenes", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, help="pixels of the renders; default: those of the detector")
@@ -51,13 +51,15 @@ def main() -> None:
     scenes = held_out_scenes(args.scenes, args.seed, detector.plain)
     size = args.size or detector.size
     columns = {"renders": head_accuracies(found_in(scenes, detector, size), scenes)}
-    if args.autoencoder is not None:
-        autoencoder = AutoencoderTiny.from_pretrained(args.autoencoder).float().eval()
-        columns["autoencoded"] = head_accuracies(found_in(scenes, detector, size, autoencoder), scenes)
+    for folder in args.autoencoder:
+        autoencoder = AutoencoderTiny.from_pretrained(folder).float().eval()
+        columns[f"through {folder.name}"] = head_accuracies(
+            found_in(scenes, detector, size, autoencoder), scenes
+        )
     print(f"{args.scenes} held-out scenes of {size} px, %")
-    print(f"{'':28}" + "".join(f"{title:>14}" for title in columns))
+    print(f"{'':28}" + "".join(f"{title:>20}" for title in columns))
     for head in columns["renders"]:
-        print(f"{head:28}" + "".join(f"{100 * shares.get(head, 0):14.1f}" for shares in columns.values()))
+        print(f"{head:28}" + "".join(f"{100 * shares.get(head, 0):20.1f}" for shares in columns.values()))
 
 
 if __name__ == "__main__":

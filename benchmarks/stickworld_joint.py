@@ -24,6 +24,7 @@ from interactdiff.interaction.fuser import KeysValues
 from interactdiff.interaction.joint import JointCrossAttention
 from interactdiff.interaction.site_state import SiteState
 from interactdiff.sites import Site
+from interactdiff.stickworld.render import SIZE
 from interactdiff.training.run import load_config, make_recipe
 
 CONFIG = Path(__file__).parent.parent / "training/configs/stickworld_dit_interaction.yaml"
@@ -134,7 +135,7 @@ def main() -> None:
         make_recipe(config).train()
         table = evaluate_world(
             config["base"], config["export_to"], args.scenes, 0, 20, 16, "auto",
-            guidance_scale=config["guidance_scale"], size=96,
+            guidance_scale=config["guidance_scale"], size=SIZE,
         )  # fmt: skip
         row = table["rows"]["adapter"]
         cells = (row["hoi_map"], row["box_acc"], table["action_swap"]["adapter"])

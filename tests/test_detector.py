@@ -298,21 +298,25 @@ def test_recipe_resumes_with_the_losses_of_an_unbroken_run(tmp_path: Path) -> No
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in exported.state_dict().items())
 
 
-def test_pictures_pass_through_an_autoencoder_and_every_head_is_scored(tmp_path: Path) -> None:
-    tiny_autoencoder(4).save_pretrained(tmp_path / "vae")
-    recipe = make_recipe(tiny_config(tmp_path, autoencoder=str(tmp_path / "vae")))
+def test_pictures_pass_through_autoencoders_and_every_head_is_scored(tmp_path: Path) -> None:
+    folders = [str(tmp_path / "vae"), str(tmp_path / "coarse_vae")]
+    tiny_autoencoder(4).save_pretrained(folders[0])
+    tiny_autoencoder(4, 3).save_pretrained(folders[1])
+    recipe = make_recipe(tiny_config(tmp_path, autoencoders=folders))
     images = recipe.batch(0)["images"]
-    passed = recipe.autoencoded(images)
+    vae = recipe.autoencoders[0]
+    passed = recipe.autoencoded(images, vae)
     assert passed.shape == images.shape
     assert 0 <= passed.min() <= passed.max() <= 1
-    noisy = [recipe.autoencoded(images, torch.Generator().manual_seed(n)) for n in (0, 0, 1)]
+    noisy = [recipe.autoencoded(images, vae, torch.Generator().manual_seed(n)) for n in (0, 0, 1)]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
     assert not torch.equal(noisy[0], passed)
+    assert not torch.equal(recipe.autoencoded(images, recipe.autoencoders[1]), passed)
     recipe.train()
     (row,) = map(json.loads, (tmp_path / "run" / "accuracy.jsonl").read_text().splitlines())
-    assert list(row) == ["step", "renders", "autoencoded"]
-    assert {"person", "object"} <= set(row["renders"])
+    assert list(row) == ["step", "renders", *folders]
+    assert all({"person", "object"} <= set(row[name]) for name in ("renders", *folders))
 
 
 DETECTORS = ("detector", "detector-plain")

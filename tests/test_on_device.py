@@ -50,16 +50,24 @@ def fill(folder: Path) -> None:
 
 def test_models_travel_in_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, out, back = tmp_path / "runs", tmp_path / "out", tmp_path / "back"
-    for folder in ("parts/vae", "parts/text_encoder", "stickworld/unet", "stickworld-interaction", "cache"):
+    for folder in (
+        "parts/vae",
+        "parts/unet_vae",
+        "parts/text_encoder",
+        "stickworld/unet",
+        "stickworld-interaction",
+        "cache",
+    ):
         fill(runs / folder)
     written = pack(runs, out)
     assert [path.name for path in written] == ["parts.tar", "unet.tar", "adapters.tar"]
     unpack(out, back)
     with_parts(back, "stickworld")
     there = {str(path.parent.relative_to(back)) for path in back.rglob("*.safetensors")}
-    assert {"parts/vae", "stickworld/unet", "stickworld-interaction"} <= there
+    assert {"parts/vae", "parts/unet_vae", "stickworld/unet", "stickworld-interaction"} <= there
     assert not (back / "cache").exists()
     assert all((back / "stickworld" / part).is_symlink() for part in BASES["stickworld"])
+    assert (back / "stickworld" / "vae").resolve() == back / "parts" / "unet_vae"
     from_package(back)  # takes the place of what is there, and adds the detector
     assert {"vae", "text_encoder", "tokenizer"} <= {path.name for path in (back / "parts").iterdir()}
     assert Detector.from_pretrained(back / "detector").plain is False

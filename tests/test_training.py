@@ -57,7 +57,7 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """The recipes, each reading what those before it wrote."""
     base = load_config(CONFIGS / "stickworld_base.yaml", [])
     unet = base["unet"] | {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16}
-    unet |= {"block_out_channels": [8, 16, 16], "norm_num_groups": 4, "attention_head_dim": 2}
+    unet |= {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 2}
     unet |= {"sample_size": 16, "layers_per_block": 1}
     adapter = {"max_interactions": 6, "hidden": 16, "grid_positions": True, "init": "open"}
     world, made = folder / "world", folder / "adapter"

@@ -7,8 +7,8 @@ decided.
 
 import copy
 import random
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -42,7 +42,6 @@ from interactdiff.training.config import (
     arguments_named,
     arguments_of,
 )
-from interactdiff.training.flow_teacher import FlowTeacher
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.tokenizer import make_portable, token_ids
@@ -71,24 +70,14 @@ class VelocityBatch:
         generator: source of the noise and of the timesteps.
         timestep_power: timesteps are 1000 u^power with u uniform in [0, 1); below 1 leans to high noise,
             where text and layout are decided.
-        teacher: says what v of [B, C, H, W] noisy latents at [B] timesteps is; None is the v of x.
     """
 
-    def __init__(
-        self,
-        latents: Tensor,
-        generator: torch.Generator,
-        timestep_power: float,
-        teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ):
+    def __init__(self, latents: Tensor, generator: torch.Generator, timestep_power: float):
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
         uniform = torch.rand(len(latents), generator=generator, device=generator.device)
         self.timesteps = (uniform**timestep_power * 1000).long().clamp(max=999).to(latents.device)
         self.noisy = schedule().add_noise(latents, noise, cast(Any, self.timesteps))
-        if teacher is None:
-            self.target = schedule().get_velocity(latents, noise, cast(Any, self.timesteps))
-        else:
-            self.target = teacher(self.noisy, self.timesteps)
+        self.target = schedule().get_velocity(latents, noise, cast(Any, self.timesteps))
 
     @property
     def signal(self) -> Tensor:
@@ -146,8 +135,6 @@ class BaseConfig(RecipeConfig):
         pooled_dropout: share of the examples without the pooled caption.
         compile: whether to compile the U-Net.
         init_from: pipeline folder to go on from, or null.
-        teacher: folder of a Flux pipeline on the same latents, whose predictions the U-Net learns instead of
-            the pictures themselves, or null; see `FlowTeacher`.
         empty_caption: probability.
         word_attention: weight of `WordAttention.loss`; 0 leaves it out.
         timestep_power: see `VelocityBatch`.
@@ -165,7 +152,6 @@ class BaseConfig(RecipeConfig):
     pooled_dropout: Share
     compile: Flag
     init_from: OptionalLocation = None
-    teacher: OptionalLocation = None
     empty_caption: Share
     word_attention: Rate = 0.0
     timestep_power: Positive
@@ -187,7 +173,6 @@ class BaseRecipe(Recipe[BaseConfig]):
         self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(config.text, subfolder="tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(config.text, subfolder="text_encoder").eval()
         self.text_encoder.float().to(self.device).requires_grad_(False)
-        self.teacher = FlowTeacher(config.teacher, self.vae, config.compile) if config.teacher else None
         make: Any = UNet2DConditionModel  # annotated with tuples of one
         if config.init_from:
             unet = make.from_pretrained(config.init_from, subfolder="unet").float()
@@ -204,7 +189,7 @@ class BaseRecipe(Recipe[BaseConfig]):
         rng = random.Random(self.config.seed * 1_000_003 + step)
         drawn = self.data.batch(rng, self.config.empty_caption)
         tokens = token_ids(self.tokenizer, drawn.texts).to(self.device)
-        batch = {"latents": drawn.latents.to(self.device), "tokens": tokens, "captions": drawn.texts}
+        batch = {"latents": drawn.latents.to(self.device), "tokens": tokens}
         if self.word_attention is not None:
             batch["regions"] = WordRegions.of(drawn, self.tokenizer, tokens.shape[1], self.device)
         return batch
@@ -213,10 +198,7 @@ class BaseRecipe(Recipe[BaseConfig]):
         with torch.no_grad():
             text = self.text_encoder(batch["tokens"]).last_hidden_state
         self.pooled.draw(len(text), generator)
-        velocity = None
-        if self.teacher is not None:
-            velocity = partial(self.teacher.velocity, schedule=schedule(), texts=batch["captions"])
-        noised = VelocityBatch(batch["latents"], generator, self.config.timestep_power, velocity)
+        noised = VelocityBatch(batch["latents"], generator, self.config.timestep_power)
         loss = noised.loss(self.model, text)
         if self.word_attention is not None and self.model.training:
             attended = self.word_attention.loss(batch["regions"], noised.signal)

@@ -20,7 +20,6 @@ from interactdiff.stickworld.world import ACTIONS, HELD_OUT, WorldScene
 from interactdiff.training.config import (
     Count,
     Location,
-    OptionalLocation,
     RecipeConfig,
     arguments_named,
     arguments_of,
@@ -43,7 +42,7 @@ class DetectorConfig(RecipeConfig):
         cache_dir: where renders are kept.
         renders: how many.
         held_out: how many renders are for the accuracies.
-        autoencoder: folder of an `AutoencoderTiny` that half of the pictures are passed through, or null.
+        autoencoders: folders of `AutoencoderTiny`s; half of the pictures are passed through one of them.
         model: arguments of `Detector`.
     """
 
@@ -51,7 +50,7 @@ class DetectorConfig(RecipeConfig):
     cache_dir: Location
     renders: Count
     held_out: Count
-    autoencoder: OptionalLocation = None
+    autoencoders: tuple[Location, ...] = ()
     model: Annotated[dict[str, Any], arguments_of(Detector, arguments_named(Detector))]
 
 
@@ -59,7 +58,7 @@ class DetectorRecipe(Recipe[DetectorConfig]):
     """Trains a `Detector` on renders that are blurred, made noisy and recoloured a little.
 
     Beside each sample sheet a line of `accuracy.jsonl` tells the accuracy of every head on held-out renders,
-    as they are and passed through the autoencoder.
+    as they are and passed through each autoencoder.
     """
 
     config_type = DetectorConfig
@@ -69,10 +68,10 @@ class DetectorRecipe(Recipe[DetectorConfig]):
         detector = Detector(**self.config.model)
         self.renders = cached_renders(Path(self.config.cache_dir), count, detector.size)
         self.truth = scene_truth([sample_scene(seed) for seed in range(count)])
-        self.autoencoder: Any = None
-        if self.config.autoencoder:
-            self.autoencoder = AutoencoderTiny.from_pretrained(self.config.autoencoder).float()
-            self.autoencoder.requires_grad_(False).eval().to(self.device)
+        self.autoencoders: list[Any] = []
+        for folder in self.config.autoencoders:
+            autoencoder = AutoencoderTiny.from_pretrained(folder).float().requires_grad_(False).eval()
+            self.autoencoders.append(autoencoder.to(self.device))
         self.held_out = [sample_scene(HELD_OUT + n) for n in range(self.config.held_out)]
         self.held_out_renders: np.ndarray | None = None  # drawn when they are first looked at
         return detector
@@ -87,21 +86,24 @@ class DetectorRecipe(Recipe[DetectorConfig]):
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         images, truth = batch["images"], batch["truth"]
-        half = len(images) // 2 if self.autoencoder is not None else 0
-        images = torch.cat([self.autoencoded(images[:half], generator), images[half:]]) if half else images
-        images = roughened(images, generator)
+        half = len(images) // 2 if self.autoencoders else 0
+        parts = images[:half].tensor_split(max(1, len(self.autoencoders)))
+        passed = [self.autoencoded(*one, generator) for one in zip(parts, self.autoencoders, strict=False)]
+        images = roughened(torch.cat([*passed, images[half:]]), generator)
         boxes = tuple(shaken(boxes, generator) for boxes in present_boxes(truth))
         maps = self.model(images, boxes)
         return detection_loss(maps, truth) + attribute_loss(maps.attributes, truth)
 
     @torch.no_grad()
-    def autoencoded(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pictures [B, 3, S, S] in [0, 1], encoded and decoded, at times with some noise on the latents."""
-        latents = self.autoencoder.encode(2 * images.to(self.device) - 1).latents
+    def autoencoded(
+        self, images: Tensor, autoencoder: Any, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Pictures [B, 3, S, S] in [0, 1], encoded and decoded; a generator adds noise to the latents."""
+        latents = autoencoder.encode(2 * images.to(self.device) - 1).latents
         if generator is not None:
             amount = _LATENT_NOISE * _uniform(generator, 0, 1, len(latents), 1, 1, 1)
             latents = latents + (amount * _normal(generator, *latents.shape)).to(latents)
-        return (self.autoencoder.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        return (autoencoder.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
@@ -109,22 +111,22 @@ class DetectorRecipe(Recipe[DetectorConfig]):
             size = self.accelerator.unwrap_model(self.model).size
             self.held_out_renders = np.stack([render(scene, size).image for scene in self.held_out])
         row: dict[str, Any] = {"step": self.step}
-        found = self._found(autoencoded=False)
+        found = self._found()
         row["renders"] = head_accuracies(found, self.held_out)
-        if self.autoencoder is not None:
-            row["autoencoded"] = head_accuracies(self._found(autoencoded=True), self.held_out)
+        for folder, autoencoder in zip(self.config.autoencoders, self.autoencoders, strict=True):
+            row[folder] = head_accuracies(self._found(autoencoder), self.held_out)
         with (self.output / "accuracy.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
         return sheet(self.held_out_renders, found)
 
-    def _found(self, autoencoded: bool) -> list[Detections]:
-        """What is in the held-out renders."""
+    def _found(self, autoencoder: Any = None) -> list[Detections]:
+        """What is in the held-out renders, passed through an autoencoder if there is one."""
         assert self.held_out_renders is not None
         detector = self.accelerator.unwrap_model(self.model)
         found: list[Detections] = []
         for first in range(0, len(self.held_out_renders), 32):
             images = as_pictures(self.held_out_renders[first : first + 32])
-            found += detector.detect(self.autoencoded(images) if autoencoded else images)
+            found += detector.detect(self.autoencoded(images, autoencoder) if autoencoder else images)
         return found
 
     def export(self) -> None:

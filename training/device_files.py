@@ -12,6 +12,7 @@ from interactdiff.training.tokenizer import make_portable
 FILES: dict[str, tuple[str, ...]] = {
     "parts.tar": (
         "parts/vae",
+        "parts/unet_vae",
         "parts/text_encoder",
         "parts/tokenizer",
         "parts/text_encoder_2",
@@ -26,18 +27,23 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "adapters.tar": ("stickworld-interaction", "stickworld-dit-interaction", "stickworld-dit-clear"),
 }
-BASES: dict[str, tuple[str, ...]] = {"stickworld": ("vae", "text_encoder", "tokenizer")}
-BASES["stickworld-dit"] = (*BASES["stickworld"], "text_encoder_2", "tokenizer_2")
+# By base and part the folder in `parts`.
+BASES: dict[str, dict[str, str]] = {
+    "stickworld": {"vae": "unet_vae", "text_encoder": "text_encoder", "tokenizer": "tokenizer"},
+    "stickworld-dit": {
+        part: part for part in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    },
+}
 LARGEST = 16 * 2**20  # bytes of a file
 
 
 def with_parts(runs: Path, base: str) -> None:
     """Put the shared parts into a base's folder, so that diffusers loads it."""
-    for part in BASES[base]:
+    for part, folder in BASES[base].items():
         link = runs / base / part
         if not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(runs / "parts" / part)
+            link.symlink_to(runs / "parts" / folder)
 
 
 def from_package(runs: Path) -> None:

@@ -63,7 +63,7 @@ _SIZES = {
 }
 _TOY_SIZES = {128: {"renders": 24, "batch_size": 4, "share": 1.0}}
 _TOY: dict[str, dict[str, Any]] = {  # narrow models for a trial run
-    "unet": {"block_out_channels": [16, 16, 16]},
+    "unet": {"block_out_channels": [16, 16]},
     "transformer": {"num_single_layers": 1, "num_attention_heads": 1},
     "adapter": {"hidden": 16},
 }
@@ -78,23 +78,36 @@ _VAE = Stage(
     "vae",
     "stickworld_vae",
     "parts/vae",
-    0.11,
+    0.06,
     {"export_to": "{runs}/parts/vae", "batch_size": 64, "renders": 32000},
     {"init_from": "{runs}/parts/vae"},
+)
+_UNET_VAE = Stage(
+    "unet_vae",
+    "stickworld_unet_vae",
+    "parts/unet_vae",
+    0.09,
+    {"export_to": "{runs}/parts/unet_vae", "batch_size": 128, "renders": 32000},
+    {"init_from": "{runs}/parts/unet_vae"},
 )
 _DETECTOR = Stage(
     "detector",
     "stickworld_detector",
     "detector",
     0.25,
-    {"export_to": "{runs}/detector", "autoencoder": "{runs}/parts/vae", "renders": 32000, "batch_size": 96},
+    {
+        "export_to": "{runs}/detector",
+        "autoencoders": ["{runs}/parts/vae", "{runs}/parts/unet_vae"],
+        "renders": 32000,
+        "batch_size": 96,
+    },
 )
 _UNET = Stage(
     "base",
     "stickworld_base",
     "stickworld",
     0.48,
-    {"vae": "{runs}/parts/vae", "text": "{runs}/parts", "export_to": "{runs}/stickworld", **_BASE},
+    {"vae": "{runs}/parts/unet_vae", "text": "{runs}/parts", "export_to": "{runs}/stickworld", **_BASE},
     {"init_from": "{runs}/stickworld", "learning_rate": 1.0e-3},
 )
 _DIT = Stage(
@@ -143,7 +156,7 @@ _CLEAR = Stage(
 _RENDERS, _LATENTS = Stage("renders", "", "", 0.0), Stage("latents", "", "", 0.0)
 # One list after the other; the lanes of a list side by side, the stages of a lane one after the other.
 PLAN: tuple[tuple[tuple[Stage, ...], ...], ...] = (
-    ((_RENDERS, _VAE, _LATENTS), (_TEXT, _T5)),
+    ((_RENDERS, _VAE, _UNET_VAE, _LATENTS), (_TEXT, _T5)),
     ((_UNET, _INTERACTION), (_DIT, _DIT_INTERACTION, _CLEAR), (_DETECTOR,)),
 )
 
@@ -209,8 +222,9 @@ def prepare(stage: Stage, runs: Path, toy: bool) -> None:
     began, cache = time.monotonic(), runs / "cache"
     sizes = {size: SizeConfig(**one) for size, one in (_TOY_SIZES if toy else _SIZES).items()}
     if stage is _LATENTS:
-        vae: Any = AutoencoderTiny.from_pretrained(runs / "parts" / "vae").float()
-        CaptionedLatents(cache, vae.to("cuda" if torch.cuda.is_available() else "cpu"), sizes, masks=True)
+        for part in ("vae", "unet_vae"):
+            vae: Any = AutoencoderTiny.from_pretrained(runs / "parts" / part).float()
+            CaptionedLatents(cache, vae.to("cuda" if torch.cuda.is_available() else "cpu"), sizes, masks=True)
     else:
         for size, one in sizes.items():
             cached_renders(cache, one.renders, size, one.most)
@@ -238,20 +252,20 @@ def _fork_lane(*arguments: Any) -> subprocess.Popen[bytes]:
 
 
 def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> None:
-    """Train what is not there yet, within the minutes; those of an autoencoder that is there go to the rest.
+    """Train what is not there yet, within the minutes; those of autoencoders that are there go to the rest.
 
     Raises:
         RuntimeError: a stage failed; the others have run to their ends.
     """
-    if (runs / _VAE.made).exists() and _VAE.name not in again:
-        minutes /= 1 - _VAE.share
+    there = [one for one in (_VAE, _UNET_VAE) if (runs / one.made).exists() and one.name not in again]
+    minutes /= 1 - sum(one.share for one in there)
     for lanes in PLAN:
         processes = [_fork_lane([stage.name for stage in lane], runs, minutes, again, toy) for lane in lanes]
         failed = [p for p in processes if p.wait()]
         if failed:
             print(f"{len(failed)} of {len(lanes)} lanes failed", flush=True)
-        if not (runs / "parts" / "vae").exists() or not (runs / "parts" / "text_encoder").exists():
-            raise RuntimeError("expected the autoencoder and the text encoder, got none: nothing can go on")
+        if failed and not all((runs / one.made).exists() for one in (_VAE, _UNET_VAE, _TEXT)):
+            raise RuntimeError("expected autoencoders and a text encoder, got not all: nothing can go on")
     for base in BASES:
         if (runs / base).exists():
             with_parts(runs, base)
@@ -266,7 +280,7 @@ def evaluate(runs: Path, scenes: int, steps: int) -> dict[str, Any]:
         file = runs / f"{base}.json"
         command = [sys.executable, "-m", "interactdiff", "evaluate", "--world", "--model", str(runs / base)]
         command += ["--scenes", str(scenes), "--steps", str(steps), "--size", "128", "--batch-size", "128"]
-        command += ["--json", str(file), "--guidance-scale", "3"]
+        command += ["--json", str(file), "--guidance-scale", "4"]
         if (runs / "detector").exists():
             command += ["--detector", str(runs / "detector")]
         if (runs / f"{base}-interaction").exists():

@@ -8,24 +8,24 @@ train() {
 	.venv/bin/interactdiff train "training/configs/$1.yaml" --resume_from_checkpoint latest --set "${@:2}"
 }
 
-# What both bases share: the autoencoder, and the text encoder, which reads before anything is drawn. Those of the
+# An autoencoder for each base, and the text encoder of both, which reads before anything is drawn. Those of the
 # package are taken in their place after `mkdir -p runs && cp -R interactdiff/stickworld/models/parts runs/`.
-if [ ! -d runs/parts/text_encoder ]; then
-	train stickworld_vae seed=0 steps=1400 export_to=runs/parts/vae
-	train stickworld_text seed=3 export_to=runs/parts
-fi
+[ -d runs/parts/vae ] || train stickworld_vae seed=0 steps=1400 export_to=runs/parts/vae
+[ -d runs/parts/unet_vae ] || train stickworld_unet_vae seed=0 export_to=runs/parts/unet_vae
+[ -d runs/parts/text_encoder ] || train stickworld_text seed=3 export_to=runs/parts
 train stickworld_t5 seed=4 export_to=runs/parts
 mkdir -p runs/stickworld runs/stickworld-dit
-cp -R runs/parts/{vae,text_encoder,tokenizer} runs/stickworld/
-cp -R runs/parts/* runs/stickworld-dit/
+cp -R runs/parts/{text_encoder,tokenizer} runs/stickworld/
+cp -R runs/parts/unet_vae runs/stickworld/vae
+cp -R runs/parts/{vae,text_encoder,tokenizer,text_encoder_2,tokenizer_2} runs/stickworld-dit/
 
-# What scores the pictures; it has seen renders only, half of them through the autoencoder.
-train stickworld_detector seed=2 autoencoder=runs/parts/vae
+# What scores the pictures; it has seen renders only, half of them through an autoencoder.
+train stickworld_detector seed=2 "autoencoders=[runs/parts/vae, runs/parts/unet_vae]"
 
-# The bases, on captions, the U-Net from what the transformer predicts; then what is attached to them.
+# The bases, on captions; then what is attached to them.
 train stickworld_dit seed=5
 train stickworld_dit_interaction seed=1
-train stickworld_base seed=0 teacher=runs/stickworld-dit
+train stickworld_base seed=0
 train stickworld_interaction seed=1
 train distill_clear_stickworld seed=6
 

@@ -156,10 +156,12 @@ def roughness(latents: Tensor) -> Tensor:
 def spread(latents: Tensor) -> Tensor:
     """How far [B, C, H, W] latents are from a mean of 0 in each channel and a variance of 1 over all of them.
 
-    Channels may differ: a variance of 1 in each of them drives detail into all, and latents to white noise.
+    Channels may differ, up to a variance of 3: a variance of 1 in each of them drives detail into all, and
+    latents to white noise; one that has most of it decides the picture at much more noise than the others.
     """
-    mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3)).mean()
-    return mean.square().mean() + (variance - 1).square()
+    mean, variances = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
+    uneven = F.relu(variances - 3).square().mean()
+    return mean.square().mean() + (variances.mean() - 1).square() + 0.1 * uneven
 
 
 def reconstruction_loss(drawn: Tensor, images: Tensor, edge_weight: float) -> Tensor:
