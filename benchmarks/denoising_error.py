@@ -2,12 +2,14 @@
 
 python benchmarks/denoising_error.py interactdiff/stickworld/models/stickworld-dit
 
-Latents x of held-out renders get noise: a x + s n, with s / a from 0.1 to 3. The table has the squared error
+Latents x of held-out renders get noise: a x + s n, with s / a from 0.1 to 3 (--trained takes scenes that
+the recipes train on: what is less there was learned by heart). The table has the squared error
 of the x that the denoiser predicts with the scene's caption, as a share of its variance: where persons and
 objects are, and in the background, which shows through much more noise.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,17 +52,17 @@ def squared_error(
 
 
 @torch.no_grad()
-def errors(denoising: Denoising, scenes: int, size: int) -> dict[str, list[float]]:
-    """Of persons and objects and of the background, for each of `RATIOS`."""
+def errors(denoising: Denoising, seeds: Sequence[int], size: int) -> dict[str, list[float]]:
+    """Of persons and objects and of the background of scenes, for each of `RATIOS`."""
     times = nearest_times(denoising)
     regions = ("persons and objects", "background")
     squares = {region: torch.zeros(len(times)) for region in regions}
     cells: dict[str, list[Tensor]] = {region: [] for region in regions}  # [N, C] each
-    for first in range(0, scenes, BATCH):
-        held_out = [sample_scene(HELD_OUT + n) for n in range(first, min(first + BATCH, scenes))]
-        drawn = [render(scene, size) for scene in held_out]
+    for first in range(0, len(seeds), BATCH):
+        scenes = [sample_scene(seed) for seed in seeds[first : first + BATCH]]
+        drawn = [render(scene, size) for scene in scenes]
         latents = torch.cat([denoising.latents(Image.fromarray(one.image)) for one in drawn])
-        prompt = denoising.encode([scene.caption for scene in held_out], (size, size))
+        prompt = denoising.encode([scene.caption for scene in scenes], (size, size))
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(first))
         shown = foreground(drawn, latents.shape[-1])
         chosen = dict(zip(regions, (shown, ~shown), strict=True))
@@ -81,10 +83,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, help="pipelines that predict v or a flow")
-    parser.add_argument("--scenes", type=int, default=100, help="held-out ones (default: 100)")
+    parser.add_argument("--scenes", type=int, default=100, help="how many (default: 100)")
+    parser.add_argument("--trained", action="store_true", help="scenes of training, not held-out ones")
     parser.add_argument("--size", type=int, default=128, help="pixels (default: 128)")
     args = parser.parse_args()
     quiet_libraries()
+    start = 0 if args.trained else HELD_OUT
     print(f"| error of x / variance at s / a of | {' | '.join(map(str, RATIOS))} |")
     print("|---|" + "---|" * len(RATIOS))
     for folder in args.folders:
@@ -92,7 +96,9 @@ def main() -> None:
         kind = pipeline.scheduler.config.get("prediction_type", "flow_prediction")
         if kind not in ("v_prediction", "flow_prediction"):
             raise SystemExit(f"expected a pipeline that predicts v or a flow, got {kind} in {folder}")
-        for region, missed in errors(Denoising.of(pipeline), args.scenes, args.size).items():
+        for region, missed in errors(
+            Denoising.of(pipeline), range(start, start + args.scenes), args.size
+        ).items():
             print(f"| {folder.name}, {region} | {' | '.join(f'{one:.3f}' for one in missed)} |")
 
 
