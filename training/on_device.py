@@ -55,7 +55,7 @@ class Stage:
 
 
 _SIZES = {
-    128: {"renders": 64000, "batch_size": 192, "share": 0.5},
+    128: {"renders": 32000, "batch_size": 192, "share": 0.5},
     96: {"renders": 16000, "batch_size": 256, "share": 0.2, "most": 3},
     64: {"renders": 32000, "batch_size": 512, "share": 0.2, "most": 2},
     160: {"renders": 8000, "batch_size": 128, "share": 0.05},
