@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from interactdiff.stickworld.detector import Detector
 from interactdiff.training import device_files, on_device
 from interactdiff.training.device_files import BASES, FILES, from_package, pack, unpack, with_parts
-from interactdiff.training.on_device import CONFIGS, PLAN, settings_of
+from interactdiff.training.on_device import CONFIGS, PLAN, minutes_to_share, settings_of
 from interactdiff.training.run import load_config
 
 STAGES = [stage for lanes in PLAN for lane in lanes for stage in lane if stage.config]
@@ -41,6 +41,17 @@ def test_every_model_has_a_share_and_lanes_end_in_time() -> None:
     made = {stage.made for stage in STAGES}
     packed = {folder for folders in FILES.values() for folder in folders}
     assert all(any(folder == one or folder.startswith(f"{one}/") for folder in packed) for one in made)
+
+
+def test_minutes_of_autoencoders_that_are_there_go_to_the_rest(tmp_path: Path) -> None:
+    shares = {stage.name: stage.share for stage in STAGES}
+    assert minutes_to_share(tmp_path, 8.0, []) == 8
+    fill(tmp_path / "parts/vae")
+    assert minutes_to_share(tmp_path, 8.0, []) == pytest.approx(8 / (1 - shares["vae"]))
+    fill(tmp_path / "parts/unet_vae")
+    both = shares["vae"] + shares["unet_vae"]
+    assert minutes_to_share(tmp_path, 8.0, []) == pytest.approx(8 / (1 - both))
+    assert minutes_to_share(tmp_path, 8.0, ["vae"]) == pytest.approx(8 / (1 - shares["unet_vae"]))
 
 
 def fill(folder: Path) -> None:

@@ -25,6 +25,9 @@ def test_roughness_and_spread_are_those_of_their_formulas() -> None:
     assert spread(latents).item() == pytest.approx(mean + (variance - 1) ** 2, rel=1e-5)
     unequal = torch.stack([torch.tensor([[-1.0, 1.0]]) * scale for scale in (1.3, 0.0)])[None]
     assert spread(unequal * (2 / 3.38) ** 0.5).item() == pytest.approx(0, abs=1e-6)
+    one_of_four = torch.zeros(1, 4, 1, 2)
+    one_of_four[0, 0, 0] = torch.tensor([-1.0, 1.0]) * 2**0.5  # a variance of 4, 1 over all
+    assert spread(one_of_four).item() == pytest.approx(0.1 / 4, rel=1e-5)
 
 
 def test_what_is_coarse_in_pictures_becomes_coarse_in_latents(tmp_path: Path) -> None:

@@ -251,20 +251,25 @@ def _fork_lane(*arguments: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command)
 
 
+def minutes_to_share(runs: Path, minutes: float, again: Sequence[str]) -> float:
+    """By which stages' shares count: those of autoencoders that are there go to the rest."""
+    there = [one for one in (_VAE, _UNET_VAE) if (runs / one.made).exists() and one.name not in again]
+    return minutes / (1 - sum(one.share for one in there))
+
+
 def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> None:
-    """Train what is not there yet, within the minutes; those of autoencoders that are there go to the rest.
+    """Train what is not there yet, within the minutes.
 
     Raises:
         RuntimeError: a stage failed; the others have run to their ends.
     """
-    there = [one for one in (_VAE, _UNET_VAE) if (runs / one.made).exists() and one.name not in again]
-    minutes /= 1 - sum(one.share for one in there)
+    minutes = minutes_to_share(runs, minutes, again)
     for lanes in PLAN:
         processes = [_fork_lane([stage.name for stage in lane], runs, minutes, again, toy) for lane in lanes]
         failed = [p for p in processes if p.wait()]
         if failed:
             print(f"{len(failed)} of {len(lanes)} lanes failed", flush=True)
-        if failed and not all((runs / one.made).exists() for one in (_VAE, _UNET_VAE, _TEXT)):
+        if not all((runs / one.made).exists() for one in (_VAE, _UNET_VAE, _TEXT)):
             raise RuntimeError("expected autoencoders and a text encoder, got not all: nothing can go on")
     for base in BASES:
         if (runs / base).exists():
