@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.interaction.maps import ROLES, AttentionMaps
+from interactdiff.models import MODEL, model_info
 from interactdiff.picture import enlarged, overlay
 from interactdiff.scene import Entity, Interaction, Scene
 from interactdiff.stickworld.detector import Detections
@@ -25,25 +26,25 @@ _DETECTING = threading.Lock()
 
 
 @cache
-def detector() -> Any:
-    """The packaged detector, loaded once."""
-    return packaged_detector()
+def detector(name: str) -> Any:
+    """A packaged detector, loaded once."""
+    return packaged_detector(name)
 
 
-def detections_in(image: Image.Image) -> Detections:
-    """What the detector finds in a picture of stickworld."""
+def detections_in(image: Image.Image, model: str = MODEL) -> Detections:
+    """What the detector of a model's world finds in a picture."""
     pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
     with torch.no_grad():
-        return detector().detect(pixels.permute(2, 0, 1)[None])[0]
+        return detector(model_info(model).detector).detect(pixels.permute(2, 0, 1)[None])[0]
 
 
-def detections_over(image: Image.Image) -> tuple[Image.Image, str]:
+def detections_over(image: Image.Image, model: str = MODEL) -> tuple[Image.Image, str]:
     """The detections drawn over the picture, and in words.
 
     Of a person's interactions the one with the highest score is shown; persons and objects without any stand
     alone.
     """
-    found = detections_in(image)
+    found = detections_in(image, model)
     interactions, persons, objects = [], set(), set()
     for one in found.triplets:
         if one.score < MIN_SCORE or one.person in persons:
@@ -66,14 +67,14 @@ def detections_over(image: Image.Image) -> tuple[Image.Image, str]:
 
 
 @lru_cache(16)
-def detections_in_file(path: Path) -> tuple[Image.Image, str]:
+def detections_in_file(path: Path, model: str) -> tuple[Image.Image, str]:
     """The same of a picture's file, whose pixels never change; one at a time, whoever asks.
 
     Raises:
         FileNotFoundError: it is gone.
     """
     with _DETECTING, Image.open(path) as image:
-        return detections_over(image.convert("RGB"))
+        return detections_over(image.convert("RGB"), model)
 
 
 def attention_over(

@@ -29,6 +29,9 @@ from interactdiff.method_specs import Cost
 from interactdiff.models import ModelError
 from interactdiff.picture import Record, read_record
 from interactdiff.registry import samplers
+from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.render import render
+from interactdiff.stickworld.world import HELD_OUT
 
 SIZE = "width: expected at most 40000 pixels in all on this server"
 TWICE, FOUR_TIMES = ({"high_resolution": {"scale": scale}} for scale in (2, 4))
@@ -305,6 +308,13 @@ def test_the_detector_finds_what_was_drawn() -> None:
     assert reports.startswith("purple person 0.")
     assert "balancing" in reports
     assert detections_over(Image.new("RGB", (96, 96)))[1] == "nothing above the least score"
+
+
+def test_pictures_of_other_models_are_seen_by_the_detector_of_the_whole_world() -> None:
+    scene = sample_scene(HELD_OUT + 3, n_interactions=1, n_entities=0)
+    one = detections_in(Image.fromarray(render(scene).image), "./mine").triplets[0]
+    assert one.action == scene.triplets[0].action
+    assert one.person.attributes["hair"] == scene.triplets[0].subject_appearance.hair
 
 
 def test_a_heat_map_is_hot_where_the_attention_is() -> None:
