@@ -3,7 +3,6 @@
 import threading
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.interaction.maps import ROLES, AttentionMaps
-from interactdiff.models import MODEL, model_info
+from interactdiff.models import model_info
 from interactdiff.picture import enlarged, overlay
 from interactdiff.scene import Entity, Interaction, Scene
 from interactdiff.stickworld.detector import Detections
@@ -25,20 +24,17 @@ HEAT = np.array([[12, 7, 66], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252,
 _DETECTING = threading.Lock()
 
 
-@cache
-def detector(name: str) -> Any:
-    """A packaged detector, loaded once."""
-    return packaged_detector(name)
+_loaded_detector = cache(packaged_detector)
 
 
-def detections_in(image: Image.Image, model: str = MODEL) -> Detections:
+def detections_in(image: Image.Image, model: str) -> Detections:
     """What the detector of a model's world finds in a picture."""
     pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
     with torch.no_grad():
-        return detector(model_info(model).detector).detect(pixels.permute(2, 0, 1)[None])[0]
+        return _loaded_detector(model_info(model).detector).detect(pixels.permute(2, 0, 1)[None])[0]
 
 
-def detections_over(image: Image.Image, model: str = MODEL) -> tuple[Image.Image, str]:
+def detections_over(image: Image.Image, model: str) -> tuple[Image.Image, str]:
     """The detections drawn over the picture, and in words.
 
     Of a person's interactions the one with the highest score is shown; persons and objects without any stand

@@ -302,12 +302,13 @@ def test_models_and_things_have_places_too() -> None:
 def test_the_detector_finds_what_was_drawn() -> None:
     pipeline = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
     image = pipeline.generate(replace(EXAMPLES["balancing"], steps=12))
-    assert detections_in(image).triplets[0].action == "balancing"
-    over, reports = detections_over(image)
+    assert detections_in(image, "stickworld-dit").triplets[0].action == "balancing"
+    over, reports = detections_over(image, "stickworld-dit")
     assert over.size == (480, 480)
     assert reports.startswith("purple person 0.")
     assert "balancing" in reports
-    assert detections_over(Image.new("RGB", (96, 96)))[1] == "nothing above the least score"
+    empty = Image.new("RGB", (96, 96))
+    assert detections_over(empty, "stickworld-dit")[1] == "nothing above the least score"
 
 
 def test_pictures_of_other_models_are_seen_by_the_detector_of_the_whole_world() -> None:
