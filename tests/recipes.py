@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from interactdiff.training.latent_reader import LatentReader
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.run import load_config, make_recipe
 from interactdiff.training.run_folder import checkpoints
@@ -47,6 +48,15 @@ def short(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     config = load_config(CONFIGS / f"{name}.yaml", [])
     cut = {**SHORT, "cache_dir": str(folder / "cache"), "output_dir": str(folder / name)}
     return config | {key: value for key, value in cut.items() if key in config} | changes
+
+
+def tiny_reader(folder: Path) -> str:
+    """The folder of a reader of `VAE`'s latents, for the perceptual loss."""
+    path = folder / "reader"
+    if not path.exists():
+        torch.manual_seed(0)
+        LatentReader(VAE["latent_channels"], (8, 8, 8)).save_pretrained(path)
+    return str(path)
 
 
 def four_steps(folder: Path, cache: Path) -> str:
@@ -99,17 +109,17 @@ def check_that_a_resumed_run_is_the_unbroken_one(config: dict[str, Any]) -> Reci
     return unbroken
 
 
-def check_that_attention_to_words_is_part_of_the_loss(config: dict[str, Any], folder: Path) -> None:
-    """By its weight while a base is trained, and not otherwise."""
-    config = config | {"output_dir": str(folder / "attended"), "empty_caption": 0.0}
+def check_that_a_loss_counts_by_its_weight(config: dict[str, Any], folder: Path, weight_key: str) -> None:
+    """While a base is trained, and not otherwise."""
+    config = config | {"output_dir": str(folder / weight_key), "empty_caption": 0.0, "perceptual": 0.0}
     losses: list[float] = []
     outside: list[float] = []
     for weight in (0.0, 0.5, 2.0):
         torch.manual_seed(0)
-        recipe = make_recipe(config | {"word_attention": weight})
+        recipe = make_recipe(config | {weight_key: weight})
         recipe.model.train()
         batch = recipe.batch(0)
-        assert ("regions" in batch) == (weight > 0)
+        assert ("regions" in batch) == (recipe.config.word_attention > 0)
         losses.append(recipe.loss(batch, recipe.generator(0)).item())
         recipe.model.eval()
         outside.append(recipe.loss(batch, recipe.generator(0)).item())

@@ -14,9 +14,10 @@ from recipes import (
     SIZES,
     TEXT,
     VAE,
+    check_that_a_loss_counts_by_its_weight,
     check_that_a_resumed_run_is_the_unbroken_one,
-    check_that_attention_to_words_is_part_of_the_loss,
     short,
+    tiny_reader,
 )
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -71,6 +72,7 @@ def recipe_configs(folder: Path) -> dict[str, dict[str, Any]]:
             sizes=SIZES,
             vae=str(world / "vae"),
             text=str(world),
+            latent_reader=tiny_reader(folder),
             export_to=str(world),
         ),
         "stickworld_interaction": short(
@@ -210,8 +212,9 @@ def test_the_pooled_caption_is_left_out_of_a_share_of_the_examples(folder: Path)
         PooledDropout(unet, 0.5)
 
 
-def test_attention_to_words_is_part_of_the_loss_while_training(folder: Path) -> None:
-    check_that_attention_to_words_is_part_of_the_loss(recipe_configs(folder)["stickworld_base"], folder)
+@pytest.mark.parametrize("key", ["word_attention", "perceptual"])
+def test_losses_beside_that_of_denoising_count_while_training(folder: Path, key: str) -> None:
+    check_that_a_loss_counts_by_its_weight(recipe_configs(folder)["stickworld_base"], folder, key)
 
 
 def test_velocity_loss_is_zero_for_the_true_velocity() -> None:
@@ -227,7 +230,9 @@ def test_velocity_loss_is_zero_for_the_true_velocity() -> None:
             return type("Output", (), {"sample": a * noise - s * latents})
 
     noised = VelocityBatch(latents, torch.Generator().manual_seed(5), 0.7)
-    assert noised.loss(Oracle(), text).item() < 1e-3
+    predicted = noised.predict(Oracle(), text)
+    assert noised.loss(predicted).item() < 1e-3
+    assert torch.allclose(noised.estimate(predicted), latents, atol=0.05)
     assert torch.allclose(noised.signal, kept[noised.timesteps] ** 2, atol=0.01)
 
 

@@ -11,9 +11,10 @@ from recipes import (
     SIZES,
     TEXT,
     VAE,
+    check_that_a_loss_counts_by_its_weight,
     check_that_a_resumed_run_is_the_unbroken_one,
-    check_that_attention_to_words_is_part_of_the_loss,
     short,
+    tiny_reader,
 )
 from safetensors.torch import load_file
 from tiny_dit import tiny_flux
@@ -61,6 +62,7 @@ def recipe_config(folder: Path, name: str) -> dict[str, Any]:
         "stickworld_t5": {"text_encoder": T5, "export_to": world},
         "stickworld_dit": {
             "text": world,
+            "latent_reader": tiny_reader(folder),
             "transformer": TRANSFORMER,
             "sizes": SIZES,
             "export_to": world,
@@ -180,8 +182,9 @@ def test_texts_are_cut_to_the_longest(folder: Path) -> None:
     assert recipe.batch(0)["length"] == whole
 
 
-def test_attention_to_words_is_part_of_the_loss_while_training(folder: Path) -> None:
-    check_that_attention_to_words_is_part_of_the_loss(recipe_config(folder, "stickworld_dit"), folder)
+@pytest.mark.parametrize("key", ["word_attention", "perceptual"])
+def test_losses_beside_that_of_denoising_count_while_training(folder: Path, key: str) -> None:
+    check_that_a_loss_counts_by_its_weight(recipe_config(folder, "stickworld_dit"), folder, key)
 
 
 def test_flow_is_between_noise_and_latents() -> None:
@@ -191,6 +194,7 @@ def test_flow_is_between_noise_and_latents() -> None:
         share = flow.inputs["timestep"][:, None, None]
         x = flow.inputs["hidden_states"]
         assert torch.allclose(x - share * flow.target, packed(latents), atol=1e-5)
+        assert torch.allclose(flow.estimate(flow.target), latents, atol=1e-5)
         assert flow.inputs["timestep"].mean().item() == pytest.approx(middle, abs=0.08)
         assert flow.loss(flow.target) == 0
     assert image_ids(latents)[:, 1:].tolist() == [[float(y), float(x)] for y in range(2) for x in range(3)]

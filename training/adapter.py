@@ -227,7 +227,7 @@ class AdapterRecipe(Recipe[AdapterConfig]):
         with torch.no_grad():
             text = text_states(self.pipe.tokenizer, self.pipe.text_encoder, prompts)
         noised = VelocityBatch(latents, generator, self.config.timestep_power)
-        return noised.loss(self.pipe.unet, text)
+        return noised.loss(noised.predict(self.pipe.unet, text))
 
     def _loss_in_transformer(self, latents: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
         text, pooled = encoded(self.pipe, prompts)

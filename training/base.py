@@ -42,6 +42,7 @@ from interactdiff.training.config import (
     arguments_named,
     arguments_of,
 )
+from interactdiff.training.perceptual import PerceptualConfig, perceptual_loss_of
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.tokenizer import make_portable, token_ids
@@ -84,10 +85,18 @@ class VelocityBatch:
         """[B] share of the latents in the variance of the noisy ones."""
         return schedule().alphas_cumprod.to(self.timesteps.device)[self.timesteps]
 
-    def loss(self, denoiser: nn.Module, text: Tensor) -> Tensor:
-        """Squared error of the v that a `UNet2DConditionModel` predicts with [B, L, D] states of the text."""
-        predicted = denoiser(self.noisy, self.timesteps, text).sample
-        return F.mse_loss(predicted.float(), self.target)
+    def predict(self, denoiser: nn.Module, text: Tensor) -> Tensor:
+        """The v that a `UNet2DConditionModel` predicts with [B, L, D] states of the text, float32."""
+        return denoiser(self.noisy, self.timesteps, text).sample.float()
+
+    def loss(self, predicted: Tensor) -> Tensor:
+        """Squared error of the predicted v."""
+        return F.mse_loss(predicted, self.target)
+
+    def estimate(self, predicted: Tensor) -> Tensor:
+        """[B, C, H, W] latents that a predicted v comes from (arXiv 2202.00512, section 4)."""
+        signal = self.signal[:, None, None, None].to(predicted)
+        return signal.sqrt() * self.noisy - (1 - signal).sqrt() * predicted
 
 
 def sampler() -> DPMSolverMultistepScheduler:
@@ -123,8 +132,8 @@ class PooledDropout:
         return output * self.kept.to(output) if module.training else output
 
 
-class BaseConfig(RecipeConfig):
-    """The keys of `BaseRecipe`.
+class BaseConfig(PerceptualConfig):
+    """The keys of `BaseRecipe`, beside those of `PerceptualConfig`.
 
     Attributes:
         cache_dir: where renders, captions and latents are kept.
@@ -180,6 +189,7 @@ class BaseRecipe(Recipe[BaseConfig]):
             unet = make(**config.unet)
         self.pooled = PooledDropout(unet, config.pooled_dropout)
         self.word_attention = WordAttention(unet) if attended else None
+        self.perceptual = perceptual_loss_of(self.config, self.data, self.device)
         unet.to(memory_format=torch.channels_last)
         if config.compile:
             compile_each_shape(unet)
@@ -199,10 +209,18 @@ class BaseRecipe(Recipe[BaseConfig]):
             text = self.text_encoder(batch["tokens"]).last_hidden_state
         self.pooled.draw(len(text), generator)
         noised = VelocityBatch(batch["latents"], generator, self.config.timestep_power)
-        loss = noised.loss(self.model, text)
+        predicted = noised.predict(self.model, text)
+        loss = noised.loss(predicted)
         if self.word_attention is not None and self.model.training:
             attended = self.word_attention.loss(batch["regions"], noised.signal)
             loss = loss + self.config.word_attention * attended
+        if self.perceptual is not None and self.model.training:
+            clean, noise = noised.signal.sqrt(), (1 - noised.signal).sqrt()
+            with self.accelerator.autocast():
+                seen = self.perceptual.loss(
+                    batch["latents"], noised.estimate(predicted), noise / (clean + noise)
+                )
+            loss = loss + self.config.perceptual * seen
         return loss
 
     def pipeline(self) -> StableDiffusionPipeline:

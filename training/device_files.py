@@ -18,6 +18,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "parts/text_encoder_2",
         "parts/tokenizer_2",
     ),
+    "readers.tar": ("readers/vae", "readers/unet_vae"),
     "detector.tar": ("detector",),
     "unet.tar": ("stickworld/unet", "stickworld/scheduler", "stickworld/model_index.json"),
     "transformer.tar": (
@@ -91,12 +92,12 @@ def unpack(folder: Path, runs: Path) -> None:
 
 
 def install(folder: Path) -> None:
-    """Put packed models into the package, each base with the parts that it shares."""
+    """Put packed models into the package, each base with the parts that it shares; readers only teach."""
     runs = Path("build/on_device_models")
     unpack(folder, runs)
     for base in BASES:
         if (runs / base).exists():
             with_parts(runs, base)
-    for made in sorted(runs.iterdir()):
+    for made in sorted(set(runs.iterdir()) - {runs / "readers"}):
         make_portable(made)
         subprocess.run(["cp", "-RL", str(made), str(model_path(""))], check=True)

@@ -37,6 +37,7 @@ from interactdiff.training.config import (
     arguments_of,
 )
 from interactdiff.training.dit_text import TextParts
+from interactdiff.training.perceptual import PerceptualConfig, perceptual_loss_of
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
 from interactdiff.training.tokenizer import make_portable
@@ -51,6 +52,15 @@ _NAMED = 0.05  # how often its captions name an attribute: one that the old enco
 def packed(latents: Tensor) -> Tensor:
     """[B, C, H, W] latents to the [B, H/2 * W/2, 4C] tokens that `FluxPipeline` makes of them."""
     return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """[B, H/2 * W/2, 4C] tokens to the [B, C, H, W] latents that they were `packed` from.
+
+    `FluxPipeline._unpack_latents` counts in pixels of an autoencoder of factor 8, and this has other ones.
+    """
+    grid = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
 
 def image_ids(latents: Tensor, device: torch.device | None = None) -> Tensor:
@@ -114,12 +124,18 @@ class FlowBatch:
         )
         times = times.to(latents)
         share = times[:, None, None, None]
+        self.times, self.noisy = times, (1 - share) * latents + share * noise
         self.target = packed(noise - latents)
-        self.inputs = flow_inputs((1 - share) * latents + share * noise, times, text, pooled)
+        self.inputs = flow_inputs(self.noisy, times, text, pooled)
 
     def loss(self, predicted: Tensor) -> Tensor:
         """Squared error of the predicted flow."""
         return F.mse_loss(predicted.float(), self.target)
+
+    def estimate(self, predicted: Tensor) -> Tensor:
+        """[B, C, H, W] latents that a predicted flow comes from."""
+        flow = unpacked(predicted.float(), *self.noisy.shape[2:])
+        return self.noisy - self.times[:, None, None, None] * flow
 
 
 def start_at_identity(transformer: FluxTransformer2DModel) -> None:
@@ -131,8 +147,8 @@ def start_at_identity(transformer: FluxTransformer2DModel) -> None:
                 nn.init.zeros_(parameter)
 
 
-class DitConfig(RecipeConfig):
-    """The keys of `DitRecipe`.
+class DitConfig(PerceptualConfig):
+    """The keys of `DitRecipe`, beside those of `PerceptualConfig`.
 
     Attributes:
         cache_dir: where renders, captions and latents are kept.
@@ -204,6 +220,7 @@ class DitRecipe(Recipe[DitConfig]):
             transformer = make(**config.transformer)
             start_at_identity(transformer)
         self.word_attention = WordAttention(transformer) if attended else None
+        self.perceptual = perceptual_loss_of(config, self.data, self.device)
         if config.compile:
             compile_each_shape(transformer)
         return transformer
@@ -233,10 +250,15 @@ class DitRecipe(Recipe[DitConfig]):
         pooled = pooled * kept.to(pooled)
         logits = config.logit_mean, config.logit_std
         flow = FlowBatch(batch["latents"], text, pooled, generator, logits)
-        loss = flow.loss(self.model(**flow.inputs).sample)
+        predicted = self.model(**flow.inputs).sample
+        loss = flow.loss(predicted)
         if self.word_attention is not None and self.model.training:
-            signal = 1 - flow.inputs["timestep"]
-            loss = loss + config.word_attention * self.word_attention.loss(batch["regions"], signal)
+            attended = self.word_attention.loss(batch["regions"], 1 - flow.times**3)  # at much noise too
+            loss = loss + config.word_attention * attended
+        if self.perceptual is not None and self.model.training:
+            with self.accelerator.autocast():
+                seen = self.perceptual.loss(batch["latents"], flow.estimate(predicted), flow.times)
+            loss = loss + config.perceptual * seen
         return loss
 
     def pipeline(self) -> FluxPipeline:

@@ -90,6 +90,21 @@ _UNET_VAE = Stage(
     {"export_to": "{runs}/parts/unet_vae", "batch_size": 128, "renders": 32000},
     {"init_from": "{runs}/parts/unet_vae"},
 )
+_READER, _UNET_READER = (
+    Stage(
+        f"{part}_reader",
+        "stickworld_latent_reader",
+        f"readers/{part}",
+        0.02,
+        {
+            "vae": f"{{runs}}/parts/{part}",
+            "export_to": f"{{runs}}/readers/{part}",
+            "batch_size": 128,
+            "renders": 32000,
+        },
+    )
+    for part in ("vae", "unet_vae")
+)
 _DETECTOR = Stage(
     "detector",
     "stickworld_detector",
@@ -107,7 +122,13 @@ _UNET = Stage(
     "stickworld_base",
     "stickworld",
     0.48,
-    {"vae": "{runs}/parts/unet_vae", "text": "{runs}/parts", "export_to": "{runs}/stickworld", **_BASE},
+    {
+        "vae": "{runs}/parts/unet_vae",
+        "text": "{runs}/parts",
+        "latent_reader": "{runs}/readers/unet_vae",
+        "export_to": "{runs}/stickworld",
+        **_BASE,
+    },
     {"init_from": "{runs}/stickworld", "learning_rate": 1.0e-3},
 )
 _DIT = Stage(
@@ -115,7 +136,12 @@ _DIT = Stage(
     "stickworld_dit",
     "stickworld-dit",
     0.42,
-    {"text": "{runs}/parts", "export_to": "{runs}/stickworld-dit", **_BASE},
+    {
+        "text": "{runs}/parts",
+        "latent_reader": "{runs}/readers/vae",
+        "export_to": "{runs}/stickworld-dit",
+        **_BASE,
+    },
     {"init_from": "{runs}/stickworld-dit", "learning_rate": 1.0e-3},
 )
 _INTERACTION = Stage(
@@ -154,9 +180,10 @@ _CLEAR = Stage(
 )
 # What later stages read from the cache, made once for all of them: renders and captions, then latents.
 _RENDERS, _LATENTS = Stage("renders", "", "", 0.0), Stage("latents", "", "", 0.0)
+_NEEDED = (_VAE, _UNET_VAE, _READER, _UNET_READER, _TEXT)  # by both bases
 # One list after the other; the lanes of a list side by side, the stages of a lane one after the other.
 PLAN: tuple[tuple[tuple[Stage, ...], ...], ...] = (
-    ((_RENDERS, _VAE, _UNET_VAE, _LATENTS), (_TEXT, _T5)),
+    ((_RENDERS, _VAE, _UNET_VAE, _LATENTS, _READER, _UNET_READER), (_TEXT, _T5)),
     ((_UNET, _INTERACTION), (_DIT, _DIT_INTERACTION, _CLEAR), (_DETECTOR,)),
 )
 
@@ -269,8 +296,9 @@ def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> No
         failed = [p for p in processes if p.wait()]
         if failed:
             print(f"{len(failed)} of {len(lanes)} lanes failed", flush=True)
-        if not all((runs / one.made).exists() for one in (_VAE, _UNET_VAE, _TEXT)):
-            raise RuntimeError("expected autoencoders and a text encoder, got not all: nothing can go on")
+        if not all((runs / one.made).exists() for one in _NEEDED):
+            names = ", ".join(one.name for one in _NEEDED)
+            raise RuntimeError(f"expected {names} to be trained, got not all: nothing can go on")
     for base in BASES:
         if (runs / base).exists():
             with_parts(runs, base)

@@ -17,6 +17,7 @@ OWN_RECIPES = {  # of the embedded world; methods have theirs in the registry
     "text": "interactdiff.training.text:TextRecipe",
     "t5": "interactdiff.training.text:T5Recipe",
     "vae": "interactdiff.training.vae:VaeRecipe",
+    "latent_reader": "interactdiff.training.latent_reader:LatentReaderRecipe",
     "base": "interactdiff.training.base:BaseRecipe",
     "dit": "interactdiff.training.dit:DitRecipe",
     "detector": "interactdiff.training.detector:DetectorRecipe",

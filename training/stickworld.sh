@@ -19,6 +19,11 @@ cp -R runs/parts/{text_encoder,tokenizer} runs/stickworld/
 cp -R runs/parts/unet_vae runs/stickworld/vae
 cp -R runs/parts/{vae,text_encoder,tokenizer,text_encoder_2,tokenizer_2} runs/stickworld-dit/
 
+# What the bases' latents are read by, in a loss beside that of denoising.
+train stickworld_latent_reader seed=0
+train stickworld_latent_reader seed=0 vae=runs/parts/unet_vae output_dir=runs/unet_latent_reader \
+	export_to=runs/readers/unet_vae
+
 # What scores the pictures; it has seen renders only, half of them through an autoencoder.
 train stickworld_detector seed=2 "autoencoders=[runs/parts/vae, runs/parts/unet_vae]"
 
