@@ -92,7 +92,7 @@ def unpack(folder: Path, runs: Path) -> None:
 
 
 def install(folder: Path) -> None:
-    """Put packed models into the package, each base with the parts that it shares; readers only teach."""
+    """Put packed models into the package, each base with its parts; no readers, which only train."""
     runs = Path("build/on_device_models")
     unpack(folder, runs)
     for base in BASES:

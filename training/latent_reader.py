@@ -56,8 +56,10 @@ class LatentReader(ModelMixin, ConfigMixin):
         self.out = nn.Conv2d(b, sum(map(len, HEADS.values())), 1)
 
     def features(self, latents: Tensor) -> tuple[Tensor, ...]:
-        """[B, width, h, w] features of [B, C, H, W] latents, fine to coarse, then merged; H, W are multiples
-        of 4."""
+        """[B, width, h, w] features of [B, C, H, W] latents: three grids from fine to coarse, and one merged.
+
+        H and W are multiples of 4.
+        """
         fine = self.fine(latents)
         middle = self.middle(fine)
         coarse = self.coarse(middle)
@@ -76,10 +78,10 @@ def answers_of(read: Sequence[WorldScene]) -> Tensor:
     for row, scene in zip(answers, read, strict=True):
         for n, thing in enumerate(scene.things):
             action = scene.triplets[n // 2].action if n < 2 * len(scene.triplets) else "none"
-            told = {"kind": thing.name, "action": action, **thing.appearance.attributes()}
+            values = {"kind": thing.name, "action": action, **thing.appearance.attributes()}
             for head, (name, known) in enumerate(HEADS.items()):
-                if name in told:
-                    row[n, head] = known.index(told[name])
+                if name in values:
+                    row[n, head] = known.index(values[name])
     return answers
 
 

@@ -1,9 +1,9 @@
-"""A loss of what a denoiser makes of persons and objects, beside the squared error of its prediction.
+"""A perceptual loss of a denoiser's estimate of the clean latents, beside the error of its prediction.
 
 The squared error counts every latent alike, and at much noise it is least for a blur. A network that reads
-latents compares what the denoiser takes for the clean ones with the clean ones, by its features, as LPIPS
-compares pictures (arXiv 1801.03924). Lin and Yang trained diffusion models with a perceptual loss by features
-of the denoiser itself (arXiv 2401.00110).
+latents compares the estimate with the clean latents by its features, as LPIPS compares pictures (arXiv
+1801.03924). Lin and Yang trained diffusion models with a perceptual loss by features of the denoiser itself
+(arXiv 2401.00110).
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ class PerceptualLoss:
 
         Args:
             clean: latents, [B, C, H, W]; H and W multiples of 4.
-            estimate: what the denoiser takes for them, of the same shape.
+            estimate: the denoiser's estimate of them, of the same shape.
             noise: [B] in [0, 1], scale of the noise in what the denoiser saw, over the sum of the scales of
                 noise and latents; at 0.92 and above an example counts as 0.
         """
