@@ -131,6 +131,9 @@ def test_a_reader_is_trained_written_and_used(tmp_path: Path) -> None:
     data.latents = {96: torch.randn(4, 8, 12, 12)}
     with pytest.raises(RecipeError, match="latent_reader: expected one of latents with 8 channels, got 4"):
         perceptual_loss_of(PerceptualConfig(**shared), data, torch.device("cpu"))
+    nowhere = PerceptualConfig(**(shared | {"latent_reader": str(tmp_path / "nowhere")}))
+    with pytest.raises(RecipeError, match=r"expected a folder that .* made, got .*nowhere"):
+        perceptual_loss_of(nowhere, data, torch.device("cpu"))
     off = PerceptualConfig(**(shared | {"perceptual": 0.0, "latent_reader": None}))
     assert perceptual_loss_of(off, data, torch.device("cpu")) is None
     with pytest.raises(ValueError, match=r"latent_reader: expected a folder with perceptual 0\.5, got null"):

@@ -7,6 +7,7 @@ It is trained on latents of renders alone, and no pipeline needs it.
 import copy
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import ACTIONS, HELD_OUT, WorldScene
 from interactdiff.training.config import Count, Location, Rate, RecipeConfig
 from interactdiff.training.recipe import Recipe
-from interactdiff.training.world_data import as_images, cached_latents, cached_masks, cached_renders, scenes
+from interactdiff.training.world_data import (
+    as_images,
+    cached_latents,
+    cached_masks,
+    cached_renders,
+    packed_masks,
+    scenes,
+    unpacked_masks,
+)
 
 HEADS: dict[str, tuple[str, ...]] = {
     "kind": ("background", *KINDS),
@@ -140,9 +149,8 @@ class LatentReaderRecipe(Recipe[LatentReaderConfig]):
     def batch(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.config.seed, step))
         chosen = rng.integers(len(self.latents), size=self.config.batch_size)
-        masks = torch.from_numpy(np.unpackbits(self.masks[chosen], axis=-1)).float()
         latents = self.latents[chosen].float()
-        cells = cell_answers(self.answers[chosen], masks, latents.shape[2] // 2)
+        cells = cell_answers(self.answers[chosen], unpacked_masks(self.masks[chosen]), latents.shape[2] // 2)
         return {"latents": latents.to(self.device), "cells": cells.to(self.device)}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
@@ -152,17 +160,20 @@ class LatentReaderRecipe(Recipe[LatentReaderConfig]):
         read = self.model(latents + (self.config.latent_noise * most * noise).to(latents))
         return reading_loss(read, batch["cells"])
 
+    @cached_property
+    @torch.no_grad()
+    def _held_out(self) -> tuple[Tensor, Tensor]:
+        seeds = range(HELD_OUT, HELD_OUT + 64)
+        held_out = [sample_scene(seed) for seed in seeds]
+        images = as_images(np.stack([render(scene, self.config.size).image for scene in held_out]))
+        latents = self.vae.encode(images.to(self.device)).latents
+        cells = cell_answers(answers_of(held_out), unpacked_masks(packed_masks(seeds)), latents.shape[2] // 2)
+        return latents, cells.to(self.device)
+
     @torch.no_grad()
     def sample(self) -> None:
         """No picture: logs the share of held-out cells of persons and objects that each head reads right."""
-        held_out = [sample_scene(HELD_OUT + n) for n in range(64)]
-        drawn = [render(scene, self.config.size) for scene in held_out]
-        latents = self.vae.encode(as_images(np.stack([one.image for one in drawn])).to(self.device)).latents
-        masks = torch.zeros(len(drawn), MOST_THINGS, self.config.size, self.config.size)
-        for row, one in zip(masks, drawn, strict=True):
-            for n, thing in enumerate(one.things):
-                row[n] = torch.from_numpy(thing.mask)
-        cells = cell_answers(answers_of(held_out), masks, latents.shape[2] // 2).to(self.device)
+        latents, cells = self._held_out
         line: dict[str, float] = {"step": self.step}
         for n, (name, logits) in enumerate(self.model(latents).items()):
             there = (cells[:, n] != IGNORED) & (cells[:, 0] > 0)

@@ -6,6 +6,7 @@ latents compares the estimate with the clean latents by its features, as LPIPS c
 (arXiv 2401.00110).
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +86,15 @@ def perceptual_loss_of(
     """The loss of a recipe's configuration, scaled by its largest pictures; None with weight 0.
 
     Raises:
-        OSError: there is no reader in the folder.
-        RecipeError: the reader is of latents with another number of channels.
+        RecipeError: there is no reader in the folder, or one of latents with another number of channels.
     """
-    if not config.perceptual:
+    if not config.perceptual or config.latent_reader is None:
         return None
+    if not Path(config.latent_reader, LatentReader.config_name).is_file():
+        raise RecipeError(
+            "latent_reader: expected a folder that stickworld_latent_reader.yaml made, "
+            f"got {config.latent_reader}"
+        )
     reader: Any = LatentReader.from_pretrained(config.latent_reader).float()
     latents = data.latents[max(data.sizes)][:_SEEN].float()
     if (channels := reader.config["channels"]) != latents.shape[1]:

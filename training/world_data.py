@@ -61,12 +61,18 @@ def _caption_chunk(seeds: Sequence[int]) -> list[str]:
     return [json.dumps([WordedCaption.of(one) for one in _captions(seed)]) for seed in seeds]
 
 
-def _mask_chunk(seeds: Sequence[int]) -> np.ndarray:
+def packed_masks(seeds: Sequence[int]) -> np.ndarray:
+    """[N, MOST_THINGS, MASK_SIDE, MASK_SIDE / 8] uint8, the bits of each row of the scenes' silhouettes."""
     masks = np.zeros((len(seeds), MOST_THINGS, MASK_SIDE, MASK_SIDE), dtype=bool)
     for row, seed in zip(masks, seeds, strict=True):
         things = render(sample_scene(seed), MASK_SIDE).things
         row[: len(things)] = [thing.mask for thing in things]
     return np.packbits(masks, axis=-1)
+
+
+def unpacked_masks(packed: np.ndarray) -> Tensor:
+    """[N, MOST_THINGS, MASK_SIDE, MASK_SIDE] float32 of 0 and 1, from rows of `packed_masks`."""
+    return torch.from_numpy(np.unpackbits(packed, axis=-1)).float()
 
 
 def _captions(seed: int) -> list[Caption]:
@@ -174,14 +180,14 @@ def cached_masks(folder: Path, count: int, most: int | None = None) -> np.ndarra
     """Silhouettes of the persons and objects of the scenes of `scene_seeds`, kept in `folder`.
 
     Returns:
-        [count, MOST_THINGS, MASK_SIDE, MASK_SIDE / 8] uint8, the bits of each row; see `WorldScene.things`.
+        [count, MOST_THINGS, MASK_SIDE, MASK_SIDE / 8] uint8, see `packed_masks` and `WorldScene.things`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     seeds = scene_seeds(count, most)
-    look = hashlib.sha256(_mask_chunk(seeds[:32]).tobytes()).hexdigest()[:12]
+    look = hashlib.sha256(packed_masks(seeds[:32]).tobytes()).hexdigest()[:12]
     path = folder / f"masks-{count}-{look}.npy"
     if not path.exists():
-        masks = np.concatenate(_in_chunks(seeds, _mask_chunk))
+        masks = np.concatenate(_in_chunks(seeds, packed_masks))
         write_aside(path, lambda aside: np.save(aside, masks))
     return np.load(path)
 
@@ -290,7 +296,7 @@ class CaptionedLatents:
         wordings, chosen = zip(*worded[first : first + count], strict=True)
         masks = None
         if self.masks:
-            masks = torch.from_numpy(np.unpackbits(self.masks[most][list(chosen)], axis=-1)).float()
+            masks = unpacked_masks(self.masks[most][list(chosen)])
         return CaptionedBatch(
             latents[list(chosen)].float(),
             [WordedCaption("") if rng.random() < empty else one for one in wordings],
