@@ -6,7 +6,7 @@ from interactdiff.scene import Interaction, Scene
 EXAMPLES = {
     "riding": DEMO,
     "balancing": Scene(
-        "a person in purple balancing a green ball in the city",
+        "a person in purple balancing a green ball on the street",
         (
             Interaction(
                 "person in purple",

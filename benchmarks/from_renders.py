@@ -22,7 +22,7 @@ from interactdiff.evaluation.sampling import held_out_scenes
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
 from interactdiff.models import model_info
-from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.stickworld.render import render
 from interactdiff.training.world_data import as_images
 
@@ -55,7 +55,8 @@ def main() -> None:
         """[B, 3, H, W] in [0, 1]."""
         batch = slice(first, first + BATCH)
         captions = [scene.caption for scene in scenes[batch]]
-        return pipe(
+        return repeatable_call(
+            pipe,
             **call_arguments(pipe, captions, guidance_scale=args.guidance_scale),
             image=images[batch],
             strength=strength,

@@ -1,6 +1,6 @@
 """How an autoencoder's latents spread their variance over spatial frequencies, beside pictures made as small.
 
-python benchmarks/latent_spectrum.py interactdiff/stickworld/models/parts/vae
+python benchmarks/latent_spectrum.py interactdiff/stickworld/models/stickworld-dit/vae
 
 Denoising decides low frequencies first. Latents whose variance falls with frequency, as pictures' does, are
 learnt from coarse to fine; latents near white noise give a denoiser all their detail to decide at once.

@@ -24,6 +24,7 @@ from interactdiff.evaluation.bootstrap import with_interval
 from interactdiff.evaluation.captions import text_scores
 from interactdiff.evaluation.images import feature_distance
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
+from interactdiff.evaluation.table import TEXT_SCORES
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
 from interactdiff.models import model_info
@@ -66,7 +67,7 @@ def main() -> None:
     rows |= {f"distilled, {one.config}": one for one in layers}
 
     print(f"{args.scenes} scenes, {size} px, {args.steps} steps, {layers[0].config}")
-    print(f"{'%':42}" + "".join(f"{name:>20}" for name in ("objects", "actions", "colours")), end="")
+    print(f"{'%':42}" + "".join(f"{name:>20}" for name in TEXT_SCORES.values()), end="")
     print(f"{'PSNR, dB':>10}{'distance':>10}")
     sheet, wanted = [], None
     for title, adapter in rows.items():

@@ -1,6 +1,6 @@
 """How often each head of the detector is right on held-out renders, and on renders through autoencoders.
 
-python benchmarks/stickworld_detector.py --autoencoder interactdiff/stickworld/models/parts/vae
+python benchmarks/stickworld_detector.py --autoencoder interactdiff/stickworld/models/stickworld-dit/vae
 """
 
 import argparse

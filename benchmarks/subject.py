@@ -19,21 +19,21 @@ from interactdiff.generation import ScenePipeline
 from interactdiff.models import model_info
 from interactdiff.picture import side_by_side
 from interactdiff.pipeline_calls import call_arguments
-from interactdiff.stickworld.plain import sample_plain_scene
+from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
 
 MODEL = "stickworld-dit"
 CAPTION = "a person riding a yellow bike on the beach"
 BOX = (0.25, 0.0, 0.75, 0.75)
-SIZE, STEPS = 96, 20
+SIZE, STEPS = 128, 20
 
 
 def references(colours: tuple[str, ...]) -> list[Subject]:
     """One rendered person in each colour, with the mask that the renderer knows."""
     found = {}
     for number in range(1000):
-        scene = sample_plain_scene(number, 1)
-        colour = scene.triplets[0].subject_colour
+        scene = sample_scene(number, 1)
+        colour = scene.triplets[0].subject_appearance.colour
         if colour in colours and colour not in found:
             drawn = render(scene, SIZE)
             mask = Image.fromarray(drawn.things[0].mask).convert("L")

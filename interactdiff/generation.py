@@ -19,7 +19,7 @@ from interactdiff.handle import Handle, attach
 from interactdiff.method_specs import Cost
 from interactdiff.models import MODEL, absolute_name, default_adapter, model_info, resolve
 from interactdiff.picture import Record, save_picture
-from interactdiff.pipeline_calls import call_arguments, denoiser_config, text_limits
+from interactdiff.pipeline_calls import call_arguments, denoiser_config, repeatable_call, text_limits
 from interactdiff.pipeline_loading import checked_dtype, load_pipeline, usable_device
 from interactdiff.preview import preview
 from interactdiff.registry import (
@@ -341,15 +341,15 @@ class ScenePipeline:
             return tensors
 
         try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-                output = self.pipeline(
-                    **self.pipeline_kwargs(scene),
-                    num_inference_steps=scene.steps,
-                    width=width,
-                    height=height,
-                    callback_on_step_end=None if on_step is None else after_step,
-                    generator=torch.Generator("cpu").manual_seed(scene.seed),
-                )
+            output = repeatable_call(
+                self.pipeline,
+                **self.pipeline_kwargs(scene),
+                num_inference_steps=scene.steps,
+                width=width,
+                height=height,
+                callback_on_step_end=None if on_step is None else after_step,
+                generator=torch.Generator("cpu").manual_seed(scene.seed),
+            )
         except BaseException:
             self.pipeline.maybe_free_model_hooks()
             raise

@@ -43,10 +43,9 @@ PACKAGED = {
         ModelInfo(
             "stickworld-dit",
             {"interaction": "stickworld-dit-interaction", "clear": "stickworld-dit-clear"},
-            guidance_scale=3.0,
-            size=96,
+            guidance_scale=4.0,
+            size=128,
             settings={"high_resolution": {"strength": 0.25, "shift": 1.0}},
-            detector="detector-plain",
         ),
     )
 }

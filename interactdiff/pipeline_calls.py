@@ -1,7 +1,12 @@
-"""What differs between pipelines in how they take prompts and guidance."""
+"""What differs between pipelines in how they take prompts, guidance and noise."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any, cast
+
+import torch
 
 from interactdiff.errors import SceneError
 from interactdiff.scene_checks import shown
@@ -67,6 +72,46 @@ def call_arguments(
     if (padded := _padded_length(pipeline)) is not None:
         arguments["max_sequence_length"] = padded
     return arguments
+
+
+def repeatable_call(
+    pipeline: Any, *, generator: torch.Generator | Sequence[torch.Generator] | None, **arguments: Any
+) -> Any:
+    """Call a pipeline so that equal generators and arguments give equal pictures.
+
+    Args:
+        pipeline: any that takes a generator.
+        generator: one, or one for each picture, which then does not depend on the others of the call.
+        **arguments: of the call.
+
+    Returns:
+        What the pipeline returns.
+    """
+    with repeatable(pipeline, generator):
+        return pipeline(**arguments, generator=generator)
+
+
+@contextmanager
+def repeatable(
+    pipeline: Any, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Iterator[None]:
+    """Inside, a call of the pipeline with this generator is repeatable.
+
+    cuDNN computes by deterministic kernels. A flow-matching scheduler that adds noise at every step
+    (`stochastic_sampling` in its configuration) draws it from the generator too; the stock pipelines give
+    such schedulers none, and the noise would come from torch's global generator.
+    """
+    scheduler = getattr(pipeline, "scheduler", None)
+    stochastic = generator is not None and getattr(scheduler, "config", {}).get("stochastic_sampling", False)
+    stochastic = stochastic and "step" not in vars(scheduler)  # of a call around this one
+    if stochastic:
+        scheduler.step = partial(scheduler.step, generator=generator)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        if stochastic:
+            del scheduler.step
 
 
 def text_limits(pipeline: Any) -> list[tuple[Any, int]]:

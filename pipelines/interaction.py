@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from interactdiff.errors import AdapterError
 from interactdiff.handle import Handle, attach
 from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.pipeline_calls import repeatable
 from interactdiff.pipelines.hub import CODE_OPTIONS, is_published_folder, load_hub_folder
 from interactdiff.scene import Entity, Interaction, SceneError
 from interactdiff.scene_checks import Schedule
@@ -200,7 +201,8 @@ class InteractionMixin(DiffusionPipeline):
                 self.interaction.set_scene(scenes, interaction_strength, schedule, fast=interaction_fast)
             if subjects:
                 self._set_subjects(subjects, scenes, subject_settings or {}, prompt, kwargs.get("generator"))
-            return draw(*args, **kwargs)
+            with repeatable(self, kwargs.get("generator")):
+                return draw(*args, **kwargs)
         finally:
             for handle in (self.interaction, self.subject):
                 if handle is not None:

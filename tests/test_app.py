@@ -33,7 +33,7 @@ from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import HELD_OUT
 
-SIZE = "width: expected at most 40000 pixels in all on this server"
+SIZE = "width: expected at most 65536 pixels in all on this server"
 TWICE, FOUR_TIMES = ({"high_resolution": {"scale": scale}} for scale in (2, 4))
 DEMO = replace(EXAMPLES["riding"], steps=3)
 FIELDS: dict[str, Any] = {
@@ -46,7 +46,7 @@ FIELDS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def worker() -> Any:
-    made = Worker(Limits(steps=40, pixels=200 * 200, images=3), device="cpu")
+    made = Worker(Limits(steps=40, pixels=256 * 256, images=3), device="cpu")
     yield made
     made.close()
 
@@ -140,7 +140,7 @@ def test_a_model_is_loaded_once_and_one_at_a_time(worker: Worker, monkeypatch: p
     drawn(worker, Request(DEMO, model="stickworld", images=2))
     assert loaded == []
     assert worker.describe("stickworld-dit", {}) == ModelStatus(
-        96,
+        128,
         {
             "clear": None,
             "concept": "expected weights for concept, got none for stickworld-dit",
@@ -177,7 +177,7 @@ def test_a_method_draws_through_the_worker(worker: Worker) -> None:
     ("asked", "message"),
     [
         (Request(replace(DEMO, steps=41)), "steps: expected at most 40 on this server, got 41"),
-        (Request(replace(DEMO, width=208, height=208)), SIZE),
+        (Request(replace(DEMO, width=288, height=288)), SIZE),
         (Request(DEMO, images=4), "images: expected 1 to 3 on this server, got 4"),
         (Request(DEMO, model="stickworld-dit", methods=FOUR_TIMES), SIZE),
         (Request(DEMO, model="stickworld", methods=TWICE), "high_resolution: expected a Flux or Stable "),
@@ -299,16 +299,17 @@ def test_models_and_things_have_places_too() -> None:
 # --- what is shown ---
 
 
-def test_the_detector_finds_what_was_drawn() -> None:
-    pipeline = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
+@pytest.mark.parametrize(("model", "side"), [("stickworld-dit", 512), ("stickworld", 480)])
+def test_the_detector_of_a_models_world_finds_what_was_drawn(model: str, side: int) -> None:
+    pipeline = ScenePipeline.from_pretrained(model, device="cpu")
     image = pipeline.generate(replace(EXAMPLES["balancing"], steps=12))
-    assert detections_in(image, "stickworld-dit").triplets[0].action == "balancing"
-    over, reports = detections_over(image, "stickworld-dit")
-    assert over.size == (480, 480)
+    assert detections_in(image, model).triplets[0].action == "balancing"
+    over, reports = detections_over(image, model)
+    assert over.size == (side, side)
     assert reports.startswith("purple person 0.")
     assert "balancing" in reports
     empty = Image.new("RGB", (96, 96))
-    assert detections_over(empty, "stickworld-dit")[1] == "nothing above the least score"
+    assert detections_over(empty, model)[1] == "nothing above the least score"
 
 
 def test_pictures_of_other_models_are_seen_by_the_detector_of_the_whole_world() -> None:

@@ -125,8 +125,8 @@ def test_the_demo_shows_the_picture_beside_what_was_asked(
     assert main(["demo"]) == 0
     assert capsys.readouterr().out == "out/demo.png\n"
     with Image.open("out/demo.png") as image:
-        left, right = image.crop((0, 0, 480, 480)), image.crop((496, 0, 976, 480))
-        assert image.size == (976, 480)
+        left, right = image.crop((0, 0, 512, 512)), image.crop((528, 0, 1040, 512))
+        assert image.size == (1040, 512)
     assert ImageChops.difference(left, right).getbbox() is not None
     assert main(["generate", "--from", "out/demo.png", "--out", "alone.png"]) == 0
     assert enlarged(Image.open("alone.png")).tobytes() == left.tobytes()

@@ -343,7 +343,7 @@ def test_packaged_detector_sees_what_is_in_renders(name: str) -> None:
 def test_packaged_detector_reads_renders_through_the_packaged_autoencoder() -> None:
     """`accuracy.jsonl` of its recipe has the whole score, of 512 renders."""
     detector = Detector.from_pretrained(model_path("detector"))
-    autoencoder: Any = AutoencoderTiny.from_pretrained(model_path("parts") / "vae")
+    autoencoder: Any = AutoencoderTiny.from_pretrained(model_path("stickworld-dit") / "vae")
     scenes = held_out_scenes(60, 11)
     images = torch.stack([as_pictures(render(scene).image[None])[0] for scene in scenes])
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel, StableDiffusionPipeline
 from PIL import Image
 from tiny import RIDING, trained_adapter
 from tiny_bases import BASES, tiny_base
@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer
 import interactdiff.evaluation.world
 import interactdiff.stickworld
 from interactdiff.clear import ClearConfig
+from interactdiff.clear.high_resolution import HighResolution
 from interactdiff.cli import main
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures
 from interactdiff.evaluation.table import format_table
@@ -53,7 +54,7 @@ def packaged(
     trained_adapter(pipe.unet).save_pretrained(tmp_path / "adapter")
     names = ("dit", "dit-interaction", "dit-clear")
     folders = {f"stickworld-{name}": tmp_path / name for name in names}
-    folders["detector-plain"] = interactdiff.stickworld.model_path("detector-plain")
+    folders["detector"] = interactdiff.stickworld.model_path("detector")
     for module in (interactdiff.stickworld, interactdiff.evaluation.world):
         monkeypatch.setattr(module, "model_path", folders.__getitem__)
     (tmp_path / "work").mkdir()
@@ -120,9 +121,39 @@ def test_flux_draws_what_its_pipeline_draws(scene_pipeline: ScenePipeline) -> No
     )
 
 
+def test_noise_that_a_scheduler_adds_at_each_step_is_the_seeds(scene_pipeline: ScenePipeline) -> None:
+    pipeline = scene_pipeline.pipeline
+    even = scene_pipeline.generate(Scene("a bike", seed=4, steps=3))
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, stochastic_sampling=True
+    )
+    first, again, other = (scene_pipeline.generate(Scene("a bike", seed=seed, steps=3)) for seed in (4, 4, 5))
+    assert first.tobytes() == again.tobytes()
+    assert first.tobytes() not in (even.tobytes(), other.tobytes())
+    assert "step" not in vars(pipeline.scheduler), "the pipeline is left as it was"
+
+    ours = InteractionFluxPipeline(**pipeline.components)
+    arguments = {**scene_pipeline.pipeline_kwargs(Scene("a bike")), "num_inference_steps": 3}
+    drawn = ours(**arguments, height=256, width=256, generator=torch.Generator().manual_seed(4)).images[0]
+    assert drawn.tobytes() == first.tobytes()
+
+    enlarge = HighResolution(pipeline, scales=(1, 2), steps=4, strength=0.7, progress=False)
+    sizes = {"height": 32, "width": 32, "base_steps": 2, "max_sequence_length": TEXT_LENGTH}
+    twice = [enlarge("a bike", **sizes).images for _ in range(2)]
+    assert [image.tobytes() for image in twice[0]] == [image.tobytes() for image in twice[1]]
+
+    how = Sampling(steps=3, size=32)
+    requests = [PictureRequest(number, "a bike") for number in range(2)]
+    both = draw_pictures(requests, scene_pipeline, 0, how)
+    torch.testing.assert_close(
+        both[1:], draw_pictures(requests[1:], scene_pipeline, 0, how), atol=1e-4, rtol=0
+    )
+    assert (both[0] - both[1]).abs().max() > 0.01
+
+
 def test_a_size_that_nobody_asked_for_is_the_models_own(scene_pipeline: ScenePipeline, sd3_pipe: Any) -> None:
     assert scene_pipeline.size == 256  # which is all that a Flux pipeline knows
-    assert replace(scene_pipeline, model="stickworld-dit").size == 96
+    assert replace(scene_pipeline, model="stickworld-dit").size == 128
     sd3 = ScenePipeline(sd3_pipe, None, "tiny")
     assert sd3.generate(Scene("a dog", steps=1)).size == (32, 32)
     assert sd3.generate(Scene("a dog", steps=1, width=24)).size == (24, 32)
@@ -183,12 +214,12 @@ def test_generate_draws_with_the_packaged_transformer(packaged: Path) -> None:
     assert (record.model, record.adapters, record.dtype) == (
         "stickworld-dit", {"interaction": adapter}, "float32"
     )  # fmt: skip
-    assert Image.open("x.png").size == (96, 96)
+    assert Image.open("x.png").size == (128, 128)
     assert main(["generate", "a red bike", *flags, "--interaction", BOXES, "--out", "boxes.png"]) == 0
     assert Image.open("boxes.png").tobytes() != Image.open("x.png").tobytes()
     assert main(["generate", "--from", "x.png"]) == 0
     assert Path("x.again.png").read_bytes() == Path("x.png").read_bytes()
-    assert main(["generate", "--from", "x.png", "--guidance-scale", "3", "--out", "own.png"]) == 0
+    assert main(["generate", "--from", "x.png", "--guidance-scale", "4", "--out", "own.png"]) == 0
     assert Image.open("own.png").tobytes() == Image.open("x.png").tobytes()
     assert main(["generate", "--from", "x.png", "--guidance-scale", "1", "--out", "off.png"]) == 0
     assert Image.open("off.png").tobytes() != Image.open("x.png").tobytes()
@@ -263,7 +294,7 @@ def test_evaluate_scores_the_packaged_transformer(packaged: Path, capsys: pytest
     table = json.loads(Path("score.json").read_text())
     assert (table["model"], table["adapter"]) == ("stickworld-dit", "stickworld-dit-interaction")
     assert list(table["rows"]) == ["real", "base", "boxes_only", "adapter", "adapter_clear"]
-    assert (table["size"], table["guidance_scale"]) == (96, 3.0)
+    assert (table["size"], table["guidance_scale"]) == (128, 4.0)
     assert table["text"]["real"]["object_acc"] == 1.0
     assert format_table(table) in capsys.readouterr().out
     assert main(["evaluate", "--world", "--model", "../dit", "--fast"]) == 2
@@ -274,7 +305,7 @@ def test_methods_are_drawn_with_kept_and_drawn_again(packaged: Path) -> None:
     flags = ["--model", "stickworld-dit", "--steps", "2", "--device", "cpu"]
     method = "high_resolution:scale=2,steps=4,strength=0.5"
     assert main(["generate", "a bike", *flags, "--method", method, "--out", "large.png"]) == 0
-    assert Image.open("large.png").size == (192, 192)
+    assert Image.open("large.png").size == (256, 256)
     kept = read_record("large.png").methods
     assert kept == {"high_resolution": {"scale": 2, "steps": 4, "strength": 0.5, "shift": 1.0, "window": 8}}
     assert main(["generate", "--from", "large.png"]) == 0

@@ -32,9 +32,8 @@ def files_of(*names: str) -> list[Path]:
     ("names", "megabytes"),
     [
         (("stickworld", "stickworld-interaction"), 24),
-        (("stickworld-dit", "stickworld-dit-clear"), 14),
-        (("stickworld-dit-interaction",), 2),
-        (("parts",), 3),
+        (("stickworld-dit", "stickworld-dit-clear"), 17),
+        (("stickworld-dit-interaction",), 2.5),
     ],
 )
 def test_the_models_are_small_float16_safetensors(names: tuple[str, ...], megabytes: float) -> None:
@@ -43,18 +42,20 @@ def test_the_models_are_small_float16_safetensors(names: tuple[str, ...], megaby
     assert {path.name for path in files if path.suffix == ".txt"} <= {"merges.txt"}
     assert sum(path.stat().st_size for path in files) <= megabytes * 1_000_000
     for path in files:
+        if path.name == "config.json":
+            assert "_name_or_path" not in path.read_text(encoding="utf-8"), "a path where it was made"
         if path.suffix == ".safetensors":
             assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}
 
 
 def test_all_packaged_weights_are_of_46_mb_together() -> None:
     weights = [path for path in model_path("").rglob("*") if path.suffix == ".safetensors"]
-    assert len(weights) == 14
+    assert len(weights) == 12
     assert sum(path.stat().st_size for path in weights) <= 46_000_000
 
 
 def found_of_captions(scene_pipeline: ScenePipeline) -> list[float]:
-    """Shares of what a few captions say that is found in the pictures: objects, actions, colours."""
+    """Shares of what a few captions say that is found: objects, actions, colours and appearance."""
     info = PACKAGED[scene_pipeline.model]
     detector = packaged_detector(info.detector)
     scenes = held_out_scenes(8, 3, detector.plain)
@@ -69,10 +70,10 @@ def test_the_transformer_draws_what_captions_say() -> None:
     scene_pipeline = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
     assert type(scene_pipeline.pipeline) is FluxPipeline
     scene_pipeline.pipeline.set_progress_bar_config(disable=True)
-    assert min(found_of_captions(scene_pipeline)) > 0.6
+    assert min(found_of_captions(scene_pipeline)) > 0.5  # of appearance; the others 0.7 and more
     layers = ClearAdapter.from_pretrained(model_path("stickworld-dit-clear"))
     with linearize(scene_pipeline.pipeline, weights=layers, min_tokens=0) as handle:
-        assert min(found_of_captions(scene_pipeline)) > 0.55  # untrained windows: 0.47
+        assert min(found_of_captions(scene_pipeline)) > 0.5
         assert handle["clear"].active
 
 
@@ -142,7 +143,7 @@ def test_the_example_of_the_model_card_calls_each_pipeline_as_generate_does(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(example, "model card", "exec"), names)
-    assert Image.open("unet.png").size == Image.open("transformer.png").size == (96, 96)
+    assert (Image.open("unet.png").size, Image.open("transformer.png").size) == ((96, 96), (128, 128))
     expected = call_arguments(names["pipe"], names["prompt"], None, PACKAGED["stickworld-dit"].guidance_scale)
     assert expected == {"prompt": names["prompt"], **names["flux"]}
     assert f"guidance_scale={PACKAGED['stickworld'].guidance_scale})" in example

@@ -22,7 +22,7 @@ from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.phrases import pipeline_phrases
 from interactdiff.interaction.tokens import scene_phrases
 from interactdiff.picture import overlay
-from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.stickworld.captions import describe_object, describe_person, named_attributes, phrase
@@ -249,7 +249,8 @@ class AdapterRecipe(Recipe[AdapterConfig]):
         items = [(*scene.interactions(), *scene.lone_entities()) for scene in held_out]
         self.handle.set_scene(items)
         captions = [scene.caption_without_verb for scene in held_out]
-        drawn = self.pipe(
+        drawn = repeatable_call(
+            self.pipe,
             **call_arguments(self.pipe, captions, guidance_scale=self.config.guidance_scale),
             height=SIZE,
             width=SIZE,

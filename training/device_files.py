@@ -48,9 +48,10 @@ def with_parts(runs: Path, base: str) -> None:
 
 
 def from_package(runs: Path) -> None:
-    """Start from the package's autoencoder, CLIP text encoder and detector."""
-    for name in ("parts", "detector"):
-        shutil.copytree(model_path(name), runs / name, dirs_exist_ok=True)
+    """Start from the packaged transformer's autoencoder and text encoders, and from the packaged detector."""
+    for part, folder in BASES["stickworld-dit"].items():
+        shutil.copytree(model_path("stickworld-dit") / part, runs / "parts" / folder, dirs_exist_ok=True)
+    shutil.copytree(model_path("detector"), runs / "detector", dirs_exist_ok=True)
 
 
 def pack(runs: Path, out: Path) -> list[Path]:
@@ -98,6 +99,6 @@ def install(folder: Path) -> None:
     for base in BASES:
         if (runs / base).exists():
             with_parts(runs, base)
-    for made in sorted(set(runs.iterdir()) - {runs / "readers"}):
+    for made in sorted(set(runs.iterdir()) - {runs / "parts", runs / "readers"}):
         make_portable(made)
         subprocess.run(["cp", "-RL", str(made), str(model_path(""))], check=True)

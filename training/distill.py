@@ -24,7 +24,7 @@ from interactdiff.clear.adapter import SPATIAL_WEIGHT, ClearAdapter, ClearConfig
 from interactdiff.errors import RecipeError
 from interactdiff.files import write_aside
 from interactdiff.handle import attach
-from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.sites import attention_sites
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.world import HELD_OUT
@@ -255,7 +255,8 @@ class DistillRecipe(Recipe[DistillConfig]):
 
 def draw(pipe: Any, prompts: list[str], data: DataConfig, seed: int, output_type: str) -> Tensor:
     """What the base draws for prompts, each from noise of its own."""
-    return pipe(
+    return repeatable_call(
+        pipe,
         **call_arguments(pipe, prompts, guidance_scale=data.guidance_scale),
         height=data.size,
         width=data.size,

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.stickworld.captions import caption
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import SIZE
@@ -271,7 +271,7 @@ class DitRecipe(Recipe[DitConfig]):
             text_encoder_2=self.text.text_encoder_2,
             tokenizer_2=self.text.tokenizer_2,
             transformer=self.accelerator.unwrap_model(self.model),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.config.shift),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.config.shift, stochastic_sampling=True),
         )
 
     @torch.no_grad()
@@ -279,7 +279,8 @@ class DitRecipe(Recipe[DitConfig]):
         captions = [sample_scene(HELD_OUT + n).caption for n in range(16)]
         pipe: Any = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        drawn = pipe(
+        drawn = repeatable_call(
+            pipe,
             **call_arguments(pipe, captions, guidance_scale=self.config.guidance_scale),
             height=SIZE,
             width=SIZE,

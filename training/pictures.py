@@ -23,6 +23,7 @@ from interactdiff.data.records import ImageRecord
 from interactdiff.data.texts import TextCache, captions_of
 from interactdiff.errors import DataError, RecipeError
 from interactdiff.models import resolve
+from interactdiff.pipeline_calls import repeatable_call
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.training.control import FrozenControl
 from interactdiff.training.frozen_bases import frozen_base
@@ -341,7 +342,8 @@ class PictureRecipe(Recipe[P]):
             {n: t.to(self.device, self.dtype) for n, t in self.texts.get(p).items()} for p in (prompt, "")
         )
         height, width = placement.size
-        return self.pipe(
+        return repeatable_call(
+            self.pipe,
             **self.base.drawing_arguments(worded, empty, config.guidance_scale),
             height=height,
             width=width,

@@ -18,7 +18,7 @@ from interactdiff.errors import RecipeError
 from interactdiff.files import remove_stale_asides, write_aside
 from interactdiff.fingerprints import weights_digest
 from interactdiff.picture_reading import UnreadablePicture, read_picture
-from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.sites import denoiser_of
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.items import Subject
@@ -83,7 +83,8 @@ def _draw(
         )
         handle.set_scene([subject])
         for number, path in paths.items():
-            image: Image.Image = pipe(
+            image: Image.Image = repeatable_call(
+                pipe,
                 **arguments,
                 height=config.resolution,
                 width=config.resolution,

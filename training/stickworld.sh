@@ -8,12 +8,13 @@ train() {
 	.venv/bin/interactdiff train "training/configs/$1.yaml" --resume_from_checkpoint latest --set "${@:2}"
 }
 
-# An autoencoder for each base, and the text encoder of both, which reads before anything is drawn. Those of the
-# package are taken in their place after `mkdir -p runs && cp -R interactdiff/stickworld/models/parts runs/`.
+# An autoencoder for each base, and text encoders, which read before anything is drawn. Those of the packaged
+# transformer are taken in their place after `mkdir -p runs/parts && cp -R
+# interactdiff/stickworld/models/stickworld-dit/{vae,text_encoder,tokenizer,text_encoder_2,tokenizer_2} runs/parts`.
 [ -d runs/parts/vae ] || train stickworld_vae seed=0 steps=1400 export_to=runs/parts/vae
 [ -d runs/parts/unet_vae ] || train stickworld_unet_vae seed=0 export_to=runs/parts/unet_vae
 [ -d runs/parts/text_encoder ] || train stickworld_text seed=3 export_to=runs/parts
-train stickworld_t5 seed=4 export_to=runs/parts
+[ -d runs/parts/text_encoder_2 ] || train stickworld_t5 seed=4 export_to=runs/parts
 mkdir -p runs/stickworld runs/stickworld-dit
 cp -R runs/parts/{text_encoder,tokenizer} runs/stickworld/
 cp -R runs/parts/unet_vae runs/stickworld/vae

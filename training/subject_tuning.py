@@ -20,7 +20,7 @@ from interactdiff.data.order import mixed
 from interactdiff.errors import RecipeError, SceneError
 from interactdiff.latent_encoding import picture_latents
 from interactdiff.models import resolve
-from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.encoder import squared
@@ -189,7 +189,8 @@ class SubjectTuningRecipe(Recipe[SubjectTuningConfig]):
         with self.accelerator.autocast():
             for number, prompt in enumerate(how.prompts):
                 self._show(None if self.tokens is None else self.tokens[0, -1:])
-                pictures += self.pipe(
+                pictures += repeatable_call(
+                    self.pipe,
                     **call_arguments(self.pipe, prompt, guidance_scale=how.guidance_scale),
                     height=side,
                     width=side,

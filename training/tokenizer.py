@@ -109,11 +109,16 @@ def make_portable(folder: Path) -> None:
     """Rewrite a saved pipeline's tokenizers and text encoder, so that transformers 4 reads them too.
 
     Transformers 4 wants `vocab.json` and `merges.txt` for CLIP, the name T5TokenizerFast for T5, and no list
-    of extra tokens. Transformers 5 reads the same from either.
+    of extra tokens. Transformers 5 reads the same from either. Paths of this machine, from which parts were
+    loaded, are removed from their configurations.
 
     Args:
         folder: with `tokenizer` or `tokenizer_2`, or both, and with `model_index.json` if it is a pipeline's.
     """
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            _write_json(file, config)
     for file in folder.glob(f"tokenizer*/{_CONFIG}"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(config.get("extra_special_tokens"), list):

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from interactdiff.clear.saved_run import SavedRun
 from interactdiff.clear.stage import Stage
 from interactdiff.errors import ClearError
+from interactdiff.pipeline_calls import repeatable_call
 
 FAMILIES = ((FluxPipeline, FluxImg2ImgPipeline), (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline))
 TILE_SETTINGS = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "spatial_scale_factor")
@@ -170,10 +171,7 @@ class HighResolution:
             images = saved.pictures(stages)
         base = {} if base_guidance_scale is None else {"guidance_scale": base_guidance_scale}
         total, done = (sum(stage.steps for stage in some) for some in (stages, stages[: len(images)]))
-        with (
-            tqdm(total=total, initial=done, disable=not self.progress, unit="step") as bar,
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-        ):
+        with tqdm(total=total, initial=done, disable=not self.progress, unit="step") as bar:
             for stage in stages[len(images) :]:
                 number = f"stage {stage.index + 1} of {len(stages)}"
                 bar.set_description(f"{number}, {stage.width} x {stage.height} px")
@@ -215,7 +213,8 @@ class HighResolution:
                 return tensors if watch is None else watch(pipeline, step, time, tensors)
 
             try:
-                drawn = pipeline(
+                drawn = repeatable_call(
+                    pipeline,
                     height=stage.height,
                     width=stage.width,
                     num_inference_steps=stage.steps if stage.index == 0 else self.steps,

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.generation import ScenePipeline
-from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.scene import Entity, Interaction
 from interactdiff.stickworld.detector import Detections, Detector
 from interactdiff.stickworld.layouts import sample_scene
@@ -192,15 +192,15 @@ def draw_batch(
         # an option of interactions, which other adapters alone do not know
         scene_pipeline.handle.set_scene(items, **({"fast": True} if fast else {}))
     negative = None if negative_prompt is None else [negative_prompt] * len(prompts)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        drawn = scene_pipeline.pipeline(
-            **call_arguments(scene_pipeline.pipeline, list(prompts), negative, how.guidance_scale),
-            num_inference_steps=how.steps,
-            width=how.size or scene_pipeline.size,
-            height=how.size or scene_pipeline.size,
-            output_type="pt",
-            **noise,
-        )
+    drawn = repeatable_call(
+        scene_pipeline.pipeline,
+        **call_arguments(scene_pipeline.pipeline, list(prompts), negative, how.guidance_scale),
+        num_inference_steps=how.steps,
+        width=how.size or scene_pipeline.size,
+        height=how.size or scene_pipeline.size,
+        output_type="pt",
+        **{"generator": None, **noise},
+    )
     return drawn.images.float().clamp(0, 1)
 
 

@@ -69,7 +69,7 @@ def evaluate_world(
     its group in turn; the share of pictures in which the person at that box does it. boxes_only is the
     same with that action left null, compared with each action in turn; chance is what guessing would give.
 
-    The scenes are of the detector's world: packaged models, which were trained on the plain world, have one
+    The scenes are of the detector's world: the packaged U-Net, which was trained on the plain world, has one
     of it; any other is scored by that of the whole world, unless another detector is given.
 
     Args:
@@ -81,7 +81,7 @@ def evaluate_world(
         batch_size: pictures at a time; does not change which noise a scene gets.
         device: a torch device or "auto".
         progress: show a progress bar.
-        guidance_scale: of every row; None is what suits a packaged model, and 3 for any other.
+        guidance_scale: of every row; None is what suits a packaged model, and 4 for any other.
         size: pixels at which pictures are drawn, a multiple of 8; None is the model's own.
         fast: whether there is a row for fast control.
         n_interactions: in every scene, 0 to 3, in the plain world 1 or 2; None is as scenes have them.

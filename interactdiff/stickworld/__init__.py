@@ -9,7 +9,6 @@ def model_path(name: str) -> Path:
     Args:
         name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction" or
             "stickworld-dit-interaction" (their adapters), "stickworld-dit-clear" (layers for CLEAR),
-            "detector" or "detector-plain" (of the whole and of the plain world), or "parts" (the autoencoder
-            and the CLIP text encoder that bases of the whole world are trained on).
+            "detector" or "detector-plain" (of the whole and of the plain world).
     """
     return Path(__file__).parent / "models" / name

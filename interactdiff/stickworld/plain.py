@@ -1,4 +1,4 @@
-"""The plain world that the packaged models of 96 px were trained on: undecorated pictograms, one or two
+"""The plain world that the packaged U-Net of 96 px was trained on: undecorated pictograms, one or two
 interactions, no entities. It goes when models of the whole world take their place."""
 
 import random
