@@ -159,7 +159,7 @@ def test_a_method_draws_through_the_worker(worker: Worker) -> None:
     request = Request(replace(DEMO, steps=2), model="stickworld-dit", methods=asked, record_attention=True)
     reports = drawn(worker, request)
     (one,) = reports[-1].images
-    assert Image.open(one.path).size == (192, 192)
+    assert Image.open(one.path).size == (256, 256)
     assert [t.message for t in reports if t.message.startswith("step")] == [
         f"step {n} of 4" for n in (1, 2, 3, 4)
     ]

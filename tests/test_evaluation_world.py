@@ -128,7 +128,7 @@ def test_evaluate_world_gives_the_whole_table(scene_pipeline: ScenePipeline, det
         assert list(row) == ["object_acc", "action_acc", "colour_acc", "appearance_acc"]
     assert table["word_iou"] is None
     assert (table["scenes"], table["seed"]) == (2, 5)
-    assert (table["guidance_scale"], table["size"]) == (3.0, 16)
+    assert (table["guidance_scale"], table["size"]) == (4.0, 16)
     text = format_table(table)
     assert "real renders" in text
     assert "found anywhere" in text
