@@ -101,7 +101,7 @@ def repeatable(
     (`stochastic_sampling` in its configuration) draws it from the generator too; the stock pipelines give
     such schedulers none, and the noise would come from torch's global generator.
     """
-    scheduler = getattr(pipeline, "scheduler", None)
+    scheduler: Any = getattr(pipeline, "scheduler", None)
     stochastic = generator is not None and getattr(scheduler, "config", {}).get("stochastic_sampling", False)
     stochastic = stochastic and "step" not in vars(scheduler)  # of a call around this one
     if stochastic:
