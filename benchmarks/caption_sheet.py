@@ -36,9 +36,7 @@ def main() -> None:
     scenes = held_out_scenes(COUNT, args.seed, packaged_detector(info.detector).plain)
     requests = [PictureRequest(number, scene.caption) for number, scene in enumerate(scenes)]
     how = Sampling(args.steps, args.guidance_scale or info.guidance_scale, pipeline.size)
-    drawn = (
-        (draw_pictures(requests, pipeline, args.seed, how).permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    )
+    drawn = draw_pictures(requests, pipeline, args.seed, how).permute(0, 2, 3, 1)
     pairs = [
         np.concatenate([render(scene, pipeline.size).image, (255 * picture).round().byte().numpy()], 1)
         for scene, picture in zip(scenes, drawn, strict=True)

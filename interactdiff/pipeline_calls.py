@@ -75,13 +75,14 @@ def call_arguments(
 
 
 def repeatable_call(
-    pipeline: Any, *, generator: torch.Generator | Sequence[torch.Generator] | None, **arguments: Any
+    pipeline: Any, *, generator: torch.Generator | Sequence[torch.Generator] | None = None, **arguments: Any
 ) -> Any:
     """Call a pipeline so that equal generators and arguments give equal pictures.
 
     Args:
         pipeline: any that takes a generator.
-        generator: one, or one for each picture, which then does not depend on the others of the call.
+        generator: one, or one for each picture, which then does not depend on the others of the call; None
+            leaves noise to torch's global generator.
         **arguments: of the call.
 
     Returns:

@@ -199,7 +199,7 @@ def draw_batch(
         width=how.size or scene_pipeline.size,
         height=how.size or scene_pipeline.size,
         output_type="pt",
-        **{"generator": None, **noise},
+        **noise,
     )
     return drawn.images.float().clamp(0, 1)
 
