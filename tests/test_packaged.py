@@ -57,7 +57,7 @@ def test_all_packaged_weights_are_of_46_mb_together() -> None:
 
 
 def test_the_transformer_draws_what_captions_say_and_its_windows_nearly_the_same() -> None:
-    """`evaluate --world` and benchmarks/stickworld_clear.py have the scores; this catches weights mixed up."""
+    """`evaluate --world` and benchmarks/stickworld_clear.py have scores; this catches weights mixed up."""
     scene_pipeline = ScenePipeline.from_pretrained("stickworld-dit", device="cpu")
     assert type(scene_pipeline.pipeline) is FluxPipeline
     scene_pipeline.pipeline.set_progress_bar_config(disable=True)
