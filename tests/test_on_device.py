@@ -43,15 +43,12 @@ def test_every_model_has_a_share_and_lanes_end_in_time() -> None:
     assert all(any(folder == one or folder.startswith(f"{one}/") for folder in packed) for one in made)
 
 
-def test_minutes_of_autoencoders_that_are_there_go_to_the_rest(tmp_path: Path) -> None:
-    shares = {stage.name: stage.share for stage in STAGES}
+def test_minutes_of_an_autoencoder_that_is_there_go_to_the_rest(tmp_path: Path) -> None:
+    (share,) = (stage.share for stage in STAGES if stage.name == "vae")
     assert minutes_to_share(tmp_path, 8.0, []) == 8
     fill(tmp_path / "parts/vae")
-    assert minutes_to_share(tmp_path, 8.0, []) == pytest.approx(8 / (1 - shares["vae"]))
-    fill(tmp_path / "parts/unet_vae")
-    both = shares["vae"] + shares["unet_vae"]
-    assert minutes_to_share(tmp_path, 8.0, []) == pytest.approx(8 / (1 - both))
-    assert minutes_to_share(tmp_path, 8.0, ["vae"]) == pytest.approx(8 / (1 - shares["unet_vae"]))
+    assert minutes_to_share(tmp_path, 8.0, []) == pytest.approx(8 / (1 - share))
+    assert minutes_to_share(tmp_path, 8.0, ["vae"]) == 8
 
 
 def fill(folder: Path) -> None:
@@ -63,7 +60,6 @@ def test_models_travel_in_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     runs, out, back = tmp_path / "runs", tmp_path / "out", tmp_path / "back"
     for folder in (
         "parts/vae",
-        "parts/unet_vae",
         "parts/text_encoder",
         "stickworld/unet",
         "stickworld-interaction",
@@ -75,10 +71,10 @@ def test_models_travel_in_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     unpack(out, back)
     with_parts(back, "stickworld")
     there = {str(path.parent.relative_to(back)) for path in back.rglob("*.safetensors")}
-    assert {"parts/vae", "parts/unet_vae", "stickworld/unet", "stickworld-interaction"} <= there
+    assert {"parts/vae", "stickworld/unet", "stickworld-interaction"} <= there
     assert not (back / "cache").exists()
     assert all((back / "stickworld" / part).is_symlink() for part in BASES["stickworld"])
-    assert (back / "stickworld" / "vae").resolve() == back / "parts" / "unet_vae"
+    assert (back / "stickworld" / "vae").resolve() == back / "parts" / "vae"
     from_package(back)  # takes the place of what is there, and adds the detector
     assert {"vae", "text_encoder", "tokenizer"} <= {path.name for path in (back / "parts").iterdir()}
     assert Detector.from_pretrained(back / "detector").plain is False

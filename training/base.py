@@ -42,6 +42,7 @@ from interactdiff.training.config import (
     arguments_named,
     arguments_of,
 )
+from interactdiff.training.flow_teacher import FlowTeacher
 from interactdiff.training.perceptual import PerceptualConfig, perceptual_loss_of
 from interactdiff.training.recipe import Recipe
 from interactdiff.training.text import save_text_encoder
@@ -144,6 +145,8 @@ class BaseConfig(PerceptualConfig):
         pooled_dropout: share of the examples without the pooled caption.
         compile: whether to compile the U-Net.
         init_from: pipeline folder to go on from, or null.
+        teacher: folder of a Flux pipeline on the same latents, whose predictions the U-Net learns in place of
+            the pictures' own v, or null; see `FlowTeacher`.
         empty_caption: probability.
         word_attention: weight of `WordAttention.loss`; 0 leaves it out.
         timestep_power: see `VelocityBatch`.
@@ -161,6 +164,7 @@ class BaseConfig(PerceptualConfig):
     pooled_dropout: Share
     compile: Flag
     init_from: OptionalLocation = None
+    teacher: OptionalLocation = None
     empty_caption: Share
     word_attention: Rate = 0.0
     timestep_power: Positive
@@ -182,6 +186,7 @@ class BaseRecipe(Recipe[BaseConfig]):
         self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(config.text, subfolder="tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(config.text, subfolder="text_encoder").eval()
         self.text_encoder.float().to(self.device).requires_grad_(False)
+        self.teacher = FlowTeacher(config.teacher, self.vae, config.compile) if config.teacher else None
         make: Any = UNet2DConditionModel  # annotated with tuples of one
         if config.init_from:
             unet = make.from_pretrained(config.init_from, subfolder="unet").float()
@@ -200,6 +205,7 @@ class BaseRecipe(Recipe[BaseConfig]):
         drawn = self.data.batch(rng, self.config.empty_caption)
         tokens = token_ids(self.tokenizer, drawn.texts).to(self.device)
         batch: dict[str, Any] = {"latents": drawn.latents.to(self.device), "tokens": tokens}
+        batch["captions"] = drawn.texts
         if self.word_attention is not None:
             batch["regions"] = WordRegions.of(drawn, self.tokenizer, tokens.shape[1], self.device)
         return batch
@@ -210,6 +216,9 @@ class BaseRecipe(Recipe[BaseConfig]):
         self.pooled.draw(len(text), generator)
         noised = VelocityBatch(batch["latents"], generator, self.config.timestep_power)
         predicted = noised.predict(self.model, text)
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                noised.target = self.teacher.velocity(noised.noisy, noised.signal, batch["captions"])
         loss = noised.loss(predicted)
         if self.word_attention is not None and self.model.training:
             attended = self.word_attention.loss(batch["regions"], noised.signal)

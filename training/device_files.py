@@ -12,13 +12,12 @@ from interactdiff.training.tokenizer import make_portable
 FILES: dict[str, tuple[str, ...]] = {
     "parts.tar": (
         "parts/vae",
-        "parts/unet_vae",
         "parts/text_encoder",
         "parts/tokenizer",
         "parts/text_encoder_2",
         "parts/tokenizer_2",
     ),
-    "readers.tar": ("readers/vae", "readers/unet_vae"),
+    "readers.tar": ("readers/vae",),
     "detector.tar": ("detector",),
     "unet.tar": ("stickworld/unet", "stickworld/scheduler", "stickworld/model_index.json"),
     "transformer.tar": (
@@ -28,29 +27,24 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "adapters.tar": ("stickworld-interaction", "stickworld-dit-interaction", "stickworld-dit-clear"),
 }
-# By base and part the folder in `parts`.
-BASES: dict[str, dict[str, str]] = {
-    "stickworld": {"vae": "unet_vae", "text_encoder": "text_encoder", "tokenizer": "tokenizer"},
-    "stickworld-dit": {
-        part: part for part in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    },
-}
+BASES: dict[str, tuple[str, ...]] = {"stickworld": ("vae", "text_encoder", "tokenizer")}
+BASES["stickworld-dit"] = (*BASES["stickworld"], "text_encoder_2", "tokenizer_2")
 LARGEST = 16 * 2**20  # bytes of a file
 
 
 def with_parts(runs: Path, base: str) -> None:
     """Put the shared parts into a base's folder, so that diffusers loads it."""
-    for part, folder in BASES[base].items():
+    for part in BASES[base]:
         link = runs / base / part
         if not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(runs / "parts" / folder)
+            link.symlink_to(runs / "parts" / part)
 
 
 def from_package(runs: Path) -> None:
     """Start from the packaged transformer's autoencoder and text encoders, and from the packaged detector."""
-    for part, folder in BASES["stickworld-dit"].items():
-        shutil.copytree(model_path("stickworld-dit") / part, runs / "parts" / folder, dirs_exist_ok=True)
+    for part in BASES["stickworld-dit"]:
+        shutil.copytree(model_path("stickworld-dit") / part, runs / "parts" / part, dirs_exist_ok=True)
     shutil.copytree(model_path("detector"), runs / "detector", dirs_exist_ok=True)
 
 

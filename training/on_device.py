@@ -78,32 +78,21 @@ _VAE = Stage(
     "vae",
     "stickworld_vae",
     "parts/vae",
-    0.06,
+    0.11,
     {"export_to": "{runs}/parts/vae", "batch_size": 64, "renders": 32000},
     {"init_from": "{runs}/parts/vae"},
 )
-_UNET_VAE = Stage(
-    "unet_vae",
-    "stickworld_unet_vae",
-    "parts/unet_vae",
-    0.09,
-    {"export_to": "{runs}/parts/unet_vae", "batch_size": 128, "renders": 32000},
-    {"init_from": "{runs}/parts/unet_vae"},
-)
-_READER, _UNET_READER = (
-    Stage(
-        f"{part}_reader",
-        "stickworld_latent_reader",
-        f"readers/{part}",
-        0.02,
-        {
-            "vae": f"{{runs}}/parts/{part}",
-            "export_to": f"{{runs}}/readers/{part}",
-            "batch_size": 128,
-            "renders": 32000,
-        },
-    )
-    for part in ("vae", "unet_vae")
+_READER = Stage(
+    "reader",
+    "stickworld_latent_reader",
+    "readers/vae",
+    0.04,
+    {
+        "vae": "{runs}/parts/vae",
+        "export_to": "{runs}/readers/vae",
+        "batch_size": 128,
+        "renders": 32000,
+    },
 )
 _DETECTOR = Stage(
     "detector",
@@ -112,7 +101,7 @@ _DETECTOR = Stage(
     0.25,
     {
         "export_to": "{runs}/detector",
-        "autoencoders": ["{runs}/parts/vae", "{runs}/parts/unet_vae"],
+        "autoencoders": ["{runs}/parts/vae"],
         "renders": 32000,
         "batch_size": 96,
     },
@@ -123,9 +112,9 @@ _UNET = Stage(
     "stickworld",
     0.48,
     {
-        "vae": "{runs}/parts/unet_vae",
+        "vae": "{runs}/parts/vae",
         "text": "{runs}/parts",
-        "latent_reader": "{runs}/readers/unet_vae",
+        "latent_reader": "{runs}/readers/vae",
         "export_to": "{runs}/stickworld",
         **_BASE,
     },
@@ -180,10 +169,10 @@ _CLEAR = Stage(
 )
 # What later stages read from the cache, made once for all of them: renders and captions, then latents.
 _RENDERS, _LATENTS = Stage("renders", "", "", 0.0), Stage("latents", "", "", 0.0)
-_NEEDED = (_VAE, _UNET_VAE, _READER, _UNET_READER, _TEXT)  # by both bases
+_NEEDED = (_VAE, _READER, _TEXT)  # by both bases
 # One list after the other; the lanes of a list side by side, the stages of a lane one after the other.
 PLAN: tuple[tuple[tuple[Stage, ...], ...], ...] = (
-    ((_RENDERS, _VAE, _UNET_VAE, _LATENTS, _READER, _UNET_READER), (_TEXT, _T5)),
+    ((_RENDERS, _VAE, _LATENTS, _READER), (_TEXT, _T5)),
     ((_UNET, _INTERACTION), (_DIT, _DIT_INTERACTION, _CLEAR), (_DETECTOR,)),
 )
 
@@ -249,9 +238,8 @@ def prepare(stage: Stage, runs: Path, toy: bool) -> None:
     began, cache = time.monotonic(), runs / "cache"
     sizes = {size: SizeConfig(**one) for size, one in (_TOY_SIZES if toy else _SIZES).items()}
     if stage is _LATENTS:
-        for part in ("vae", "unet_vae"):
-            vae: Any = AutoencoderTiny.from_pretrained(runs / "parts" / part).float()
-            CaptionedLatents(cache, vae.to("cuda" if torch.cuda.is_available() else "cpu"), sizes, masks=True)
+        vae: Any = AutoencoderTiny.from_pretrained(runs / "parts" / "vae").float()
+        CaptionedLatents(cache, vae.to("cuda" if torch.cuda.is_available() else "cpu"), sizes, masks=True)
     else:
         for size, one in sizes.items():
             cached_renders(cache, one.renders, size, one.most)
@@ -279,9 +267,9 @@ def _fork_lane(*arguments: Any) -> subprocess.Popen[bytes]:
 
 
 def minutes_to_share(runs: Path, minutes: float, again: Sequence[str]) -> float:
-    """By which stages' shares count: those of autoencoders that are there go to the rest."""
-    there = [one for one in (_VAE, _UNET_VAE) if (runs / one.made).exists() and one.name not in again]
-    return minutes / (1 - sum(one.share for one in there))
+    """By which stages' shares count: those of an autoencoder that is there go to the rest."""
+    there = (runs / _VAE.made).exists() and _VAE.name not in again
+    return minutes / (1 - _VAE.share) if there else minutes
 
 
 def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> None:
