@@ -67,7 +67,7 @@ def matrices(capture: AttentionCapture, denoiser: Any) -> tuple[Tensor, Tensor]:
     mean = {path: capture.probabilities(path).mean((0, 1)) for path in {*layers.cross, *layers.own}}
     to_words: Any = sum(mean[path][:, :text] for path in layers.cross)
     to_image: Any = sum(mean[path][:, -len(mean[path]) :] for path in layers.own)  # a transformer's come last
-    return to_words, to_image / to_image.sum(1, keepdim=True)
+    return to_words, to_image / to_image.sum(1, keepdim=True) if layers.own else torch.eye(len(to_words))
 
 
 def test_a_map_is_that_of_the_whole_matrices(pipeline: Any) -> None:
@@ -101,11 +101,14 @@ def test_a_denoiser_is_called_at_the_noise_levels_that_are_said(pipeline: Any) -
     assert (levels * scale).tolist() == pytest.approx(words.NOISE_LEVELS)
 
 
-def test_a_unet_whose_attention_is_all_to_words_is_not_refined(pipe: StableDiffusionPipeline) -> None:
-    """Each of the three blocks of the finest grid attends to words twice then."""
-    pipe.unet = tiny_unet(TEXT_WIDTH, only_cross_attention=True)
-    layers = word_layers(pipe.unet)
-    assert (len(layers.cross), layers.own) == (6, ())
+@pytest.mark.parametrize(("all_to_words", "layers"), [(False, 3), (True, 6)])
+def test_a_unets_maps_are_of_its_finest_grid_and_not_refined(
+    pipe: StableDiffusionPipeline, all_to_words: bool, layers: int
+) -> None:
+    """Three blocks, each of which attends to words twice where all attention is to words."""
+    pipe.unet = tiny_unet(TEXT_WIDTH, only_cross_attention=all_to_words)
+    found = word_layers(pipe.unet)
+    assert (len(found.cross), found.own) == (layers, ())
     with looking(pipe) as capture:
         columns = capture.columns([[2]]).mean(0, keepdim=True)
         assert torch.equal(word_map(capture, [2]), from_zero_to_one(columns.square())[0, 0])

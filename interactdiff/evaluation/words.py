@@ -3,10 +3,11 @@
 A render is encoded and made a little noisy, and the denoiser is called with the scene's caption. The map of a
 thing is the attention of the image's tokens to the tokens of its words (for an object its noun and the
 adjectives before it, for a person the whole description), averaged over words, heads, layers and noise
-levels; of a U-Net the layers of the finest grid count, of a Flux transformer all of them. It is squared,
-refined twice by the image's attention to itself over the same layers (as DiffSegmenter does, Wang et al.,
-2023), normalised to 0..1, enlarged to the render's size, and cut at `THRESHOLD`. Its IoU with the thing's
-mask is averaged over things.
+levels; of a U-Net the layers of the finest grid count, of a Flux transformer all of them. It is squared, of a
+transformer refined twice by the image's attention to itself over the same layers (as DiffSegmenter does,
+Wang et al., 2023), normalised to 0..1, enlarged to the render's size, and cut at `THRESHOLD`. Its IoU with the
+thing's mask is averaged over things. In a U-Net self-attention is a layer of its own and may look anywhere:
+maps that are refined by it are worse (docs/stickworld.md).
 """
 
 from collections.abc import Sequence
@@ -71,16 +72,13 @@ def word_iou(pipeline: Any, scenes: Sequence[WorldScene], size: int, seed: int) 
 
 
 def word_layers(denoiser: Denoiser) -> Layers:
-    """Of a U-Net the attentions of the finest grid that attends to words, of a transformer all."""
+    """Of a U-Net the finest grid's attentions to words, of a transformer all, which refine maps too."""
     sites = find_sites(denoiser)
     if joint := tuple(site.path for site in sites if site.role in ("joint", "single")):
         return Layers(joint, joint)
-    finest = min(site.level for site in sites if site.role == "cross")
-    cross, own = (
-        tuple(site.path for site in sites if site.role == role and site.level == finest)
-        for role in ("cross", "self")
-    )
-    return Layers(cross, own)
+    cross = [site for site in sites if site.role == "cross"]
+    finest = min(site.level for site in cross)
+    return Layers(tuple(site.path for site in cross if site.level == finest), ())
 
 
 @torch.no_grad()
@@ -133,7 +131,7 @@ def word_map(capture: AttentionCapture, tokens: Sequence[int]) -> Tensor:
     """[h, w] in 0..1: where the image looks at some of the text's tokens, squared and refined.
 
     Rows of the image's attention to itself, summed over layers and noise levels, are normalised to sum 1.
-    Where the finest grid of a U-Net attends to words alone, maps are not refined.
+    Where there are no layers that look at the image itself, maps are not refined.
 
     Args:
         capture: with a row for each noise level.
