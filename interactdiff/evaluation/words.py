@@ -3,11 +3,11 @@
 A render is encoded and made a little noisy, and the denoiser is called with the scene's caption. The map of a
 thing is the attention of the image's tokens to the tokens of its words (for an object its noun and the
 adjectives before it, for a person the whole description), averaged over words, heads, layers and noise
-levels; of a U-Net the layers of the finest grid count, of a Flux transformer all of them. It is squared, of a
-transformer refined twice by the image's attention to itself over the same layers (as DiffSegmenter does,
-Wang et al., 2023), normalised to 0..1, enlarged to the render's size, and cut at `THRESHOLD`. Its IoU with the
-thing's mask is averaged over things. In a U-Net self-attention is a layer of its own and may look anywhere:
-maps that are refined by it are worse (docs/stickworld.md).
+levels; of a U-Net the layers of the finest grid count, of a Flux transformer all of them. It is squared, of
+a transformer refined twice by the image's attention to itself over the same layers (as DiffSegmenter does,
+Wang et al., 2023), normalised to 0..1, enlarged to the render's size, and cut at `THRESHOLD`. Its IoU with
+the thing's mask is averaged over things. In a U-Net self-attention is a layer of its own and may look
+anywhere: maps that are refined by it are worse (docs/stickworld.md).
 """
 
 from collections.abc import Sequence
