@@ -204,8 +204,8 @@ class BaseRecipe(Recipe[BaseConfig]):
         rng = random.Random(self.config.seed * 1_000_003 + step)
         drawn = self.data.batch(rng, self.config.empty_caption)
         tokens = token_ids(self.tokenizer, drawn.texts).to(self.device)
-        batch: dict[str, Any] = {"latents": drawn.latents.to(self.device), "tokens": tokens}
-        batch["captions"] = drawn.texts
+        latents = drawn.latents.to(self.device)
+        batch: dict[str, Any] = {"latents": latents, "tokens": tokens, "captions": drawn.texts}
         if self.word_attention is not None:
             batch["regions"] = WordRegions.of(drawn, self.tokenizer, tokens.shape[1], self.device)
         return batch
