@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -53,7 +54,7 @@ class World:
         self.scene_pipeline = ScenePipeline.from_pretrained("stickworld", device="cpu")
         self.detector = packaged_detector()
         self.scene_pipeline.pipeline.set_progress_bar_config(disable=True)
-        self.scenes, self.seed, self.steps = held_out_scenes(scenes, seed, self.detector.plain), seed, steps
+        self.scenes, self.seed, self.steps = held_out_scenes(scenes, seed), seed, steps
 
     def detect(self, items: list[list[Any]], fast: bool = False) -> list[Detections]:
         """Generate the scenes with these items, one list for each, and detect what is in the pictures."""
@@ -67,7 +68,7 @@ class World:
                 prompt=[self.scenes[n].caption for n in numbers],
                 generator=[torch.Generator().manual_seed(s) for s in noise],
                 num_inference_steps=self.steps,
-                guidance_scale=2.0,
+                guidance_scale=4.0,
                 output_type="pt",
             ).images
             detections += self.detector.detect(pictures.float().clamp(0, 1))
@@ -119,8 +120,8 @@ def refresh(world: World) -> None:
 def windows(world: World) -> None:
     """Visual tokens attend in windows of half the grid's side, and to all interaction tokens."""
     world.show("exact", world.detect(world.items))
-    with replaced(GatedSelfAttention, "_attend", attend_in_windows(6)):
-        world.show("windows of 6 at 12x12", world.detect(world.items))
+    with replaced(GatedSelfAttention, "_attend", attend_in_windows(8)):
+        world.show("windows of 8 at 16x16", world.detect(world.items))
     for name, base in BASES.items():
         full = operations(base)["exact_over_plain"]
         with replaced(GatedSelfAttention, "_attend", attend_in_windows(16)):
@@ -132,7 +133,11 @@ def attend_in_windows(window: int) -> Callable[..., Tensor]:
     """The fuser's attention in windows of this side, on square grids that windows divide."""
 
     def attend(
-        fuser: GatedSelfAttention, x: Tensor, objects: KeysValues, positions: Tensor | float
+        fuser: GatedSelfAttention,
+        x: Tensor,
+        objects: KeysValues,
+        positions: Tensor | float,
+        attn_mask: Tensor | None,
     ) -> Tensor:
         visual = fuser.norm1(x) + positions
         side = round(x.shape[1] ** 0.5)
@@ -151,7 +156,10 @@ def attend_in_windows(window: int) -> Callable[..., Tensor]:
 
         attn = fuser.attn
         q, k, v = (split(project(visual)) for project in (attn.to_q, attn.to_k, attn.to_v))
-        read = attn(q, torch.cat([k, repeat(objects.keys)], 1), torch.cat([v, repeat(objects.values)], 1))
+        if attn_mask is not None:
+            attn_mask = F.pad(split(attn_mask), (q.shape[1], 0))[:, None].to(q.dtype)
+        keys, values = torch.cat([k, repeat(objects.keys)], 1), torch.cat([v, repeat(objects.values)], 1)
+        read = attn(q, keys, values, attn_mask)
         blocks = read.unflatten(0, (-1, count, count)).unflatten(3, (side // count, side // count))
         return blocks.transpose(2, 3).flatten(1, 4)
 
@@ -212,7 +220,7 @@ def _drawn(detections: Detections, scene: WorldScene, which: int) -> bool:
 
 
 def region(world: World) -> None:
-    """The adapter was trained with the between region."""
+    """Where the action's token is seen, or says it is: between the boxes, or within the box around both."""
     for name in ("between", "union"):
         items = [[replace(i, action_region=name) for i in scene] for scene in world.items]
         world.show(name, world.detect(items))

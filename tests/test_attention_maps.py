@@ -17,17 +17,21 @@ from interactdiff.interaction.maps import QUERIES_AT_ONCE, fuser_attention, join
 from interactdiff.scene import Scene
 
 
-def test_a_fusers_attention_is_that_of_its_softmax() -> None:
+@pytest.mark.parametrize("structured", [False, True])
+def test_a_fusers_attention_is_that_of_its_softmax(structured: bool) -> None:
     torch.manual_seed(0)
     attention = SelfAttention(12, 3)
     image, tokens = QUERIES_AT_ONCE + 5, 6
     queries, keys = torch.randn(2, image, 12), torch.randn(2, image + tokens, 12)
-    got = fuser_attention(attention, queries, keys, keys)
+    weights = torch.rand(2, 1, image, image + tokens).round(decimals=1)
+    got = fuser_attention(attention, queries, keys, keys, weights.log() if structured else None)
     one_hot = torch.cat([torch.zeros(image, tokens), torch.eye(tokens)])  # values that tell the keys apart
     wanted = torch.zeros(image, tokens)
     for head in range(3):
         part = slice(4 * head, 4 * head + 4)
-        wanted += (queries[1, :, part] @ keys[1, :, part].T / 2).softmax(-1) @ one_hot / 3
+        powers = (queries[1, :, part] @ keys[1, :, part].T / 2).exp()
+        powers = powers * weights[1, 0] if structured else powers
+        wanted += powers / powers.sum(-1, keepdim=True) @ one_hot / 3
     assert torch.allclose(got, wanted, atol=1e-6)
 
 

@@ -25,15 +25,20 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
     return x.to(dtype), objects.to(dtype), grid_features(HEIGHT, WIDTH)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("grid_positions", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.35])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_equals_the_oracle(dtype, scale, grid_positions):
+def test_equals_the_oracle(dtype, scale, grid_positions, masked):
     fuser = a_fuser(grid_positions).to(dtype)
     x, objects, grid = inputs(dtype)
-    fast = fuser(x, objects, scale, grid)
-    slow = gated_self_attention_oracle(fuser, x, objects, scale, grid)
+    chance = torch.Generator().manual_seed(2)
+    weights = (2 * torch.rand(2, HEIGHT * WIDTH, OBJECTS, generator=chance) - 1).clamp(0)
+    assert not weights.any(2).all(), "some cell sees no token"
+    mask = weights.log() if masked else None
+    fast = fuser(x, objects, scale, grid, mask)
+    slow = gated_self_attention_oracle(fuser, x, objects, scale, grid, mask)
     assert fast.dtype == slow.dtype == dtype
     assert (fast - slow).abs().mean() < 4 * torch.finfo(dtype).eps * slow.abs().mean()
     assert (slow - x).abs().max() > 0.5, "the fuser does nothing here"

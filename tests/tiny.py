@@ -14,10 +14,13 @@ FEEDING = Interaction("child", "feeding", "dog", (0.0, 0.2, 0.4, 0.9), (0.5, 0.5
 BOXES_ONLY = Interaction("person", None, "bike", (0.1, 0.1, 0.6, 0.7), (0.2, 0.4, 0.9, 0.9))
 
 
-def trained_adapter(unet: UNet2DConditionModel, grid_positions: bool = True) -> InteractionAdapter:
+def trained_adapter(
+    unet: UNet2DConditionModel, grid_positions: bool = True, **options: Any
+) -> InteractionAdapter:
     """An adapter that acts, as training would leave it: every parameter random, gates open."""
     torch.manual_seed(2)
-    adapter = InteractionAdapter.for_unet(unet, max_interactions=3, hidden=16, grid_positions=grid_positions)
+    options = {"max_interactions": 3, "hidden": 16, "grid_positions": grid_positions, **options}
+    adapter = InteractionAdapter.for_unet(unet, **options)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter.data, std=0.3)
     for fuser in adapter.fusers.values():

@@ -25,15 +25,15 @@ class AdapterSizes(Keys):
     hidden: Count = 512
     init: Annotated[str, choice(*get_args(Init))] = "published"
     feature_dim: Count | None = None
+    structured: Flag | None = None  # of a transformer true, of a U-Net false
     grid_positions: Flag = False  # of a U-Net
     token_dim: Count = 1024  # of a transformer, like those that follow
     parts: Count = 4
-    structured: Flag = True
     action_region: Annotated[str, choice(*ACTION_REGIONS)] = "union"
 
 
 OF_A_UNET = {"grid_positions"}
-OF_A_TRANSFORMER = {"token_dim", "parts", "structured", "action_region"}
+OF_A_TRANSFORMER = {"token_dim", "parts", "action_region"}
 
 
 class DropsConfig(Keys):

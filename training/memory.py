@@ -63,12 +63,13 @@ class Activations:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused attention keeps: queries, keys, values, result, and a number for each query."""
+    """What a fused attention keeps: queries, keys, values, mask, result, and a number for each query."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
         made = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, made, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        of_each = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, attn_mask, made, of_each)
         return made
 
     @staticmethod
@@ -76,18 +77,18 @@ class _FusedAttention(torch.autograd.Function):
         raise NotImplementedError("only what is kept is counted")
 
 
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Any:
+    return _FusedAttention.apply(query, key, value, attn_mask)
+
+
 class _Fused(TorchFunctionMode):
     """Attention as cards compute it; on meta, torch would lay out every score."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return (
-                _FusedAttention.apply(*args[:3])
-                if len(args) >= 3
-                else _FusedAttention.apply(
-                    *args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])
-                )
-            )
+            return _fused(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -16,13 +16,13 @@ from interactdiff.adapter import Adapter, Binding, Host
 from interactdiff.checkpoint import check_tensors, save_adapter_files
 from interactdiff.interaction.config import METHOD, InteractionConfig, JointConfig
 from interactdiff.interaction.fuser import GatedSelfAttention, Init
-from interactdiff.interaction.joint import JointCrossAttention, SceneTokens, TokenParts
+from interactdiff.interaction.joint import JointCrossAttention, TokenParts
 from interactdiff.interaction.loading import open_adapter, published_config
 from interactdiff.interaction.published import find_adapter
-from interactdiff.interaction.tokens import InteractionTokenizer, Item, scene_tensors
+from interactdiff.interaction.tokens import InteractionTokenizer, Item, SceneTokens, scene_tensors
 from interactdiff.lazy_tensors import LazyTensor
 from interactdiff.module_paths import submodule_at
-from interactdiff.scene import Entity, Interaction
+from interactdiff.scene import ActionRegion, Entity, Interaction
 from interactdiff.sites import Base, Denoiser, known_family
 
 
@@ -79,20 +79,25 @@ class InteractionAdapter(Adapter):
     ) -> dict[str, Tensor]:
         """What `forward` takes, of scenes and the features of their phrases, see `tokens.scene_tensors`."""
         joint = self.config.joint
-        region = "between" if joint is None else joint.action_region
+        region: ActionRegion = "union" if self.config.structured else "between"
+        region = region if joint is None else joint.action_region
         return scene_tensors(scenes, features, self.config.max_interactions, region)
 
     def forward(self, **tensors: Tensor) -> Tensor | SceneTokens:
-        """Tokens of what `scene_tensors` returns: [B, 3N, token_dim]; for a transformer `SceneTokens`."""
-        if self.token_parts is None:
+        """Tokens of what `scene_tensors` returns: [B, 3N, token_dim]; with regions, `SceneTokens`.
+
+        There are regions for a transformer, and for a U-Net whose fusers are `structured`.
+        """
+        if self.token_parts is None and not self.config.structured:
             return self.position_net(**tensors)
         masks = tensors["masks"]
-        weights = masks * tensors.pop("strengths", masks)
-        tokens = self.token_parts(self.position_net(**tensors))
-        roles = ("subject_boxes", "action_boxes", "object_boxes")
-        boxes = torch.cat([tensors[name] for name in roles], 1)
-        each = self.token_parts.parts
-        weights, boxes = (t.repeat_interleave(each, 1) for t in (weights.repeat(1, 3), boxes))
+        weights = (masks * tensors.pop("strengths", masks)).repeat(1, 3)
+        boxes = torch.cat([tensors[f"{role}_boxes"] for role in ("subject", "action", "object")], 1)
+        tokens = self.position_net(**tensors)
+        if self.token_parts is None:
+            return SceneTokens(tokens, weights, boxes)
+        tokens, each = self.token_parts(tokens), self.token_parts.parts
+        weights, boxes = (t.repeat_interleave(each, 1) for t in (weights, boxes))
         return SceneTokens(tokens.flatten(1, 2), weights, boxes)
 
     def check(self, denoiser: Denoiser) -> None:
@@ -127,6 +132,7 @@ class InteractionAdapter(Adapter):
         max_interactions: int = 30,
         hidden: int = 512,
         grid_positions: bool = False,
+        structured: bool = False,
         init: Init = "published",
         feature_dim: int | None = None,
     ) -> "InteractionAdapter":
@@ -137,12 +143,14 @@ class InteractionAdapter(Adapter):
             max_interactions: the most interactions that an image can have.
             hidden: width inside the tokenizer.
             grid_positions: whether fusers tell visual tokens where they are.
+            structured: whether only the visual tokens in a token's box attend to it.
             init: where training starts from, see `GatedSelfAttention`.
             feature_dim: width of the phrase features; the width of the text features if not given.
         """
         base = Base.of(unet)
         width = base.cross_attention_dim if feature_dim is None else feature_dim
-        return cls(InteractionConfig(base, width, max_interactions, hidden, grid_positions), init)
+        config = InteractionConfig(base, width, max_interactions, hidden, grid_positions, structured)
+        return cls(config, init)
 
     @classmethod
     def for_transformer(

@@ -12,11 +12,10 @@ from interactdiff.calls import Call
 from interactdiff.errors import AdapterError
 from interactdiff.interaction.active_scene import ActiveScene
 from interactdiff.interaction.adapter import InteractionAdapter
-from interactdiff.interaction.joint import SceneTokens
 from interactdiff.interaction.maps import AttentionRecorder
 from interactdiff.interaction.phrases import encoder_names, pipeline_phrases
 from interactdiff.interaction.site_state import SceneTokenTable
-from interactdiff.interaction.tokens import Item, check_count, scene_phrases
+from interactdiff.interaction.tokens import Item, SceneTokens, check_count, scene_phrases
 from interactdiff.interaction.transformer import TransformerInteractions
 from interactdiff.interaction.unet import UNetInteractions
 from interactdiff.scene import MAX_STRENGTH

@@ -47,6 +47,8 @@ class InteractionConfig:
         max_interactions: the most interactions that an image can have.
         hidden: width inside the tokenizer.
         grid_positions: whether fusers tell visual tokens where they are.
+        structured: whether in a U-Net only the visual tokens in a token's box attend to it; off in what is
+            published. A transformer's is in `joint`.
         joint: of a transformer; None of a U-Net.
         phrases: what a phrase's feature is: "pooled" by CLIP encoders, or the "mean" of the last hidden
             states of the only encoder over the phrase's tokens.
@@ -57,6 +59,7 @@ class InteractionConfig:
     max_interactions: int = 30
     hidden: int = 512
     grid_positions: bool = False
+    structured: bool = False
     joint: JointConfig | None = None
     phrases: PhraseFeatures = "pooled"
 
@@ -76,6 +79,8 @@ class InteractionConfig:
             "hidden": self.hidden,
             "grid_positions": self.grid_positions,
         }
+        if self.structured:
+            data["structured"] = True
         if self.joint is not None:
             data["base"]["denoiser"] = self.base.denoiser
             data["joint"] = asdict(self.joint)
@@ -110,6 +115,7 @@ class InteractionConfig:
                 max_interactions=_size(data["max_interactions"]),
                 hidden=_size(data["hidden"]),
                 grid_positions=bool(data["grid_positions"]),
+                structured=bool(data.get("structured", False)),
                 joint=None if joint is None else JointConfig(**joint),
                 phrases=phrases,
             )

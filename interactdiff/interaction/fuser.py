@@ -59,10 +59,15 @@ class SelfAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend: [B, L, dim] queries over [B, M, dim] keys and values, projected to [B, L, dim]."""
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend: [B, L, dim] queries over [B, M, dim] keys and values, projected to [B, L, dim].
+
+        `attn_mask` is [B, 1, L, M], added to the scores; None adds nothing.
+        """
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (queries, keys, values))
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask)
         return self.to_out(attended.transpose(1, 2).flatten(-2))
 
 
@@ -97,7 +102,14 @@ class GatedSelfAttention(nn.Module):
             for parameter in (*self.attn.to_out.parameters(), *self.ff.net[2].parameters()):
                 nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, objects: Tensor, scale: float = 1.0, grid: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        objects: Tensor,
+        scale: float = 1.0,
+        grid: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
         """Let visual tokens read interaction tokens.
 
         Args:
@@ -105,12 +117,13 @@ class GatedSelfAttention(nn.Module):
             objects: [B, M, token_dim] interaction tokens.
             scale: s, the schedule's value times the strength.
             grid: [L, 64] features of the visual tokens' cells, read only with `grid_positions`.
+            attn_mask: [B, L, M], added to the scores of interaction tokens; None adds nothing.
 
         Returns:
             [B, L, dim].
         """
         nothing = torch.zeros_like(x)
-        return x + self.update(x, nothing, self.keys_values(objects), scale, self.positions(grid))
+        return x + self.update(x, nothing, self.keys_values(objects), scale, self.positions(grid), attn_mask)
 
     def keys_values(self, objects: Tensor) -> KeysValues:
         """Keys and values of [B, M, token_dim] interaction tokens: the same for every step of a run."""
@@ -130,6 +143,7 @@ class GatedSelfAttention(nn.Module):
         objects: KeysValues,
         scale: Tensor | float,
         positions: Tensor | float,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
         """Let visual tokens read interaction tokens, within a block that adds its self-attention's output.
 
@@ -144,11 +158,12 @@ class GatedSelfAttention(nn.Module):
             objects: the interaction tokens' keys and values, from `keys_values`.
             scale: s, a float32 scalar.
             positions: from `positions`.
+            attn_mask: [B, L, M], added to the scores of interaction tokens; None adds nothing.
 
         Returns:
             [B, L, dim] for the block to add to x in the place of `attended`.
         """
-        read = self._attend(x + attended, objects, positions)
+        read = self._attend(x + attended, objects, positions, attn_mask)
         updated = torch.addcmul(attended, read, scale * self.alpha_attn.tanh())
         del read
         gate = scale * self.alpha_dense.tanh()
@@ -158,15 +173,24 @@ class GatedSelfAttention(nn.Module):
             part.addcmul_(self.ff(self.norm2(x[:, some] + part)), gate)
         return updated
 
-    def _attend(self, x: Tensor, objects: KeysValues, positions: Tensor | float) -> Tensor:
+    def _attend(
+        self, x: Tensor, objects: KeysValues, positions: Tensor | float, attn_mask: Tensor | None
+    ) -> Tensor:
         visual = self.norm1(x) + positions
         keys = torch.cat([self.attn.to_k(visual), objects.keys], dim=1)
         values = torch.cat([self.attn.to_v(visual), objects.values], dim=1)
-        return self.attn(self.attn.to_q(visual), keys, values)
+        if attn_mask is not None:  # nothing is added to the scores of visual tokens
+            attn_mask = F.pad(attn_mask, (x.shape[1], 0))[:, None].to(keys.dtype)
+        return self.attn(self.attn.to_q(visual), keys, values, attn_mask)
 
 
 def gated_self_attention_oracle(
-    fuser: GatedSelfAttention, x: Tensor, objects: Tensor, scale: float = 1.0, grid: Tensor | None = None
+    fuser: GatedSelfAttention,
+    x: Tensor,
+    objects: Tensor,
+    scale: float = 1.0,
+    grid: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Tensor:
     """The published formula as it is written, every row attending to every row: slow, for tests to compare
     with.
@@ -177,6 +201,7 @@ def gated_self_attention_oracle(
         objects: [B, M, token_dim] interaction tokens.
         scale: s.
         grid: [L, 64] features of the visual tokens' cells, read only with `grid_positions`.
+        attn_mask: [B, L, M], added to the scores of interaction tokens; it is not in the published formula.
 
     Returns:
         [B, L, dim].
@@ -188,7 +213,10 @@ def gated_self_attention_oracle(
     q, k, v = (
         f(t).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v)
     )
-    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if attn_mask is not None:
+        scores[:, :, :visual, visual:] += attn_mask[:, None]
+    weights = scores.softmax(dim=-1)
     attended = attn.to_out((weights @ v).transpose(1, 2).flatten(-2))
     x = x + scale * fuser.alpha_attn.tanh() * attended[:, :visual]
     return x + scale * fuser.alpha_dense.tanh() * fuser.ff(fuser.norm2(x))

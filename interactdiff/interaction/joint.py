@@ -11,53 +11,12 @@ query may attend to nothing. Nothing depends on the attention's own keys: how ma
 attends to, all or those in a window, is the base's business. Cost and memory are linear in image tokens.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interactdiff.interaction.fuser import Init, KeysValues
-from interactdiff.interaction.tokens import BOX_FEATURES
-
-
-class SceneTokens(NamedTuple):
-    """Interaction tokens of S scenes, and which image tokens they are for.
-
-    Attributes:
-        tokens: [S, M, token_dim].
-        weights: [S, M], what each token's values are multiplied by; 0: there is no such token.
-        boxes: [S, M, 4] regions, xyxy in [0, 1].
-    """
-
-    tokens: Tensor
-    weights: Tensor
-    boxes: Tensor
-
-    def attn_mask(self, grid: tuple[int, int], structured: bool) -> Tensor | None:
-        """Which tokens each cell of a grid may attend to: those that there are, whose box touches the cell.
-
-        Args:
-            grid: H rows and W columns.
-            structured: whether boxes count; else all that there are.
-
-        Returns:
-            [S, 1, H * W or 1, M + 1] bool, the last one for the key of zeros; None where all attend to all.
-        """
-        there = self.weights[:, None, None] != 0
-        if structured:
-            rows, columns = (torch.arange(n, device=self.boxes.device) for n in grid)
-            top, left = (
-                torch.stack([rows, rows + 1]) / grid[0],
-                torch.stack([columns, columns + 1]) / grid[1],
-            )
-            x0, y0, x1, y1 = self.boxes[:, None, :].unbind(-1)
-            across = (left[0][None, :, None] < x1) & (left[1][None, :, None] > x0)
-            down = (top[0][None, :, None] < y1) & (top[1][None, :, None] > y0)
-            there = there & (down[:, :, None] & across[:, None]).flatten(1, 2)[:, None]
-        elif there.all():
-            return None
-        return F.pad(there, (0, 1), value=True)
+from interactdiff.interaction.tokens import BOX_FEATURES, SceneTokens
 
 
 class TokenParts(nn.Module):

@@ -129,17 +129,26 @@ class AttentionRecorder:
         sums[grid] = total + maps.cpu(), sites + 1
 
 
-def fuser_attention(attention: Any, queries: Tensor, keys: Tensor, _: Tensor) -> Tensor:
+def fuser_attention(
+    attention: Any, queries: Tensor, keys: Tensor, _: Tensor, attn_mask: Tensor | None = None
+) -> Tensor:
     """[L, M], of the last batch row: the share of a fuser's attention that goes to each interaction token.
 
     Args:
         attention: a fuser's `SelfAttention`.
         queries: [R, L, dim] of the image.
         keys: [R, L + M, dim] of the image and the interaction tokens.
+        attn_mask: [R, 1, L, L + M], added to the scores; None adds nothing.
     """
     assert isinstance(attention, SelfAttention)
     q, k = (t[-1].unflatten(-1, (attention.heads, -1)).transpose(0, 1) for t in (queries, keys))
-    parts = [_softmax(some, k)[..., queries.shape[1] :].mean(0) for some in q.split(QUERIES_AT_ONCE, 1)]
+    parts = []
+    for first in range(0, queries.shape[1], QUERIES_AT_ONCE):
+        some = slice(first, first + QUERIES_AT_ONCE)
+        scores = _scores(q[:, some], k)
+        if attn_mask is not None:
+            scores = scores + attn_mask[-1, :, some]
+        parts.append(scores.softmax(-1)[..., queries.shape[1] :].mean(0))
     return torch.cat(parts)
 
 
@@ -162,10 +171,6 @@ def joint_attention(
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     return queries.float() @ keys.float().mT * queries.shape[-1] ** -0.5
-
-
-def _softmax(queries: Tensor, keys: Tensor) -> Tensor:
-    return _scores(queries, keys).softmax(-1)
 
 
 def _attention_of(site: FuserSite | CrossAttentionSite) -> nn.Module:

@@ -24,8 +24,9 @@ class SiteState:
             prepared.
         rows: for each controlled batch row which of the prepared keys and values are its own.
         controlled: [R] the batch rows that have a scene; None where all have.
-        attn_mask: for a transformer, [R, 1, L or 1, M] bool: which tokens each image token may attend to;
-            None for all.
+        attn_mask: which tokens each image token attends to; None for all. For a transformer [R, 1, L or 1, M]
+            bool; for a U-Net [R, H * W, 3N] of the latents' cells, what is added to scores: the log of the
+            token's weight, or -inf.
         reuse: whether to add once more what was added last.
         keep: whether to keep what is added.
     """

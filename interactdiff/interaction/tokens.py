@@ -1,13 +1,15 @@
 """InteractDiffusion's tokens: what happens where, as vectors that attention can read (paper section 3.2).
 
 One interaction gives three tokens: subject, action, object. Each joins the feature of a phrase with the
-Fourier features of a box; the action's box is the *between box*, the region the two boxes leave for the
-interaction.
+Fourier features of a box; the action's box as published is the *between box*, the region the two boxes leave
+for the interaction.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox
 from torch import Tensor, nn
 
@@ -235,6 +237,53 @@ def scene_tensors(
     tensors |= {f"{role}_embeddings": embeddings[role] for role in roles}
     tensors |= {"masks": masks["subject"].to(device), "action_masks": masks["action"].to(device)}
     return tensors if strengths.eq(1).all() else tensors | {"strengths": strengths.to(device)}
+
+
+class SceneTokens(NamedTuple):
+    """Interaction tokens of S scenes, and which image tokens they are for.
+
+    Attributes:
+        tokens: [S, M, token_dim].
+        weights: [S, M] from 0 on; 0: there is no such token. A transformer multiplies what is read of a token
+            by its weight; in a U-Net it counts as that many tokens in the softmax.
+        boxes: [S, M, 4] regions, xyxy in [0, 1].
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    boxes: Tensor
+
+    def attn_mask(self, grid: tuple[int, int], structured: bool) -> Tensor | None:
+        """Which tokens each cell of a grid may attend to: those that there are, whose box touches the cell.
+
+        Args:
+            grid: H rows and W columns.
+            structured: whether boxes count; else all that there are.
+
+        Returns:
+            [S, 1, H * W or 1, M + 1] bool, the last one for the key of zeros; None where all attend to all.
+        """
+        there = self.weights[:, None, None] != 0
+        if structured:
+            there = there & cells_in(self.boxes, grid)[:, None]
+        elif there.all():
+            return None
+        return F.pad(there, (0, 1), value=True)
+
+
+def cells_in(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[S, H * W, M] bool: which cells of a grid of H rows and W columns each box touches.
+
+    Args:
+        boxes: [S, M, 4], xyxy in [0, 1]; [0, 0, 0, 0] touches none.
+        grid: H and W.
+    """
+    rows, columns = (torch.arange(n, device=boxes.device) for n in grid)
+    top, left = torch.stack([rows, rows + 1]) / grid[0], torch.stack([columns, columns + 1]) / grid[1]
+    x0, y0, x1, y1 = boxes[:, None, :].unbind(-1)
+    across = (left[0][None, :, None] < x1) & (left[1][None, :, None] > x0)
+    down = (top[0][None, :, None] < y1) & (top[1][None, :, None] > y0)
+    return (down[:, :, None] & across[:, None]).flatten(1, 2)
 
 
 def token_table(tokens: Tensor, used: Sequence[int]) -> tuple[Tensor, Tensor]:

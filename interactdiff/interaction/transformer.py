@@ -17,9 +17,9 @@ from interactdiff.families import Grid
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.config import JointConfig
 from interactdiff.interaction.fuser import KeysValues, grid_features
-from interactdiff.interaction.joint import JointCrossAttention, SceneTokens
+from interactdiff.interaction.joint import JointCrossAttention
 from interactdiff.interaction.site_state import SiteState
-from interactdiff.interaction.tokens import Item
+from interactdiff.interaction.tokens import Item, SceneTokens
 from interactdiff.scene import SceneError
 from interactdiff.sites import Site
 

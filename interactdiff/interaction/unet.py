@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from interactdiff.adapter import Host, Residual, SiteInputs
@@ -17,7 +18,7 @@ from interactdiff.families import Grid
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.interaction.fuser import GatedSelfAttention, KeysValues, grid_features
 from interactdiff.interaction.site_state import SiteState
-from interactdiff.interaction.tokens import Item, token_table
+from interactdiff.interaction.tokens import Item, SceneTokens, cells_in, token_table
 from interactdiff.scene import SceneError
 from interactdiff.sites import Site
 
@@ -27,19 +28,26 @@ class FuserTokenTable:
 
     Args:
         tokens: [S + 1, 3N, token_dim] of S scenes and then of the unconditional half; or one row for each
-            batch row.
+            batch row. Of `SceneTokens` each is seen in its box alone.
         used: for each scene how many slots are not empty; None where there is a row for each batch row.
     """
 
-    def __init__(self, tokens: Tensor, used: list[int] | None):
-        self.tokens, self._index = (tokens, None) if used is None else token_table(tokens, used)
+    def __init__(self, tokens: Tensor | SceneTokens, used: list[int] | None):
+        self._regions: Tensor | None = None  # [S, 3N, 5] boxes and weights
+        if isinstance(tokens, SceneTokens):
+            regions = torch.cat([tokens.boxes, tokens.weights[..., None]], -1)
+            self._regions = regions if used is None else token_table(regions, used)[0]
+        made: Tensor = tokens.tokens if isinstance(tokens, SceneTokens) else tokens
+        self.tokens, self._index = (made, None) if used is None else token_table(made, used)
+        self._mask: tuple[Tensor | None, Grid, Tensor] | None = None
         self._used = used or []
-        self.scenes, self.by_row = (len(tokens), True) if used is None else (len(used), False)
+        self.scenes, self.by_row = (len(made), True) if used is None else (len(used), False)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "FuserTokenTable":
         """The same elsewhere."""
         self.tokens = self.tokens.to(device, dtype)
         self._index = None if self._index is None else self._index.to(device)
+        self._regions, self._mask = None if self._regions is None else self._regions.to(device), None
         return self
 
     def controls(self, scene: int, rows: Rows) -> bool:
@@ -52,8 +60,14 @@ class FuserTokenTable:
         return cast(Tensor, self._index)[[scene if half == "conditional" else last for scene, half in scenes]]
 
     def attn_mask(self, rows: Tensor | None, grid: Grid) -> Tensor | None:
-        """Every token may attend to all."""
-        return None
+        """`SiteState.attn_mask` of the latents' cells; made once for a grid and these rows."""
+        if self._regions is None:
+            return None
+        if self._mask is None or self._mask[0] is not rows or self._mask[1] != grid:
+            regions = self._regions if rows is None else self._regions[rows]
+            seen, weights = cells_in(regions[..., :4], grid), regions[:, None, :, 4]
+            self._mask = rows, grid, torch.where(seen, weights, 0.0).log()
+        return self._mask[2]
 
 
 class FuserSite:
@@ -73,6 +87,7 @@ class FuserSite:
         self._objects: KeysValues | None = None
         self._positions: Tensor | float = 0.0
         self._grid: Grid | None = None
+        self._masks: tuple[Tensor, Tensor] | None = None  # of the latents' grid, and of the site's
 
     @torch.no_grad()
     def prepare(self, tokens: Tensor, grid: Grid) -> None:
@@ -89,12 +104,21 @@ class FuserSite:
 
     def forget(self) -> None:
         """Let go of everything that belongs to a scene."""
-        self.state = self.kept = self._objects = self._grid = None
+        self.state = self.kept = self._objects = self._grid = self._masks = None
 
     def _positions_of(self, grid: Grid, device: torch.device) -> Tensor | float:
         if self.fuser.grid_positions is None:
             return 0.0
         return self.fuser.positions(grid_features(*self.site.grid(*grid), device))
+
+    def _mask(self, state: SiteState) -> Tensor | None:
+        """`SiteState.attn_mask` on the site's grid: a cell attends to what any latent in it attends to."""
+        if (mask := state.attn_mask) is None:
+            return None
+        if self._masks is None or self._masks[0] is not mask:
+            cells = mask.mT.unflatten(2, state.grid)
+            self._masks = mask, F.adaptive_max_pool2d(cells, self.site.grid(*state.grid)).flatten(2).mT
+        return self._masks[1]
 
     def _edit(self, inputs: SiteInputs, attended: Tensor) -> Tensor | None:
         state, x = self.state, inputs.hidden_states
@@ -115,7 +139,8 @@ class FuserSite:
         else:
             positions = self._positions
             objects = KeysValues(*(t[state.rows] for t in cast(KeysValues, self._objects)))
-        updated = self.fuser.update(x, attended, objects, state.scale, positions).to(attended.dtype)
+        updated = self.fuser.update(x, attended, objects, state.scale, positions, self._mask(state))
+        updated = updated.to(attended.dtype)
         if state.keep:
             self.kept = (updated - attended).detach()
         return updated
@@ -136,7 +161,7 @@ class UNetInteractions:
         """Tokens of scenes, and those of the unconditional half: the same with every mask 0."""
         used = [len(scene) if any(item.strength for item in scene) else 0 for scene in scenes]
         tensors = self._adapter.scene_tensors([*scenes, ()], features)
-        return FuserTokenTable(cast(Tensor, self._adapter(**tensors)), used)
+        return FuserTokenTable(self._adapter(**tensors), used)
 
     def by_row(self, tokens: Any) -> FuserTokenTable:
         """Tokens of each batch row, as the adapter makes them.
@@ -145,7 +170,10 @@ class UNetInteractions:
             SceneError: their shape is not that.
         """
         width = self._adapter.config.token_dim
-        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[-1] != width:
-            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise SceneError(f"expected tokens of shape [batch, 3N, {width}], got {got}")
+        kind = SceneTokens if self._adapter.config.structured else Tensor
+        if not isinstance(tokens, kind):
+            raise SceneError(f"expected tokens as a {kind.__name__}, got {type(tokens).__name__}")
+        made = tokens.tokens if isinstance(tokens, SceneTokens) else tokens
+        if made.ndim != 3 or made.shape[-1] != width:
+            raise SceneError(f"expected tokens of shape [batch, 3N, {width}], got {list(made.shape)}")
         return FuserTokenTable(tokens, None)
