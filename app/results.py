@@ -57,7 +57,7 @@ def details(page: Page, images: list[StoredImage], chosen: int, view: str) -> Up
     one = images[chosen := min(chosen, len(images) - 1)]
     words = ""
     if view == DETECTIONS:
-        words = f"Picture {chosen + 1}: {detections_in_file(one.path, one.record.model)[1]}."
+        words = f"Picture {chosen + 1}: {detections_in_file(one.path)[1]}."
         if one.record.model not in PACKAGED:
             words += " The detector is trained on the embedded world alone."
     if view == ATTENTION and one.maps is None:
@@ -84,7 +84,7 @@ def _in_view(one: StoredImage, view: str, token: str | None, step: int) -> Any:
     if view == LAYOUT:
         return overlay(_open(one), scene.interactions, scene.entities, scene.extra_items)
     if view == DETECTIONS:
-        return detections_in_file(one.path, one.record.model)[0]
+        return detections_in_file(one.path)[0]
     if view == ATTENTION and one.maps is not None and token is not None:
         role, slot = token.split()
         at = None if step == 0 else one.maps.steps[min(step, len(one.maps.steps)) - 1]

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.interaction.maps import ROLES, AttentionMaps
-from interactdiff.models import model_info
 from interactdiff.picture import enlarged, overlay
 from interactdiff.scene import Entity, Interaction, Scene
 from interactdiff.stickworld.detector import Detections
@@ -27,20 +26,20 @@ _DETECTING = threading.Lock()
 _loaded_detector = cache(packaged_detector)
 
 
-def detections_in(image: Image.Image, model: str) -> Detections:
-    """What the detector of a model's world finds in a picture."""
+def detections_in(image: Image.Image) -> Detections:
+    """What the packaged detector finds in a picture."""
     pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
     with torch.no_grad():
-        return _loaded_detector(model_info(model).detector).detect(pixels.permute(2, 0, 1)[None])[0]
+        return _loaded_detector().detect(pixels.permute(2, 0, 1)[None])[0]
 
 
-def detections_over(image: Image.Image, model: str) -> tuple[Image.Image, str]:
+def detections_over(image: Image.Image) -> tuple[Image.Image, str]:
     """The detections drawn over the picture, and in words.
 
     Of a person's interactions the one with the highest score is shown; persons and objects without any stand
     alone.
     """
-    found = detections_in(image, model)
+    found = detections_in(image)
     interactions, persons, objects = [], set(), set()
     for one in found.triplets:
         if one.score < MIN_SCORE or one.person in persons:
@@ -63,14 +62,14 @@ def detections_over(image: Image.Image, model: str) -> tuple[Image.Image, str]:
 
 
 @lru_cache(16)
-def detections_in_file(path: Path, model: str) -> tuple[Image.Image, str]:
+def detections_in_file(path: Path) -> tuple[Image.Image, str]:
     """The same of a picture's file, whose pixels never change; one at a time, whoever asks.
 
     Raises:
         FileNotFoundError: it is gone.
     """
     with _DETECTING, Image.open(path) as image:
-        return detections_over(image.convert("RGB"), model)
+        return detections_over(image.convert("RGB"))
 
 
 def attention_over(

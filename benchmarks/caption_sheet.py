@@ -13,7 +13,6 @@ from PIL import Image
 
 from interactdiff.commands.arguments import quiet_libraries
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
-from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
 from interactdiff.models import model_info
 from interactdiff.stickworld.render import render
@@ -33,7 +32,7 @@ def main() -> None:
     quiet_libraries()
     info = model_info(args.model)
     pipeline = ScenePipeline.from_pretrained(args.model, device="cpu").detached()
-    scenes = held_out_scenes(COUNT, args.seed, packaged_detector(info.detector).plain)
+    scenes = held_out_scenes(COUNT, args.seed)
     requests = [PictureRequest(number, scene.caption) for number, scene in enumerate(scenes)]
     how = Sampling(args.steps, args.guidance_scale or info.guidance_scale, pipeline.size)
     drawn = draw_pictures(requests, pipeline, args.seed, how).permute(0, 2, 3, 1)

@@ -21,7 +21,6 @@ from interactdiff.evaluation.captions import text_scores
 from interactdiff.evaluation.sampling import held_out_scenes
 from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
-from interactdiff.models import model_info
 from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.stickworld.render import render
 from interactdiff.training.world_data import as_images
@@ -44,8 +43,8 @@ def main() -> None:
     stock = ScenePipeline.from_pretrained(args.model, device="cpu").detached().pipeline
     pipe = AutoPipelineForImage2Image.from_pipe(stock)
     pipe.set_progress_bar_config(disable=True)
-    detector = packaged_detector(model_info(args.model).detector)
-    scenes = held_out_scenes(args.scenes, args.seed, detector.plain)
+    detector = packaged_detector()
+    scenes = held_out_scenes(args.scenes, args.seed)
     # Flux's pipeline would draw larger pictures, and Stable Diffusion's takes no size
     sizes = {"height": args.size, "width": args.size}
     sizes = {name: side for name, side in sizes.items() if name in signature(pipe.__call__).parameters}

@@ -58,7 +58,7 @@ def main() -> None:
     quiet_libraries()
     scene_pipeline, detector = ScenePipeline.from_pretrained(MODEL, device="cpu"), packaged_detector()
     scene_pipeline.pipeline.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(args.scenes, args.seed, detector.plain)
+    scenes = held_out_scenes(args.scenes, args.seed)
     requests = [PictureRequest(n, scene.caption) for n, scene in enumerate(scenes)]
     size = args.size or scene_pipeline.size
     how = Sampling(args.steps, model_info(MODEL).guidance_scale, size)

@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     detector = load_detector(args.detector)
-    scenes = held_out_scenes(args.scenes, args.seed, detector.plain)
+    scenes = held_out_scenes(args.scenes, args.seed)
     size = args.size or detector.size
     columns = {"renders": head_accuracies(found_in(scenes, detector, size), scenes)}
     for folder in args.autoencoder:

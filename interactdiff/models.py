@@ -20,7 +20,6 @@ class ModelInfo:
         guidance_scale: that suits it; None is its pipeline's default.
         size: of its pictures in pixels, where its pipeline would draw another size; None is the pipeline's.
         settings: of methods and samplers, by their names: values that suit it better than the defaults.
-        detector: packaged name of the detector that scores its pictures, of the world that they are of.
     """
 
     name: str
@@ -28,18 +27,12 @@ class ModelInfo:
     guidance_scale: float | None = None
     size: int | None = None
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    detector: str = "detector"
 
 
 PACKAGED = {
     one.name: one
     for one in (
-        ModelInfo(
-            "stickworld",
-            {"interaction": "stickworld-interaction"},
-            guidance_scale=2.0,
-            detector="detector-plain",
-        ),
+        ModelInfo("stickworld", {"interaction": "stickworld-interaction"}, guidance_scale=4.0),
         ModelInfo(
             "stickworld-dit",
             {"interaction": "stickworld-dit-interaction", "clear": "stickworld-dit-clear"},

@@ -136,7 +136,7 @@ def test_the_api_refuses_in_one_sentence_and_goes_on(
 ) -> None:
     with pytest.raises(AppError, match=message):
         draw(client, scene, model, None, methods)
-    assert Image.open(draw(client, SCENE.to_dict())).size == (96, 96)
+    assert Image.open(draw(client, SCENE.to_dict())).size == (128, 128)
 
 
 def test_the_api_refuses_items_and_pictures_before_they_are_read(client: Client) -> None:

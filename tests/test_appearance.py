@@ -56,8 +56,8 @@ def test_attributes_are_those_that_can_be_seen() -> None:
             if look.second_colour is not None:
                 assert look.second_colour != look.colour
         assert ("headwear_colour" in person.attributes()) == (person.headwear != "none")
-    assert Appearance("red").attributes() == {"colour": "red"}
-    assert PersonAppearance("red").attributes() == {"colour": "red"}
+    assert Appearance("red").attributes() == {"colour": "red", "pattern": "plain"}
+    assert "headwear_colour" not in PersonAppearance("red").attributes()
 
 
 def independent(one: list[str], other: list[str]) -> bool:

@@ -134,5 +134,5 @@ def test_doctor_says_what_is_attached(pipe):
 def test_doctor_loads_what_it_is_asked_about(capsys):
     assert main(["doctor", "--model", "stickworld"]) == 0
     report = capsys.readouterr().out
-    for words in ("interaction adapter: 2.6 M parameters", "max_interactions 4", "grid_positions True"):
+    for words in ("interaction adapter: 2.9 M parameters", "max_interactions 6", "structured True"):
         assert words in report

@@ -233,18 +233,15 @@ def test_detector_takes_any_size_and_is_small() -> None:
         detector.detect(torch.rand(3, 96, 96))
 
 
-@pytest.mark.parametrize("reader_widths", [None, TINY])
-def test_detector_is_the_same_from_its_files(
-    reader_widths: tuple[int, int, int, int] | None, tmp_path: Path
-) -> None:
+def test_detector_is_the_same_from_its_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    detector = Detector((8, 8, 16, 16), 64, reader_widths).half().float().eval()
+    detector = Detector((8, 8, 16, 16), 64, TINY).half().float().eval()
     detector.save_pretrained(tmp_path / "made" / "detector")
     loaded = Detector.from_pretrained(tmp_path / "made" / "detector")
     images = torch.rand(1, 3, 64, 64)
     assert torch.equal(detector(images).heat, loaded(images).heat)
     assert loaded.detect(images) == detector.detect(images)
-    assert (loaded.size, loaded.plain) == (64, reader_widths is None)
+    assert loaded.size == 64
     assert not loaded.training
     assert {p.name for p in (tmp_path / "made" / "detector").iterdir()} == {
         "detector.safetensors",
@@ -319,25 +316,18 @@ def test_pictures_pass_through_autoencoders_and_every_head_is_scored(tmp_path: P
     assert all({"person", "object"} <= set(row[name]) for name in ("renders", *folders))
 
 
-DETECTORS = ("detector", "detector-plain")
+def packaged(scenes: list[WorldScene]) -> list[Detections]:
+    return detect_renders(scenes, Detector.from_pretrained(model_path("detector")), 30)
 
 
-def packaged(scenes: list[WorldScene], name: str) -> list[Detections]:
-    return detect_renders(scenes, Detector.from_pretrained(model_path(name)), 30)
-
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_packaged_detector_sees_what_is_in_renders(name: str) -> None:
-    plain = Detector.from_pretrained(model_path(name)).plain
-    assert plain == (name == "detector-plain")
-    scenes = held_out_scenes(60, 11, plain)
-    found = packaged(scenes, name)
+def test_packaged_detector_sees_what_is_in_renders() -> None:
+    scenes = held_out_scenes(60, 11)
+    found = packaged(scenes)
     once = np.ones((1, len(scenes)))
     got = {name: float(score.value(once)[0]) for name, score in picture_scores(found, scenes).items()}
     assert min(got.values()) > 0.97, got
-    if not plain:
-        heads = head_accuracies(found, scenes)
-        assert min(heads.values()) > 0.95, heads
+    heads = head_accuracies(found, scenes)
+    assert min(heads.values()) > 0.95, heads
 
 
 def test_packaged_detector_reads_renders_through_the_packaged_autoencoder() -> None:
@@ -354,9 +344,8 @@ def test_packaged_detector_reads_renders_through_the_packaged_autoencoder() -> N
     assert min(heads.values()) > 0.9, heads
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_packaged_detector_follows_an_action_changed_in_place(name: str) -> None:
-    scenes = held_out_scenes(20, 12, Detector.from_pretrained(model_path(name)).plain)
+def test_packaged_detector_follows_an_action_changed_in_place() -> None:
+    scenes = held_out_scenes(20, 12)
     swaps = [action_swap(n, scene, seed=0) for n, scene in enumerate(scenes) if scene.triplets]
     changed = []
     for swap in swaps:
@@ -365,15 +354,14 @@ def test_packaged_detector_follows_an_action_changed_in_place(name: str) -> None
             triplets[swap.triplet] = replace(triplets[swap.triplet], action=action)
             changed.append(replace(scenes[swap.scene], triplets=tuple(triplets)))
     requests = [request for swap in swaps for request in swap.pictures]
-    found = dict(zip(requests, packaged(changed, name), strict=True))
-    as_they_are = packaged(scenes, name)
+    found = dict(zip(requests, packaged(changed), strict=True))
+    as_they_are = packaged(scenes)
     found |= {swap.without: as_they_are[swap.scene] for swap in swaps}
     assert swap_scores(swaps, scenes, found)["adapter"].value(np.ones((1, len(scenes))))[0] > 0.97
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_packaged_detector_sees_nothing_where_nothing_is(name: str) -> None:
-    detector = Detector.from_pretrained(model_path(name))
+def test_packaged_detector_sees_nothing_where_nothing_is() -> None:
+    detector = Detector.from_pretrained(model_path("detector"))
     flat = torch.full((1, 3, detector.size, detector.size), 0.8)
     noise = torch.rand(flat.shape, generator=torch.Generator().manual_seed(0))
     for picture in detector.detect(torch.cat([flat, noise])):

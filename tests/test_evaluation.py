@@ -227,5 +227,5 @@ def test_accuracies_of_heads_are_over_those_that_have_the_attribute() -> None:
     got = head_accuracies([Detections((idle,), dogs, ())], [WorldScene("park", (), 0, (*lone, person))])
     assert got == {
         "action": 0, "object": 1, "object.colour": 1, "object.pattern": 1 / 2, "object.second_colour": 0,
-        "person": 1, "person.colour": 1,
+        "person": 1, **{f"person.{name}": 1 for name in person.appearance.attributes()},
     }  # fmt: skip

@@ -31,9 +31,7 @@ from interactdiff.handle import attach, attached_bindings
 from interactdiff.interaction.adapter import InteractionAdapter
 from interactdiff.models import ModelError
 from interactdiff.scene import SceneError
-from interactdiff.stickworld import model_path
 from interactdiff.stickworld.detector import Detections, Detector
-from interactdiff.stickworld.plain import PlainScene
 from interactdiff.stickworld.world import GROUPS, HELD_OUT
 
 
@@ -43,13 +41,10 @@ def test_held_out_scenes_are_beyond_training_and_differ_by_seed() -> None:
     assert not {s.seed for s in scenes} & {s.seed for s in held_out_scenes(5, seed=0)}
 
 
-def test_scenes_can_be_of_the_plain_world_and_of_a_number_of_interactions() -> None:
-    assert all(isinstance(scene, PlainScene) for scene in held_out_scenes(5, 0, plain=True))
-    assert not any(isinstance(scene, PlainScene) for scene in held_out_scenes(5, 0))
+def test_scenes_can_be_of_a_number_of_interactions() -> None:
     for count in range(4):
         scenes = held_out_scenes(5, 0, n_interactions=count)
         assert [len(scene.triplets) for scene in scenes] == [count] * 5
-    assert [len(scene.triplets) for scene in held_out_scenes(5, 0, True, 2)] == [2] * 5
 
 
 def test_swap_changes_one_action_and_nothing_else() -> None:
@@ -266,18 +261,9 @@ def test_a_detector_brings_its_world(
     assert format_table(table) in capsys.readouterr().out
     assert main([*flags, "--detector", str(tmp_path / "none")]) == 2
     assert "expected the detector in" in capsys.readouterr().err
-    assert main([*flags, "--detector", str(model_path("detector-plain"))]) == 2
-    assert "expected 1 to 2 interactions a scene, got 3" in capsys.readouterr().err
-
-
-def test_scores_of_the_plain_world_are_those_of_before(scene_pipeline: ScenePipeline) -> None:
-    """Of its own detector on two scenes: no identity, no appearance, and every box."""
-    bare = replace(scene_pipeline, model="stickworld")
-    table = evaluate_world("", "", 2, 5, 1, 3, "cpu", progress=False, scene_pipeline=bare)
-    assert table["rows"]["real"] == {"hoi_map": 1, "box_acc": 1, "action_acc": 1, "colour_acc": 1}
-    assert table["text"]["real"] == {"object_acc": 1, "action_acc": 1, "colour_acc": 1}
-    with pytest.raises(ModelError, match="expected a model of the whole world for word_iou, got stickworld"):
-        evaluate_world("", "", 2, 5, 1, 3, "cpu", scene_pipeline=bare, word_iou=1)
+    flags[flags.index("3")] = "4"
+    assert main([*flags, "--detector", str(tmp_path / "detector")]) == 2
+    assert "expected 0 to 3 interactions a scene, got 4" in capsys.readouterr().err
 
 
 def test_pictures_do_not_depend_on_the_batch(scene_pipeline: ScenePipeline) -> None:

@@ -6,12 +6,12 @@ import torch
 
 from interactdiff.evaluation.images import LAYERS, feature_distance
 from interactdiff.evaluation.world import packaged_detector
-from interactdiff.stickworld.plain import sample_plain_scene
+from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
 
 
 def pictures(*seeds: int) -> torch.Tensor:
-    stack = torch.stack([torch.tensor(render(sample_plain_scene(seed), 96).image) for seed in seeds])
+    stack = torch.stack([torch.tensor(render(sample_scene(seed)).image) for seed in seeds])
     return stack.permute(0, 3, 1, 2).float() / 255
 
 

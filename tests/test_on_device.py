@@ -77,7 +77,7 @@ def test_models_travel_in_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (back / "stickworld" / "vae").resolve() == back / "parts" / "vae"
     from_package(back)  # takes the place of what is there, and adds the detector
     assert {"vae", "text_encoder", "tokenizer"} <= {path.name for path in (back / "parts").iterdir()}
-    assert Detector.from_pretrained(back / "detector").plain is False
+    assert Detector.from_pretrained(back / "detector").size == 128
     monkeypatch.setattr(device_files, "LARGEST", 100)
     with pytest.raises(RuntimeError, match=r"at most 100 bytes, got larger ones: parts\.tar"):
         pack(runs, out)

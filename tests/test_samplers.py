@@ -26,7 +26,7 @@ def test_a_sampler_draws_and_says_what_it_costs(badge: Any) -> None:
     twice = pipeline.generate(replace(marked, steps=4), methods={"badge": {"gain": 4.0}})
     assert pipeline.generate(marked, methods=both).tobytes() == bytes(255 - byte for byte in twice.tobytes())
     assert (pipeline.cost(scene, {}).steps, pipeline.cost(scene, used).steps) == (2, 4)
-    assert pipeline.cost(scene, used).pixels == 96 * 96
+    assert pipeline.cost(scene, used).pixels == 128 * 128
 
 
 def test_two_samplers_are_refused(badge: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def decoded(vae: Any, latents: torch.Tensor, tile: int | None) -> torch.Tensor:
 VAES = {
     "kl": (4, lambda: make_tiny_kl()),
     "tiny, 2 px": (4, lambda: tiny_autoencoder(4, 2)),
-    "tiny, 4 px, as stickworld's": (6, lambda: tiny_autoencoder(6, 3)),
+    "tiny, 4 px, as stickworld's": (8, lambda: tiny_autoencoder(8, 3)),
     "tiny, 8 px, as Flux's": (16, lambda: tiny_autoencoder(16, 4)),
 }
 

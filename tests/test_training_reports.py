@@ -16,7 +16,7 @@ from interactdiff import Entity, Interaction
 from interactdiff.errors import RecipeError
 from interactdiff.evaluation.detection import Instance
 from interactdiff.stickworld import model_path
-from interactdiff.stickworld.plain import sample_plain_scene
+from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
 from interactdiff.training.config import checked
 from interactdiff.training.interaction_config import InteractionConfig
@@ -179,7 +179,7 @@ def test_the_worlds_probe_finds_what_a_render_shows() -> None:
     probe = load_probe("stickworld", [], torch.device("cpu"))
     real, empty = Counts(), Counts()
     for seed in range(3):
-        scene = sample_plain_scene(seed, 1)
+        scene = sample_scene(seed, 1)
         items = (*scene.interactions(), *scene.lone_entities())
         probe.look(Image.fromarray(render(scene, 128).image), items, real)
         probe.look(Image.new("RGB", (128, 128)), items, empty)

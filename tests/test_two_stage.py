@@ -239,7 +239,7 @@ class Knowing:
 
 
 def test_calibration_tells_who_knows_from_who_does_not(tmp_path: Path) -> None:
-    export_scenes(tmp_path / "test", held_out_scenes(40, 0, plain=True), 32)
+    export_scenes(tmp_path / "test", held_out_scenes(40, 0), 32)
     data = open_data(str(tmp_path))
     truth = {
         tuple(edge * 32 for edge in one.subject_box): one.action or ""
@@ -267,7 +267,7 @@ def test_models_are_loaded_from_folders_and_score_layouts(
     for name, parts in (("detr", tiny.detr()), ("clip", tiny.clip(tokenizer))):
         for part in parts:
             part.save_pretrained(tmp_path / name)
-    export_scenes(tmp_path / "data/test", held_out_scenes(12, 0, plain=True), 32)
+    export_scenes(tmp_path / "data/test", held_out_scenes(12, 0), 32)
     command = ["evaluate", "--data", "data", "--detector", "two-stage:detr,clip", "--json", "t.json"]
     command += ["--scores", "miou", "clip", "--box-model", "detr", "--clip-model", "clip", "--device", "cpu"]
     assert main(command) == 0

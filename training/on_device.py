@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, help="where the files are written")
     parser.add_argument(
-        "--from-package", action="store_true", help="start from what it has of the whole world"
+        "--from-package", action="store_true", help="take autoencoder, text encoders and detector from it"
     )
     parser.add_argument("--start", type=Path, help="files that an earlier call wrote")
     parser.add_argument("--again", nargs="*", default=[], metavar="STAGE", help="train these on")

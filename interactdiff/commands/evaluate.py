@@ -104,8 +104,8 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--detector",
         metavar="DETECTOR",
-        help="that scores the pictures: a folder with one of stickworld, whose world scenes are of (default: "
-        "a packaged one); with --data also file:PATH or two-stage:BOXES,VERBS",
+        help="that scores the pictures: a folder with one of stickworld (default: the packaged one); "
+        "with --data also file:PATH or two-stage:BOXES,VERBS",
     )
     parser.add_argument("--batch-size", type=positive, default=16, help="default: 16")
     parser.add_argument("--fast", action="store_true", help="also score fast control")

@@ -275,8 +275,7 @@ def _detector(
 
     named = args.detector or "stickworld"
     if named == "stickworld":
-        info = model_info(args.model or MODEL)
-        found = packaged_detector(info.detector)
+        found = packaged_detector()
     elif Path(named).is_dir():
         found = load_detector(Path(named))
     elif named.startswith(TWO_STAGE):

@@ -29,7 +29,7 @@ def text_scores(found: Sequence[Detections], scenes: Sequence[WorldScene]) -> di
         of which a person doing that is found; colour_acc: share of persons and objects of which a person, or
         an object of that kind, is found in that colour; appearance_acc: of the other attributes that captions
         name, the share that is right of the thing paired with theirs, see `pairs`. It is left out where
-        captions name none, as those of the plain world.
+        captions name none.
     """
     hits = {name: np.zeros(len(scenes)) for name in ("object_acc", "action_acc", "colour_acc")}
     named, named_hits = np.zeros(len(scenes)), np.zeros(len(scenes))

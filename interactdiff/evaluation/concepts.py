@@ -27,11 +27,11 @@ from interactdiff.evaluation.likeness import (
     sample_known,
     sampling,
     surest,
-    whole_world_detector,
 )
 from interactdiff.evaluation.sampling import draw_batch, reduced, render_scenes
 from interactdiff.evaluation.table import chosen_rows
 from interactdiff.evaluation.words import mask_iou
+from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
 from interactdiff.handle import attach
 from interactdiff.method_specs import EvaluationOptions
@@ -96,10 +96,9 @@ def evaluate_concepts(
 
     Raises:
         ConceptError: a change is no option, or out of range.
-        ModelError: the detector is of the plain world.
         SceneError: there is no such row.
     """
-    detector = whole_world_detector(options.detector, pipeline)
+    detector = (options.detector or packaged_detector()).to(pipeline.denoiser.device)
     rows = chosen_rows(ROWS, options.rows)
     photos = [_photo(n, options.seed, options.size or pipeline.size) for n in range(options.scenes)]
     table: dict[str, Any] = {"rows": {}, "intervals": {}}

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interactdiff.errors import ModelError
 from interactdiff.evaluation.bootstrap import Share, with_interval
 from interactdiff.evaluation.sampling import Sampling
-from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
 from interactdiff.method_specs import EvaluationOptions
 from interactdiff.models import MODEL, model_info
@@ -26,7 +24,7 @@ from interactdiff.stickworld.appearance import (
     sample_person_appearance,
 )
 from interactdiff.stickworld.captions import PLACES, describe_object, describe_person
-from interactdiff.stickworld.detector import Detections, Detector, Found
+from interactdiff.stickworld.detector import Detections, Found
 from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import BACKGROUNDS, HELD_OUT, OBJECTS, WorldEntity, WorldScene, wording
@@ -220,23 +218,3 @@ def sampling(pipeline: ScenePipeline, options: EvaluationOptions) -> Sampling:
 def noise(seeds: Sequence[int]) -> list[torch.Generator]:
     """A generator for each picture's noise, by the seed of its scene."""
     return [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
-
-
-def whole_world_detector(detector: Detector | None, pipeline: ScenePipeline) -> Detector:
-    """The detector that reads attributes of appearance, on the pipeline's device.
-
-    Args:
-        detector: that was chosen; None takes the packaged one of the whole world.
-        pipeline: that draws.
-
-    Raises:
-        ModelError: it is of the plain world, whose persons differ in a colour alone.
-    """
-    if detector is None:
-        detector = packaged_detector("detector")
-    if detector.plain:
-        raise ModelError(
-            "expected a detector of appearances, as training/configs/stickworld_detector.yaml makes it, got "
-            "one of the plain world"
-        )
-    return detector.to(pipeline.denoiser.device)

@@ -17,7 +17,6 @@ from interactdiff.pipeline_calls import call_arguments, repeatable_call
 from interactdiff.scene import Entity, Interaction
 from interactdiff.stickworld.detector import Detections, Detector
 from interactdiff.stickworld.layouts import sample_scene
-from interactdiff.stickworld.plain import sample_plain_scene
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import GROUPS, HELD_OUT, WorldScene
 
@@ -69,19 +68,15 @@ class ActionSwap:
     without: PictureRequest
 
 
-def held_out_scenes(
-    count: int, seed: int, plain: bool = False, n_interactions: int | None = None
-) -> list[WorldScene]:
+def held_out_scenes(count: int, seed: int, n_interactions: int | None = None) -> list[WorldScene]:
     """Scenes that no training recipe draws; other seeds give other ones.
 
     Args:
         count: how many.
         seed: which ones.
-        plain: of the plain world.
         n_interactions: in each scene; None leaves it to the scene's seed.
     """
-    sample = sample_plain_scene if plain else sample_scene
-    return [sample(HELD_OUT + seed * 1_000_000 + i, n_interactions) for i in range(count)]
+    return [sample_scene(HELD_OUT + seed * 1_000_000 + i, n_interactions) for i in range(count)]
 
 
 def row_requests(

@@ -27,10 +27,10 @@ from interactdiff.evaluation.likeness import (
     sample_known,
     sampling,
     surest,
-    whole_world_detector,
 )
 from interactdiff.evaluation.sampling import draw_batch, reduced, render_scenes
 from interactdiff.evaluation.table import chosen_rows
+from interactdiff.evaluation.world import packaged_detector
 from interactdiff.generation import ScenePipeline
 from interactdiff.method_specs import EvaluationOptions
 from interactdiff.registry import methods
@@ -110,11 +110,10 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
         "subjects"}.
 
     Raises:
-        ModelError: the detector is of the plain world.
         SceneError: there is no such row.
         AdapterError: a row needs an encoder and there is none, or a setting does not suit the base.
     """
-    detector = whole_world_detector(options.detector, pipeline)
+    detector = (options.detector or packaged_detector()).to(pipeline.denoiser.device)
     size = options.size or pipeline.size
     tasks = [_task(n, options.seed, size) for n in range(options.scenes)]
     assert pipeline.handle is not None

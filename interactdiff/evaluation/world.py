@@ -25,7 +25,7 @@ from interactdiff.evaluation.sampling import (
 from interactdiff.evaluation.table import ROWS
 from interactdiff.evaluation.words import word_iou as measured_word_iou
 from interactdiff.generation import ScenePipeline
-from interactdiff.models import MODEL, PACKAGED, ModelError, default_adapter, model_info
+from interactdiff.models import MODEL, ModelError, default_adapter, model_info
 from interactdiff.scene import SceneError
 from interactdiff.scene_checks import checked_side
 from interactdiff.stickworld import model_path
@@ -69,9 +69,6 @@ def evaluate_world(
     its group in turn; the share of pictures in which the person at that box does it. boxes_only is the
     same with that action left null, compared with each action in turn; chance is what guessing would give.
 
-    The scenes are of the detector's world: the packaged U-Net, which was trained on the plain world, has one
-    of it; any other is scored by that of the whole world, unless another detector is given.
-
     Args:
         model: packaged name, folder or Hub id.
         adapter: likewise; None takes the packaged adapter of a packaged model, and none with any other.
@@ -84,10 +81,10 @@ def evaluate_world(
         guidance_scale: of every row; None is what suits a packaged model, and 4 for any other.
         size: pixels at which pictures are drawn, a multiple of 8; None is the model's own.
         fast: whether there is a row for fast control.
-        n_interactions: in every scene, 0 to 3, in the plain world 1 or 2; None is as scenes have them.
+        n_interactions: in every scene, 0 to 3; None is as scenes have them.
         word_iou: number of renders on which `words.word_iou` is measured; 0 leaves it out.
         scene_pipeline: a loaded model, with an adapter or without, in place of loading `model` and `adapter`.
-        detector: in place of the packaged one of the model.
+        detector: in place of the packaged one.
         clear: layers for the row of windows, in place of those that a packaged model has, if any.
 
     Returns:
@@ -115,19 +112,13 @@ def evaluate_world(
             f"expected an adapter for the row of fast control, got none for {scene_pipeline.model}"
         )
     info = model_info(scene_pipeline.model)
-    detector = (detector or packaged_detector(info.detector)).to(scene_pipeline.denoiser.device)
-    plain = detector.plain
-    least, most = (1, 2) if plain else (0, MOST_INTERACTIONS)
-    if n_interactions is not None and not least <= n_interactions <= most:
-        raise SceneError(f"expected {least} to {most} interactions a scene, got {n_interactions}")
-    if word_iou and plain:
-        raise ModelError(
-            f"expected a model of the whole world for word_iou, got {scene_pipeline.model} of the plain one"
-        )
+    detector = (detector or packaged_detector()).to(scene_pipeline.denoiser.device)
+    if n_interactions is not None and not 0 <= n_interactions <= MOST_INTERACTIONS:
+        raise SceneError(f"expected 0 to {MOST_INTERACTIONS} interactions a scene, got {n_interactions}")
     if guidance_scale is None:
         guidance_scale = info.guidance_scale or model_info(MODEL).guidance_scale
     how = Sampling(steps, guidance_scale, size or scene_pipeline.size)
-    world = held_out_scenes(scenes, seed, plain, n_interactions)
+    world = held_out_scenes(scenes, seed, n_interactions)
     layers = default_adapter(scene_pipeline.model, "clear")
     if clear is None and scene_pipeline.handle is not None and layers is not None:
         clear = ClearAdapter.from_pretrained(model_path(layers))
@@ -143,7 +134,7 @@ def evaluate_world(
 
     found = {"real": detect_renders(world, detector, batch_size)}
     found |= {row: [drawn[request] for request in of_row] for row, of_row in requests.items()}
-    table = _table(found, world, plain, seed)
+    table = _table(found, world, seed)
     if scene_pipeline.handle is not None:
         followed = swap_scores(swaps, world, drawn)
         _enter(table, table["intervals"], "action_swap", followed, scenes, seed)
@@ -151,7 +142,7 @@ def evaluate_world(
     if word_iou:
         if scene_pipeline.handle is not None:
             scene_pipeline.handle.clear()
-        shown = held_out_scenes(word_iou, seed, plain, n_interactions)
+        shown = held_out_scenes(word_iou, seed, n_interactions)
         table["word_iou"] = measured_word_iou(
             scene_pipeline.pipeline, shown, how.size or scene_pipeline.size, seed
         )
@@ -167,15 +158,12 @@ def evaluate_world(
     }
 
 
-def _table(
-    found: dict[str, list[Detections]], scenes: Sequence[WorldScene], plain: bool, seed: int
-) -> dict[str, Any]:
+def _table(found: dict[str, list[Detections]], scenes: Sequence[WorldScene], seed: int) -> dict[str, Any]:
     """Everything but the action swap."""
     rows = {row: picture_scores(found[row], scenes) for row in ROWS if row in found}
-    if not plain:
-        for row in IDENTITY_ROWS:
-            if row in rows:
-                rows[row]["identity"] = identity(found[row], scenes)
+    for row in IDENTITY_ROWS:
+        if row in rows:
+            rows[row]["identity"] = identity(found[row], scenes)
     scores = {"rows": rows, "text": {row: text_scores(found[row], scenes) for row in TEXT_ROWS}}
     table: dict[str, Any] = {"rows": {}, "text": {}, "action_swap": None}
     table["intervals"] = {"rows": {}, "text": {}, "action_swap": None}
@@ -191,13 +179,13 @@ def _enter(values: dict, intervals: dict, row: str, scores: dict[str, Score], sc
     intervals[row] = {name: list(interval) for name, (_, interval) in entries.items()}
 
 
-def packaged_detector(name: str = PACKAGED[MODEL].detector) -> Detector:
-    """A detector that ships with the package; that of the default model, unless another is named.
+def packaged_detector() -> Detector:
+    """The detector that ships with the package.
 
     Raises:
         ModelError: the install is incomplete.
     """
-    return load_detector(model_path(name), "packaged detector")
+    return load_detector(model_path("detector"), "packaged detector")
 
 
 def load_detector(folder: Path, kind: str = "detector") -> Detector:

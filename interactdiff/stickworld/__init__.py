@@ -9,6 +9,6 @@ def model_path(name: str) -> Path:
     Args:
         name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction" or
             "stickworld-dit-interaction" (their adapters), "stickworld-dit-clear" (layers for CLEAR),
-            "detector" or "detector-plain" (of the whole and of the plain world).
+            "detector" (which scores their pictures).
     """
     return Path(__file__).parent / "models" / name

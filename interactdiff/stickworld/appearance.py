@@ -40,12 +40,12 @@ class Appearance:
 
     Attributes:
         colour: of `COLOURS`.
-        pattern: of `OBJECT_PATTERNS`; None is the undecorated pictogram of the plain world.
-        second_colour: of `SECOND_COLOURS`, of the pattern; None where the pattern is plain or None.
+        pattern: of `OBJECT_PATTERNS`.
+        second_colour: of `SECOND_COLOURS`, of the pattern; None where the pattern is plain.
     """
 
     colour: str
-    pattern: str | None = None
+    pattern: str = "plain"
     second_colour: str | None = None
 
     def attributes(self) -> dict[str, str]:
@@ -59,8 +59,8 @@ class PersonAppearance(Appearance):
     """What a person looks like; `colour` and the pattern are those of the shirt.
 
     Attributes:
-        pattern: of `SHIRT_PATTERNS`; None is the undecorated pictogram of the plain world.
-        hair: of `HAIR_SHAPES`; None as for `pattern`.
+        pattern: of `SHIRT_PATTERNS`.
+        hair: of `HAIR_SHAPES`.
         hair_colour: of `HAIR_COLOURS`.
         headwear: of `HEADWEAR`.
         headwear_colour: of `COLOURS`; None without headwear.
@@ -68,12 +68,12 @@ class PersonAppearance(Appearance):
         skin: of `SKINS`.
     """
 
-    hair: str | None = None
-    hair_colour: str | None = None
-    headwear: str | None = None
+    hair: str = "short"
+    hair_colour: str = "brown"
+    headwear: str = "none"
     headwear_colour: str | None = None
-    trousers: str | None = None
-    skin: str | None = None
+    trousers: str = "grey"
+    skin: str = "light"
 
     def attributes(self) -> dict[str, str]:
         """Each attribute that can be seen, by its name, the colour first."""

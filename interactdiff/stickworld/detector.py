@@ -3,7 +3,7 @@
 A small anchor-free detector in the manner of CenterNet (Zhou et al., "Objects as Points", 2019): heatmaps of
 centres, and at each centre what belongs to the thing there. The cell of a person's centre also tells its
 action and points at the object of that action, as in PPDM (Liao et al., 2020). What a thing looks like is
-read off its crop by a second stage; the detector of the plain world has none, and tells colours at centres.
+read off its crop by a second stage.
 """
 
 import json
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from interactdiff.checkpoint import save_tensors
 from interactdiff.files import write_aside
 from interactdiff.scene import Box
-from interactdiff.stickworld.appearance import COLOURS
 from interactdiff.stickworld.attribute_reader import (
     CROPS,
     OBJECT_HEADS,
@@ -31,13 +30,10 @@ from interactdiff.stickworld.attribute_reader import (
 from interactdiff.stickworld.world import ACTIONS, OBJECTS
 
 SIZE = 128  # height and width in pixels of the pictures that it looks at
-PLAIN_SIZE = 96  # of the plain world's
 STRIDE = 4  # pixels of a cell
 KINDS = ("person", *OBJECTS)
-COLOUR_NAMES = tuple(COLOURS)
 WEIGHTS, CONFIG = "detector.safetensors", "config.json"
-_VOCABULARY = {"kinds": list(KINDS), "colours": list(COLOUR_NAMES), "actions": list(ACTIONS)}
-_ATTRIBUTES = {
+_VOCABULARY = {"kinds": list(KINDS), "actions": list(ACTIONS)} | {
     f"attributes of {whose}": {name: list(values) for name, values in heads.items()}
     for whose, heads in (("persons", PERSON_HEADS), ("objects", OBJECT_HEADS))
 }
@@ -51,7 +47,7 @@ class Found:
     """A person or an object: `box` xyxy as shares of the picture, `score` in 0..1.
 
     `action` is the likeliest one of a person, and None of an object and of a person who does nothing.
-    `attributes` are those beside the colour, by their names; a detector of the plain world finds none.
+    `attributes` are those beside the colour, by their names.
     """
 
     name: str
@@ -89,9 +85,8 @@ class Maps:
         heat: [B, 1 + O, G, G] logits that the centre of a person, or of an object of each kind, is here.
         boxes: [B, 2, 4, G, G] of person and object here: how far left, up, right and down of the cell's
             middle its box reaches, as shares of the picture.
-        actions: [B, A, G, G] logits of the person's action; with a second stage, one more for none.
+        actions: [B, A + 1, G, G] logits of the person's action; the last is of none.
         towards: [B, 2, G, G] x and y from the cell's middle to the middle of the object acted on.
-        colours: [B, 2, C, G, G] logits; None with a second stage.
         attributes: of persons and of objects, [N, C] logits of each attribute, at the boxes that were given.
     """
 
@@ -99,7 +94,6 @@ class Maps:
     boxes: Tensor
     actions: Tensor
     towards: Tensor
-    colours: Tensor | None = None
     attributes: tuple[dict[str, Tensor], ...] = ()
 
 
@@ -115,14 +109,14 @@ class Detector(nn.Module):
     Args:
         widths: channels at a half, a quarter, an eighth and a sixteenth of the picture's size.
         size: S, height and width in pixels of the pictures that it looks at; a multiple of 16.
-        reader_widths: of `AttributeReader`; None is a detector of the plain world, whose persons all act.
+        reader_widths: of `AttributeReader`.
     """
 
     def __init__(
         self,
         widths: tuple[int, int, int, int] = (32, 64, 96, 128),
         size: int = SIZE,
-        reader_widths: tuple[int, int, int, int] | None = (24, 32, 64, 96),
+        reader_widths: tuple[int, int, int, int] = (24, 32, 64, 96),
     ):
         super().__init__()
         a, b, c, d = self.widths = widths
@@ -136,21 +130,14 @@ class Detector(nn.Module):
         self.merge_fine = nn.Sequential(conv(b, b), conv(b, b))
         self.heat = nn.Conv2d(b, len(KINDS), 1)
         self.boxes = nn.Conv2d(b, 2 * 4, 1)
-        self.colours = nn.Conv2d(b, 2 * len(COLOURS), 1) if self.plain else None
-        self.actions = nn.Conv2d(b, len(ACTIONS) + (not self.plain), 1)
+        self.actions = nn.Conv2d(b, len(ACTIONS) + 1, 1)
         self.towards = nn.Conv2d(b, 2, 1)
         self.readers = nn.ModuleList(
             AttributeReader(heads, crop, reader_widths)
             for heads, crop in zip((PERSON_HEADS, OBJECT_HEADS), CROPS, strict=True)
-            if reader_widths is not None
         )
         nn.init.constant_(self.heat.bias, -4.0)  # type: ignore[arg-type]  # centres are rare
         nn.init.constant_(self.boxes.bias, 0.15)  # type: ignore[arg-type]
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is one of the plain world, without a second stage."""
-        return self.reader_widths is None
 
     def forward(self, images: Tensor, attribute_boxes: tuple[tuple[Tensor, Tensor], ...] = ()) -> Maps:
         """Look at pictures.
@@ -165,15 +152,11 @@ class Detector(nn.Module):
         coarse = self.coarse(middle)
         middle = self.merge_middle(middle + F.interpolate(self.to_middle(coarse), scale_factor=2.0))
         fine = self.merge_fine(fine + F.interpolate(self.to_fine(middle), scale_factor=2.0))
-        colours = None
-        if self.colours is not None:
-            colours = self.colours(fine).float().unflatten(1, (2, len(COLOURS)))
         return Maps(
             heat=self.heat(fine).float(),
             boxes=self.boxes(fine).float().unflatten(1, (2, 4)),
             actions=self.actions(fine).float(),
             towards=self.towards(fine).float(),
-            colours=colours,
             attributes=tuple(
                 r(images, *boxes) for r, boxes in zip(self.readers, attribute_boxes, strict=False)
             ),
@@ -215,9 +198,8 @@ class Detector(nn.Module):
         tensors = {
             name: tensor.detach().half().contiguous().cpu() for name, tensor in self.state_dict().items()
         }
-        config = {"widths": list(self.widths), "size": self.size, **_VOCABULARY}
-        if self.reader_widths is not None:
-            config |= {"reader_widths": list(self.reader_widths), **_ATTRIBUTES}
+        config = {"widths": list(self.widths), "size": self.size, "reader_widths": list(self.reader_widths)}
+        config |= _VOCABULARY
         write_aside(folder / WEIGHTS, lambda file: save_tensors(file, tensors))
         text = json.dumps(config, indent=2) + "\n"
         write_aside(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
@@ -231,11 +213,10 @@ class Detector(nn.Module):
             ValueError: it was trained on another vocabulary.
         """
         config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
-        reader_widths = config.get("reader_widths")
-        for name, ours in (_VOCABULARY if reader_widths is None else _VOCABULARY | _ATTRIBUTES).items():
+        for name, ours in _VOCABULARY.items():
             if config[name] != ours:
                 raise ValueError(f"expected a detector of the {name} {ours}, got one of {config[name]}")
-        detector = cls(config["widths"], config.get("size", PLAIN_SIZE), reader_widths)
+        detector = cls(config["widths"], config["size"], config["reader_widths"])
         detector.load_state_dict({n: t.float() for n, t in load_file(Path(folder, WEIGHTS)).items()})
         return detector.eval()
 
@@ -246,7 +227,7 @@ _Located = tuple[Found, int]  # a thing, and the number of the cell that holds i
 def located(maps: Maps) -> list[list[list[_Located]]]:
     """Read persons and objects off the maps: for each picture the persons and the objects, surest first.
 
-    Their colours are empty where the maps tell none.
+    Their colours are empty until they are read.
     """
     heat = maps.heat.sigmoid()
     grid = heat.shape[-1]
@@ -256,7 +237,6 @@ def located(maps: Maps) -> list[list[list[_Located]]]:
     scores, cells = peaks.flatten(2).topk(_MOST)  # [B, 2, K]
     sign = heat.new_tensor([-1, -1, 1, 1])[:, None, None]
     boxes = (cell_middles(grid, heat.device).repeat(2, 1, 1) + sign * maps.boxes).clamp(0, 1)
-    colours = None if maps.colours is None else maps.colours.argmax(2)
     actions = maps.actions.argmax(1)
     found = []
     for image in range(len(heat)):
@@ -270,7 +250,7 @@ def located(maps: Maps) -> list[list[list[_Located]]]:
                 thing = Found(
                     name=KINDS[0] if role == 0 else KINDS[1 + int(kinds[image, row, column])],
                     box=(x0, y0, x1, y1),
-                    colour="" if colours is None else COLOUR_NAMES[int(colours[image, role, row, column])],
+                    colour="",
                     score=score,
                     action=_action(int(actions[image, row, column])) if role == 0 else None,
                 )

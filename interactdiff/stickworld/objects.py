@@ -37,12 +37,6 @@ def _wheel(brush: Brush, x: float, radius_x: float, y0: float) -> None:
     brush.ellipse((x - radius_x + inset_x, y0 + inset_y, x + radius_x - inset_x, 1.0 - inset_y), PALE)
 
 
-def plain_ball(brush: Brush, colour: Colour) -> None:
-    """A beach ball: one colour with a pale band."""
-    brush.ellipse((0.0, 0.0, 1.0, 1.0), colour)
-    brush.polygon(((0.06, 0.38), (0.94, 0.38), (0.98, 0.5), (0.94, 0.62), (0.06, 0.62), (0.02, 0.5)), PALE)
-
-
 def ball(brush: Brush, colour: Colour) -> None:
     """A ball of one colour."""
     brush.ellipse((0.0, 0.0, 1.0, 1.0), colour)
@@ -58,18 +52,6 @@ def bike(brush: Brush, colour: Colour) -> None:
     brush.line(((0.36, 0.26), (0.35, 0.20)), 0.10, colour)
     brush.polygon(((0.30, 0.26), (0.74, 0.26), (0.56, 0.76), (0.40, 0.76)), colour)
     brush.line(((0.26, 0.16), (0.44, 0.16)), 0.13, DARK)
-    brush.line(((0.70, 0.07), (0.86, 0.07)), 0.13, DARK)
-
-
-def plain_bike(brush: Brush, colour: Colour) -> None:
-    """Two wheels and a thick frame."""
-    for x in (0.22, 0.78):
-        brush.ellipse((x - 0.22, 0.36, x + 0.22, 1.0), DARK)
-        brush.ellipse((x - 0.12, 0.51, x + 0.12, 0.85), PALE)
-    brush.line(((0.22, 0.68), (0.36, 0.30), (0.70, 0.30), (0.48, 0.68), (0.22, 0.68)), 0.13, colour)
-    brush.line(((0.78, 0.68), (0.68, 0.10), (0.84, 0.08)), 0.13, colour)
-    brush.line(((0.26, 0.20), (0.44, 0.20)), 0.13, DARK)
-    brush.line(((0.36, 0.30), (0.35, 0.22)), 0.10, colour)
     brush.line(((0.70, 0.07), (0.86, 0.07)), 0.13, DARK)
 
 
@@ -106,14 +88,6 @@ def chair(brush: Brush, colour: Colour) -> None:
     brush.polygon(_rectangle(0.0, 0.52, 1.0, 0.74), colour)
 
 
-def plain_chair(brush: Brush, colour: Colour) -> None:
-    """A chair from its side, its back to the right."""
-    brush.line(((0.12, 0.60), (0.12, 0.96)), 0.11, colour)
-    brush.line(((0.88, 0.60), (0.88, 0.96)), 0.11, colour)
-    brush.polygon(_rectangle(0.78, 0.0, 1.0, 0.62), colour)
-    brush.polygon(_rectangle(0.0, 0.48, 1.0, 0.66), colour)
-
-
 def dog(brush: Brush, colour: Colour) -> None:
     """A dog: short legs, raised tail, hanging ear."""
     brush.line(((0.10, 0.40), (0.05, 0.10)), 0.12, colour)
@@ -147,7 +121,6 @@ PAINTERS: dict[str, Callable[[Brush, Colour], None]] = {
     "dog": dog,
     "horse": horse,
 }
-PLAIN_PAINTERS = {**PAINTERS, "ball": plain_ball, "bike": plain_bike, "chair": plain_chair}
 # Where an object shows its pattern best: the middle, x and y, and the size in shares of the object's height.
 _PANELS: dict[str, tuple[float, float, float]] = {
     "ball": (0.5, 0.5, 0.80),
@@ -197,10 +170,9 @@ def paint_object(canvas: Canvas, name: str, look: Appearance, box: Box, facing: 
         facing: "left" or "right".
     """
     brush = _ObjectBrush(canvas, box, facing)
-    painters = PLAIN_PAINTERS if look.pattern is None else PAINTERS
-    painters[name](brush, COLOURS[look.colour])
+    PAINTERS[name](brush, COLOURS[look.colour])
     if look.second_colour is not None:
         x, y, size = _PANELS[name]
         length = size * brush.height
         colour = SECOND_COLOURS[look.second_colour]
-        canvas.decorate(look.pattern or "", colour, brush.point(x, y), (length, 0.0), (0.0, length))
+        canvas.decorate(look.pattern, colour, brush.point(x, y), (length, 0.0), (0.0, length))

@@ -18,10 +18,8 @@ from interactdiff.stickworld.poses import Pose
 
 ROPE: Colour = (120, 78, 40)
 FOOD: Colour = (255, 250, 235)
-PLAIN_SKIN: Colour = (242, 190, 150)
-PLAIN_TROUSERS: Colour = (70, 74, 100)
 # In shares of a person's height: width of limbs, radius of the head, width of the torso.
-PLAIN_BUILD, BUILD = (0.085, 0.115, 0.20), (0.088, 0.135, 0.26)
+BUILD = (0.088, 0.135, 0.26)
 # How far hair and headwear reach from the middle of the head, in its radii: up, to the front, to the back.
 _HAIR_REACH = {"short": (1.15, 1.1, 1.15), "long": (1.15, 1.1, 1.5), "curly": (1.42, 1.42, 1.42)}
 _HAIR_REACH["spiky"] = (1.82, 1.8, 1.82)
@@ -61,13 +59,13 @@ class _Head:
     def behind(self, look: PersonAppearance) -> None:
         if look.hair == "long":
             points = (self.at(-0.5, -0.2), self.at(-0.85, 0.75), self.at(-0.8, 1.6))
-            self.canvas.stroke(points, 0.9 * self.radius, HAIR_COLOURS[look.hair_colour or ""])
+            self.canvas.stroke(points, 0.9 * self.radius, HAIR_COLOURS[look.hair_colour])
 
     def in_front(self, look: PersonAppearance) -> None:
         self.canvas.dot(*self.at(0.45, 0.1), 0.14 * self.radius, OUTLINE)
-        self._hair(look.hair or "", HAIR_COLOURS[look.hair_colour or ""], look.headwear != "none")
+        self._hair(look.hair, HAIR_COLOURS[look.hair_colour], look.headwear != "none")
         if look.headwear_colour is not None:
-            self._headwear(look.headwear or "", COLOURS[look.headwear_colour])
+            self._headwear(look.headwear, COLOURS[look.headwear_colour])
 
     def _hair(self, shape: str, colour: Colour, covered: bool) -> None:
         """`covered`: only what headwear leaves to be seen sticks out."""
@@ -107,10 +105,8 @@ class _Head:
 
 def _reach(look: PersonAppearance) -> tuple[float, float, float]:
     """Of head, hair and headwear from the middle of the head, in radii: up, to the front, to the back."""
-    if look.hair is None:
-        return 1.0, 1.0, 1.0
-    hair, hat = _HAIR_REACH[look.hair], _HEADWEAR_REACH[look.headwear or "none"]
-    if look.headwear not in (None, "none"):
+    hair, hat = _HAIR_REACH[look.hair], _HEADWEAR_REACH[look.headwear]
+    if look.headwear != "none":
         hair = (0.0, *hair[1:])
     elif look.hair == "spiky":  # the spike to the front is for what headwear leaves to be seen
         hair = (hair[0], 1.25, hair[2])
@@ -130,8 +126,7 @@ def paint_person(canvas: Canvas, pose: Pose, look: PersonAppearance, box: Box, f
     """
     x0, y0, x1, y1 = (v * canvas.scale for v in box)
     height = y1 - y0
-    plain = look.hair is None
-    limb, head, torso = (v * height for v in (PLAIN_BUILD if plain else BUILD))
+    limb, head, torso = (v * height for v in BUILD)
     edge = canvas.outline
     bowl = (0.10 * height, 0.06 * height)
     up, front, back = (v * head for v in _reach(look))
@@ -157,8 +152,7 @@ def paint_person(canvas: Canvas, pose: Pose, look: PersonAppearance, box: Box, f
     def paint_limb(root: tuple[float, float], joints: Sequence[tuple[float, float]], colour: Colour) -> None:
         canvas.stroke((at(root), at(joints[0]), at(joints[1])), limb, colour)
 
-    skin = SKINS[look.skin] if look.skin else PLAIN_SKIN
-    trousers = TROUSERS[look.trousers] if look.trousers else PLAIN_TROUSERS
+    skin, trousers = SKINS[look.skin], TROUSERS[look.trousers]
     neck, hip = at(pose.neck), at(pose.hip)
     shoulder = (pose.neck[0] * 0.85 + pose.hip[0] * 0.15, pose.neck[1] * 0.85 + pose.hip[1] * 0.15)
     paint_limb(shoulder, pose.far_arm, skin)
@@ -170,11 +164,9 @@ def paint_person(canvas: Canvas, pose: Pose, look: PersonAppearance, box: Box, f
     canvas.end_cloth()
     cx, cy = at(pose.head)
     above = _Head(canvas, (cx, cy), head, -1 if facing == "left" else 1)
-    if not plain:
-        above.behind(look)
+    above.behind(look)
     canvas.disc((cx - head, cy - head, cx + head, cy + head), skin)
-    if not plain:
-        above.in_front(look)
+    above.in_front(look)
     if pose.prop == "bowl":
         hand_x, hand_y = at((pose.near_arm[1][0] + 0.10, pose.near_arm[1][1]))
         canvas.disc((hand_x - bowl[0], hand_y - bowl[1] * 1.6, hand_x + bowl[0], hand_y + bowl[1]), FOOD)
@@ -184,5 +176,5 @@ def paint_person(canvas: Canvas, pose: Pose, look: PersonAppearance, box: Box, f
         length = math.hypot(hip[0] - neck[0], hip[1] - neck[1]) or 1.0
         along = ((hip[0] - neck[0]) / length * torso, (hip[1] - neck[1]) / length * torso)
         canvas.decorate(
-            look.pattern or "", SECOND_COLOURS[look.second_colour], middle, (along[1], -along[0]), along
+            look.pattern, SECOND_COLOURS[look.second_colour], middle, (along[1], -along[0]), along
         )

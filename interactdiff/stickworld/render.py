@@ -123,8 +123,7 @@ def render(
     things, count = scene.things, 2 * len(scene.triplets)
     units = [[2 * n + 1, 2 * n] for n in range(len(scene.triplets))]  # a person is painted over the object
     units += [[n] for n in range(count, len(things))]
-    if any(thing.appearance.pattern is not None for thing in things):  # what stands lower is nearer
-        units.sort(key=lambda unit: max(things[n].box[3] for n in unit))
+    units.sort(key=lambda unit: max(things[n].box[3] for n in unit))  # what stands lower is nearer
     drawn: dict[int, Thing] = {}
     for n in (n for unit in units for n in unit):
         action = scene.triplets[n // 2].action if n < count else None

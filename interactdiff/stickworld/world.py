@@ -99,18 +99,14 @@ class WorldScene:
         return (*(thing for t in self.triplets for thing in t.entities), *self.entities)
 
     @property
-    def background_seed(self) -> int | str:
+    def background_seed(self) -> str:
         """What draws small variations of the background: apart from what draws the rest."""
         return f"background {self.seed}"
-
-    def in_words(self, rng: random.Random, verbs: bool = True) -> Caption:
-        """Describe the scene in words, with varied wording."""
-        return caption(self, rng, verbs)
 
     @property
     def described(self) -> Caption:
         """The scene's own caption; its wording goes by the seed, apart from what draws the scene."""
-        return self.in_words(wording(self.seed))
+        return caption(self, wording(self.seed))
 
     @property
     def caption(self) -> str:
@@ -120,7 +116,7 @@ class WorldScene:
     @property
     def caption_without_verb(self) -> str:
         """The same content with no action word: what the action swap prompts with."""
-        return self.in_words(wording(self.seed), verbs=False).text
+        return caption(self, wording(self.seed), verbs=False).text
 
     def interactions(self, colours: bool = True, action: bool = True) -> tuple[Interaction, ...]:
         """The scene's interactions as a user would write them.
