@@ -196,7 +196,7 @@ def test_a_concept_that_is_not_found_is_shown_and_named(worker: Worker) -> None:
         reports.extend(learn(worker, speck, threading.Event()))  # keeps those before the error
     assert reports[-1].masks is not None
     for request, message in (
-        (LearnRequest(photo(10, 10), (HERO,)), "expected a photo of at least 24 pixels a side, got 10 x 10"),
+        (LearnRequest(photo(10, 10), (HERO,)), "expected a photo of at least 32 pixels a side, got 10 x 10"),
         (
             LearnRequest(photo(96, 96), (HERO,), model="/etc"),
             "expected a model that this server has, got '/e",
