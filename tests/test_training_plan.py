@@ -1,5 +1,6 @@
 """The memory that a training takes, counted before anything is loaded."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from interactdiff.cli import main
 from interactdiff.errors import RecipeError
 from interactdiff.interaction.adapter import InteractionAdapter
+from interactdiff.sites import find_sites
 from interactdiff.training.config import checked
 from interactdiff.training.frozen_bases import frozen_base
 from interactdiff.training.interaction_config import InteractionConfig
@@ -42,6 +44,18 @@ def test_what_is_counted_without_storage_is_what_is_kept(
     assert kept == made.activations
     assert 0 < kept.checkpointed < kept.kept
     assert not base.denoiser.is_gradient_checkpointing
+
+
+def test_a_mask_is_counted_at_each_structured_fuser(pipe: Any) -> None:
+    """[2, 1, L, L + 3N] float32, of a grid of 8 x 8 latents, halved at each level."""
+    base, kept = frozen_base(pipe, LossConfig()), []
+    for structured in (False, True):
+        adapter = InteractionAdapter.for_unet(
+            pipe.unet, max_interactions=3, hidden=16, structured=structured
+        ).train()
+        kept.append(count_activations(base, adapter, torch.zeros(2, 4, 8, 8)).kept)
+    cells = [math.prod(site.grid(8, 8)) for site in find_sites(pipe.unet) if site.role == "self"]
+    assert kept[1] - kept[0] == sum(2 * own * (own + 9) * 4 for own in cells)
 
 
 @pytest.mark.parametrize(
