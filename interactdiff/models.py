@@ -19,7 +19,8 @@ class ModelInfo:
         adapters: its packaged adapters, by the name of their method.
         guidance_scale: that suits it; None is its pipeline's default.
         size: of its pictures in pixels, where its pipeline would draw another size; None is the pipeline's.
-        settings: of methods and samplers, by their names: values that suit it better than the defaults.
+        settings: of methods and samplers, by their names: values that suit it better than the defaults. Those
+            of concepts are of `concept.MaskSettings`.
     """
 
     name: str
@@ -32,7 +33,12 @@ class ModelInfo:
 PACKAGED = {
     one.name: one
     for one in (
-        ModelInfo("stickworld", {"interaction": "stickworld-interaction"}, guidance_scale=4.0),
+        ModelInfo(
+            "stickworld",
+            {"interaction": "stickworld-interaction"},
+            guidance_scale=4.0,
+            settings={"concept": {"power": 0}},
+        ),
         ModelInfo(
             "stickworld-dit",
             {"interaction": "stickworld-dit-interaction", "clear": "stickworld-dit-clear"},
@@ -45,8 +51,11 @@ PACKAGED = {
 
 
 def model_info(name: str) -> ModelInfo:
-    """What is known of a model: an empty record for one that is not packaged."""
-    return PACKAGED.get(name, ModelInfo(name))
+    """What is known of a model, by its name or a packaged one's folder: an empty record for any other."""
+    from interactdiff.stickworld import model_path
+
+    folders = {model_path(packaged): info for packaged, info in PACKAGED.items()}
+    return PACKAGED.get(name) or folders.get(Path(name), ModelInfo(name))
 
 
 def packaged_adapters() -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from interactdiff.concept.words import (
     joint_prompt,
 )
 from interactdiff.handle import attach
-from interactdiff.models import model_info
+from interactdiff.models import ModelInfo, model_info
 from interactdiff.pipeline_calls import denoiser_config
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box
@@ -185,14 +185,22 @@ class Finder:
 
 
 def default_settings(pipeline: Any) -> MaskSettings:
-    """The text's first token stands for the background where it means nothing, as CLIP's does."""
+    """What suits a pipeline: that of a packaged model by measurement.
+
+    The text's first token stands for the background where it means nothing, as CLIP's does.
+    """
     tokenizer, _, _ = segments(pipeline)[0]
     has_start = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return MaskSettings(background="start" if has_start else "complement")
+    own: Any = _info(pipeline).settings.get("concept", {})
+    return MaskSettings(background="start" if has_start else "complement", **own)
+
+
+def _info(pipeline: Any) -> ModelInfo:
+    return model_info(getattr(pipeline, "name_or_path", None) or "")
 
 
 def default_size(pipeline: Any) -> int:
     """Side in pixels of the pictures that a pipeline draws."""
-    known = model_info(getattr(pipeline, "name_or_path", "") or "").size
+    known = _info(pipeline).size
     latents = denoiser_config(pipeline).get("sample_size") or getattr(pipeline, "default_sample_size", 128)
     return known or latents * pipeline.vae_scale_factor
