@@ -1,5 +1,6 @@
 """The packaged models: their size, that stock classes load them, and that the adapter does what is asked."""
 
+import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,17 +14,22 @@ from safetensors.torch import load_file
 
 from interactdiff.clear import ClearAdapter, linearize
 from interactdiff.cli import main
+from interactdiff.concept import find_masks
 from interactdiff.evaluation.bootstrap import with_interval
 from interactdiff.evaluation.captions import text_scores
 from interactdiff.evaluation.images import feature_distance
+from interactdiff.evaluation.likeness import PERSON, lone_scene, sample_known
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
+from interactdiff.evaluation.words import mask_iou
 from interactdiff.evaluation.world import evaluate_world, packaged_detector
 from interactdiff.generation import ScenePipeline
-from interactdiff.models import MODEL, PACKAGED, default_adapter
+from interactdiff.models import MODEL, PACKAGED, default_adapter, resolve
 from interactdiff.picture import read_record
 from interactdiff.pipeline_calls import call_arguments
+from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.scene import Scene
 from interactdiff.stickworld import model_path
+from interactdiff.stickworld.render import render
 
 
 def files_of(*names: str) -> list[Path]:
@@ -149,6 +155,23 @@ def test_the_example_of_the_model_card_calls_each_pipeline_as_generate_does(
     expected = call_arguments(names["pipe"], names["prompt"], None, PACKAGED["stickworld-dit"].guidance_scale)
     assert expected == {"prompt": names["prompt"], **names["flux"]}
     assert f"guidance_scale={PACKAGED['stickworld'].guidance_scale})" in example
+
+
+@pytest.mark.parametrize("model", ["stickworld", "stickworld-dit"])
+def test_masks_of_words_lie_on_what_they_name(model: str) -> None:
+    """With the power that suits each model; benchmarks/concept_masks.py has figures of more renders."""
+    pipeline = load_pipeline(resolve("model", model), torch.device("cpu"), torch.float32)
+    ious = []
+    for number in range(3):
+        rng = random.Random(number)
+        known = [sample_known(PERSON, rng), sample_known(None, rng)]
+        drawn = render((shown := lone_scene(known, number)).scene, 128)
+        words = [one.name for one in known]
+        found = find_masks(pipeline, Image.fromarray(drawn.image), words, prompt="a {0} and a {1}")
+        large = torch.nn.functional.interpolate(found.masks[None, :2].float(), (128, 128))[0] > 0.5
+        truths = [drawn.things[n].mask for n in shown.numbers]
+        ious += [mask_iou(one.numpy(), truth) for one, truth in zip(large, truths, strict=True)]
+    assert sum(ious) / len(ious) > 0.6
 
 
 @pytest.mark.parametrize("name", PACKAGED)

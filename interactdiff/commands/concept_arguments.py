@@ -71,7 +71,8 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
         "--power",
         type=whole,
         metavar="N",
-        help="how often the photo's attention to itself spreads the maps (default: 4)",
+        help="how often the photo's attention to itself spreads the maps (default: what suits a packaged "
+        "model, else 4)",
     )
     parser.add_argument(
         "--background",
