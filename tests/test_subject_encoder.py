@@ -54,12 +54,16 @@ def test_untrained_it_changes_no_bit_and_trained_it_acts(any_pipe: Any) -> None:
     assert not torch.allclose(acting, plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("guided", [0, 1])
 @torch.no_grad()
-def test_it_is_equation_1_in_every_block(pipe: Any) -> None:
-    """h + beta SEA(LN h, SE(r)) of what a block has after its self-attention, by hooks of its own."""
+def test_it_is_equation_1_in_every_block(pipe: Any, guided: int) -> None:
+    """h + beta SEA(LN h, SE(r)) of what a block has after its self-attention, by hooks of its own.
+
+    With `guided_encoder` in the prompt's half of the batch alone.
+    """
     adapter, weight = trained_subject_adapter(pipe.unet), 0.7
     with attach(pipe, adapter) as handle:
-        handle["subject"].configure(**ENCODER_ALONE)
+        handle["subject"].configure(**ENCODER_ALONE, guided_encoder=guided)
         handle.set_scene([dog()])
         got = draw(pipe, num_inference_steps=1)
         tokens = handle["subject"].scene.subjects[0].reference.tokens[0]
@@ -76,7 +80,8 @@ def test_it_is_equation_1_in_every_block(pipe: Any) -> None:
                 subject_attention_oracle(attention, norm, x + a, tokens, weight) - x  # type: ignore[arg-type]
                 for x, a in zip(kept[path], out, strict=True)
             ]
-            return torch.stack(rows)
+            assert len(rows) == 2, "the negative prompt's row, and the prompt's"
+            return torch.stack([out[0], rows[1]] if guided else rows)
 
         return add
 
@@ -85,6 +90,18 @@ def test_it_is_equation_1_in_every_block(pipe: Any) -> None:
         block.register_forward_pre_hook(before(path), with_kwargs=True)
         block.attn1.register_forward_hook(after(path))
     assert close(draw(pipe, num_inference_steps=1), got)
+
+
+def test_a_guided_encoder_acts_in_the_prompts_calls_alone(flux_pipe: Any) -> None:
+    """Flux calls its transformer once for the prompt and once for the negative prompt."""
+    cfg = {"negative_prompt": "blurry", "true_cfg_scale": 2.0}
+    with attach(flux_pipe, trained_subject_adapter(flux_pipe.transformer)) as handle:
+        handle["subject"].configure(**ENCODER_ALONE)
+        handle.set_scene([dog()])
+        both, alone = draw(flux_pipe, **cfg), draw(flux_pipe)
+        handle["subject"].configure(guided_encoder=1)
+        assert torch.equal(draw(flux_pipe), alone)
+        assert not torch.allclose(draw(flux_pipe, **cfg), both, atol=1e-4)
 
 
 def test_pictures_are_encoded_once_a_scene_and_keys_made_once_a_run(pipe: Any) -> None:

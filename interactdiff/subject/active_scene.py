@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interactdiff.adapter import KeyBlock
-from interactdiff.calls import Call, scenes_of_rows
+from interactdiff.calls import Call, Rows, scenes_of_rows
 from interactdiff.families import Grid
 from interactdiff.scene_checks import Box
 from interactdiff.sites import Site
@@ -60,10 +60,12 @@ class SubjectRows(NamedTuple):
         scenes: for each row the prompt that it is of.
         signs: for each row whether its reference has less noise (-1), as much, or more (1); None where a row
             sees no reference.
+        kinds: for each row what it is for.
     """
 
     scenes: tuple[int, ...]
     signs: tuple[int | None, ...]
+    kinds: tuple[Rows, ...]
 
 
 @dataclass
@@ -93,12 +95,12 @@ class SubjectScene:
             SceneError: the prompts do not explain the batch.
         """
         found, parts = scenes_of_rows(call, len(self.prompts)), len(call.rows)
-        scenes, signs = [], []
-        for row, (scene, rows) in enumerate(found):
-            scenes.append(scene)
-            sign = 0 if not gap else 1 if rows == "unconditional" else -1
+        signs = []
+        for row, (_, kind) in enumerate(found):
+            sign = 0 if not gap else 1 if kind == "unconditional" else -1
             signs.append(None if row * parts // len(found) == blind else sign)
-        return SubjectRows(tuple(scenes), tuple(signs))
+        scenes, kinds = zip(*found, strict=True)
+        return SubjectRows(scenes, tuple(signs), kinds)
 
     def needed(self, rows: SubjectRows) -> dict[int, tuple[int, ...]]:
         """For each subject that a row sees the signs of its reference that are needed, in order."""
@@ -171,20 +173,29 @@ class SubjectScene:
         return self._kept(key, total, device)
 
     def encoder_shares(
-        self, rows: SubjectRows, grid: Grid, weight: float, device: torch.device
+        self, rows: SubjectRows, grid: Grid, weight: float, guided: bool, device: torch.device
     ) -> dict[int, Tensor]:
         """For each subject, by number, [B or 1, L or 1, 1]: how much of its encoder's result a token gets.
 
         Where several are seen each gets its part of the whole, so that subjects do not add up.
+
+        Args:
+            rows: what the call's rows see.
+            grid: of the site's tokens.
+            weight: beta.
+            guided: whether the negative prompt's rows get nothing.
+            device: of the shares.
         """
         numbers: Collection[int] = sorted({n for scene in rows.scenes for n in self.prompts[scene]})
         made: dict[int, Tensor] = {}
         for number in numbers:
-            key = ("shares", number, rows.scenes, grid, weight)
+            key = ("shares", number, rows.scenes, rows.kinds if guided else None, grid, weight)
             if key not in self._weights:
                 whole = torch.stack([self._seen(n, rows.scenes, grid) for n in numbers]).sum(0)
                 share = self._seen(number, rows.scenes, grid) / whole.clamp(min=1.0)
                 share = share * weight * self.subjects[number].strength
+                if guided:
+                    share = share * torch.tensor([[[kind != "unconditional"]] for kind in rows.kinds])
                 if bool((share == share.flatten()[0]).all()):
                     share = share[:1, :1]
                 self._kept(key, share if bool(share.any()) else share[:0], device)

@@ -102,8 +102,8 @@ class SubjectBinding(Binding):
             cache_bytes: limit of what is kept of references, 2e9 at first.
             cache_device: where it is kept, such as "cpu"; the denoiser's device at first.
             rows_at_once: times of one pass over a reference, 8 at first.
-            **settings: those of the method: `encoder_weight`, `reference_weight`, `guidance`,
-                `guidance_share`, `time_gap`, `layers`, `schedule`, `extra_row`, `fresh_noise`,
+            **settings: those of the method: `encoder_weight`, `guided_encoder`, `reference_weight`,
+                `guidance`, `guidance_share`, `time_gap`, `layers`, `schedule`, `extra_row`, `fresh_noise`,
                 `position_shift` (docs/subject.md).
 
         Raises:
@@ -251,9 +251,10 @@ class SubjectBinding(Binding):
             )
         encoder = False
         if self._encoders and self.settings["encoder_weight"]:
+            weight, guided = self.settings["encoder_weight"], bool(self.settings["guided_encoder"])
             for site in self._encoders:
                 grid = site.site.grid(*call.grid)
-                shares = scene.encoder_shares(rows, grid, self.settings["encoder_weight"], call.device)
+                shares = scene.encoder_shares(rows, grid, weight, guided, call.device)
                 tokens = {n: scene.subjects[n].reference.tokens for n in shares}
                 site.prepare(tokens, [self._cast(share) for share in shares.values()])  # type: ignore[arg-type]
                 encoder = encoder or bool(shares)

@@ -35,6 +35,10 @@ SUBJECT: dict[str, Any] = {
 SETTINGS = (
     Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Of what the subject encoder adds."),
     Setting(
+        "guided_encoder", "Guided encoder", 0, 0, 1,
+        "1: the subject encoder acts beside the prompt alone, so that guidance scales what it adds.", (0, 1),
+    ),
+    Setting(
         "reference_weight", "Reference weight", 3.0, 0.0, 100.0,
         "How often each key of the reference counts; 0: no self-subject attention.",
     ),
