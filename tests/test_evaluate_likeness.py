@@ -137,7 +137,7 @@ def test_masks_are_compared_with_the_renderer_s() -> None:
 
 
 def test_a_perfect_picture_of_a_subject() -> None:
-    task = subjects._task(0, 0, 64)
+    task = subjects.subject_task(0, 0, 64)
     counts = Counts(1)
     for one in task.wanted:
         subjects._count(counts, 0, task, one, render_scenes([one.scene], 64)[0], perfect(one.scene))
@@ -151,7 +151,7 @@ def test_a_perfect_picture_of_a_subject() -> None:
 
 @pytest.mark.parametrize("seed", [0, 2, 2**32 - 1])
 def test_all_scenes_of_subjects_are_held_out_and_of_their_own(seed: int) -> None:
-    tasks = [subjects._task(n, seed, 16) for n in (0, 1)]
+    tasks = [subjects.subject_task(n, seed, 16) for n in (0, 1)]
     pairs = [subjects._pair(n, seed) for n in (0, 1)]
     scenes = [one.scene for task in tasks for one in task.wanted]
     scenes += [scene for pair in pairs for scene in (pair.wanted.scene, *pair.references)]
@@ -170,7 +170,7 @@ def test_settings_reach_the_rows_that_do_not_fix_them(pipe: Any) -> None:
     assert subjects.row_settings("guided", {}) == {"guidance": subjects.GUIDANCE}
     assert subjects.row_settings("text_full", given) == {}
     torch.manual_seed(0)
-    detector, tasks = Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)), [subjects._task(0, 0, 16)]
+    detector, tasks = Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)), [subjects.subject_task(0, 0, 16)]
     with attach(pipe, SubjectAdapter()) as handle:
         drawn = []
         for masks in (1, 0):

@@ -127,6 +127,17 @@ def test_what_the_subject_is_is_said() -> None:
         foreground(Subject("dog", Image.new("RGB", (16, 16), "white")))
 
 
+def test_a_close_up_shows_the_subject_alone_however_small_it_is() -> None:
+    image = Image.new("RGB", (200, 100), "white")
+    image.paste((200, 0, 0), (20, 30, 60, 50))
+    close = foreground(Subject("dog", image)).close_up
+    assert close.size == (44, 24)
+    pixels = np.asarray(close)
+    assert (pixels[2:-2, 2:-2] == (200, 0, 0)).all()
+    assert (pixels[[0, 1, -1, -2]] == 255).all()
+    assert (pixels[:, [0, 1, -1, -2]] == 255).all()
+
+
 def test_a_segmentation_model_of_transformers_finds_it(tmp_path: Path, pipe: Any) -> None:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 

@@ -123,8 +123,9 @@ def test_the_embedded_world_trains_an_encoder_with_a_new_tower(
     config = load_config(CONFIGS / f"{name}.yaml", [])
     config |= {key: value for key, value in tiny.items() if key in config and key != "recipe"}
     with pytest.raises(RecipeError, match="train_image_encoder: expected true for a new image encoder"):
-        checked(SubjectTrainingConfig, config | {"train_image_encoder": False})
-    recipe: Any = make_recipe(config | {"vision": VISION, "layers": [1], "token_dim": 8, "workers": 0})
+        checked(SubjectTrainingConfig, config | {"image_encoder": None, "vision": VISION})
+    new = {"image_encoder": None, "vision": VISION, "train_image_encoder": True}
+    recipe: Any = make_recipe(config | new | {"layers": [1], "token_dim": 8, "workers": 0})
     tower = {name: t.clone() for name, t in recipe.model.image_encoder.state_dict().items()}
     for attention, _ in recipe.model.attentions.values():  # zero at the start, which stops all others
         torch.nn.init.normal_(attention.to_out[0].weight, std=0.1)
@@ -148,10 +149,12 @@ def test_the_embedded_world_trains_an_encoder_with_a_new_tower(
 )
 def test_the_worlds_encoders_are_small(name: str, base: str, part: str, kind: Any) -> None:
     config = load_config(CONFIGS / f"{name}.yaml", [])
+    vision = CLIP_LARGE | load_config(CONFIGS / "stickworld_image_tower.yaml", [])["vision"]
     with torch.device("meta"):
         denoiser = kind(**load_config(CONFIGS / f"{base}.yaml", [])[part])
-        vision = CLIP_LARGE | config["vision"]
-        adapter = SubjectAdapter.for_denoiser(denoiser, vision=vision, layers=config["layers"])
+        adapter = SubjectAdapter.for_denoiser(
+            denoiser, vision=vision, token_dim=config["token_dim"], layers=config["layers"]
+        )
     assert 1e6 < 2 * sum(parameter.numel() for parameter in adapter.parameters()) < 4e6, "bytes, as exported"
 
 
@@ -167,7 +170,7 @@ def test_given_tokens_act_as_the_scene_does(fixture: str, box: Any, request: pyt
         binding.configure(**ENCODER_ALONE)
         handle.set_scene([dog(box=box)])
         wanted = draw(pipe)
-        tokens = adapter([foreground(dog()).image])
+        tokens = adapter([foreground(dog()).close_up])
         binding.set_tokens(tokens, [() if box is None else (box,)], [0.7])
         assert torch.allclose(draw(pipe), wanted, atol=1e-5)
         binding.set_tokens(tokens, [()], [0.0])
@@ -199,12 +202,27 @@ def test_what_is_drawn_of_an_example() -> None:
     shares = np.mean([[not items, not prompt] for prompt, items in drawn], 0)
     assert shares == pytest.approx([1 - 0.9 * 0.8, 1 - 0.9 * 0.9], abs=0.03)
     places = SubjectVariation(SubjectDropsConfig(subject=0, box=0.3), ReferenceChanges(), 16)
-    boxes = [items[0].box for _ in range(1000) if (items := places("a dog", [found], rng)[1])]
-    assert np.mean([box is None for box in boxes]) == pytest.approx(0.3, abs=0.05)
-    assert vary.more([], rng)["present"] == 0
+    placed = [bool(places.more([found], rng)["placed"]) for _ in range(300)]
+    assert np.mean(placed) == pytest.approx(0.7, abs=0.08)
+    assert vary.more([], rng)["present"] == vary.more([], rng)["placed"] == 0
     more = vary.more([dog()], rng)
     assert more["present"] == 1
     assert more["reference"].shape == (3, 16, 16)
+
+
+def test_boxes_count_more_in_the_loss_even_where_a_subject_is_seen_everywhere(
+    pipe: Any, pictures: Path, tmp_path: Path, tower: Path
+) -> None:
+    drops = {"subject": 0, "caption": 0, "all": 0, "box": 1}
+    config = subject_config(pipe, pictures, tmp_path, tower, batch_size=6, drops=drops)
+    losses = []
+    for more in (0.0, 4.0):
+        recipe: Any = make_recipe(config | {"loss": {"boxes": more}, "output_dir": str(tmp_path / f"{more}")})
+        batch = recipe.batch(0)
+        assert not batch["placed"].any()
+        assert sum(item.box is not None for items in batch["items"] for item in items) == 2
+        losses.append(recipe.loss(batch, recipe.generator(0)).item())
+    assert losses[0] != losses[1]
 
 
 def test_references_are_changed_and_stay_what_they_are() -> None:

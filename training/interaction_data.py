@@ -51,7 +51,9 @@ def items_of(items: Sequence[Any], slots: int) -> list[Item]:
 
 
 def _boxes(item: Item) -> list[Box]:
-    return [item.box] if isinstance(item, Entity) else [item.subject_box, item.object_box]
+    if isinstance(item, Interaction):
+        return [item.subject_box, item.object_box]
+    return [] if item.box is None else [item.box]  # a subject may have none
 
 
 def _area(box: Box) -> float:

@@ -18,6 +18,7 @@ OWN_RECIPES = {  # of the embedded world; methods have theirs in the registry
     "t5": "interactdiff.training.text:T5Recipe",
     "vae": "interactdiff.training.vae:VaeRecipe",
     "latent_reader": "interactdiff.training.latent_reader:LatentReaderRecipe",
+    "image_tower": "interactdiff.training.image_tower:ImageTowerRecipe",
     "base": "interactdiff.training.base:BaseRecipe",
     "dit": "interactdiff.training.dit:DitRecipe",
     "detector": "interactdiff.training.detector:DetectorRecipe",

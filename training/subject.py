@@ -93,17 +93,25 @@ class SubjectVariation:
         subjects = subjects_of(items)
         if both or rng.random() < self.drops.subject or not subjects:
             return prompt, []
-        subject = rng.choice(subjects)
-        if self.drops.box and rng.random() < self.drops.box:
-            subject = replace(subject, box=None)
-        return prompt, [subject]
+        return prompt, [rng.choice(subjects)]
 
     def more(self, items: Sequence[Subject], rng: random.Random) -> dict[str, Tensor]:
-        """What the image tower takes: "reference" [3, side, side], and "present" [], 0 without a subject."""
+        """What the encoder is given.
+
+        Returns:
+            "reference" [3, side, side] that the image tower takes; "present" [], 0 without a subject; and
+            "placed" [], 0 where the subject is seen everywhere and not in its box alone.
+        """
         if not items:
-            return {"reference": torch.zeros(3, self.side, self.side), "present": torch.zeros(())}
-        image = changed(foreground(items[0]).image, self.reference, rng)
-        return {"reference": tower_pixels([image], self.side)[0], "present": torch.ones(())}
+            none = torch.zeros(())
+            return {"reference": torch.zeros(3, self.side, self.side), "present": none, "placed": none}
+        image = changed(foreground(items[0]).close_up, self.reference, rng)
+        placed = torch.tensor(float(rng.random() >= self.drops.box))
+        return {
+            "reference": tower_pixels([image], self.side)[0],
+            "present": torch.ones(()),
+            "placed": placed,
+        }
 
 
 def subjects_of(items: Sequence[Any]) -> list[Subject]:
@@ -195,7 +203,10 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
     def condition(self, batch: dict[str, Any]) -> None:
         """Tokens of the batch's references, by the adapter as accelerate wraps it."""
         tokens = self.model(batch["reference"].to(self.device))
-        boxes = [[one.box for one in items if one.box is not None] for items in batch["items"]]
+        boxes = [
+            [one.box for one in items if placed and one.box is not None]
+            for items, placed in zip(batch["items"], batch["placed"].tolist(), strict=True)
+        ]
         weights = (batch["present"] * self.config.weight).tolist()
         self.handle["subject"].set_tokens(tokens, boxes, weights)
 
@@ -210,7 +221,7 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
         self.handle.clear()
         pictures = [picture, Image.new("RGB", picture.size, "white"), self.draw(number)]
         if subjects:
-            cut = foreground(subjects[0]).image
+            cut = foreground(subjects[0]).close_up
             adapter = self.accelerator.unwrap_model(self.model)
             boxes = [[subjects[0].box]] if subjects[0].box is not None else [[]]
             self.handle["subject"].set_tokens(adapter([cut]), boxes, [self.config.weight])

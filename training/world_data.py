@@ -138,10 +138,27 @@ def cached_renders(folder: Path, count: int, size: int = SIZE, most: int | None 
     Returns:
         [count, S, S, 3] uint8, mapped read-only from disk.
     """
+    return cached_pictures(folder, "renders", _render_chunk, scene_seeds(count, most), size)
+
+
+def cached_pictures(
+    folder: Path, kind: str, make: Callable[[Sequence[int], int], np.ndarray], seeds: Sequence[int], size: int
+) -> np.ndarray:
+    """Pictures that are made of seeds, kept in `folder`; made anew when the first of them look different.
+
+    Args:
+        folder: where the cache is kept.
+        kind: its file's name begins with it.
+        make: [n, S, S, 3] uint8 of n seeds and S; a function of a module, which other processes call.
+        seeds: all of them.
+        size: S, height and width in pixels.
+
+    Returns:
+        [seeds, S, S, 3] uint8, mapped read-only from disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = scene_seeds(count, most)
-    look = hashlib.sha256(_render_chunk(seeds[:32], size).tobytes()).hexdigest()[:12]
-    path = folder / f"renders-{count}-{size}-{look}.npy"
+    look = hashlib.sha256(make(seeds[:32], size).tobytes()).hexdigest()[:12]
+    path, count = folder / f"{kind}-{len(seeds)}-{size}-{look}.npy", len(seeds)
     if not path.exists():
 
         def write(aside: Path) -> None:
@@ -151,7 +168,7 @@ def cached_renders(folder: Path, count: int, size: int = SIZE, most: int | None 
                 with aside.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
             first = 0
-            for chunk in _in_chunks(seeds, _render_chunk, size):
+            for chunk in _in_chunks(seeds, make, size):
                 store[first : first + len(chunk)] = chunk
                 first += len(chunk)
             store.flush()

@@ -65,7 +65,7 @@ _CROP = 64  # pixels a side, at which a picture's person is compared with the re
 
 
 @dataclass(frozen=True)
-class _Task:
+class SubjectTask:
     """A subject, its reference, and the scenes in which it is wanted.
 
     Attributes:
@@ -115,7 +115,7 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
     """
     detector = (options.detector or packaged_detector()).to(pipeline.denoiser.device)
     size = options.size or pipeline.size
-    tasks = [_task(n, options.seed, size) for n in range(options.scenes)]
+    tasks = [subject_task(n, options.seed, size) for n in range(options.scenes)]
     assert pipeline.handle is not None
     has_encoder = pipeline.handle["subject"].adapter.config is not None
     rows = chosen_rows(ROWS, options.rows)
@@ -132,14 +132,21 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
     return {**table, "subjects": options.scenes}
 
 
-def _task(number: int, seed: int, size: int) -> _Task:
+def subject_task(number: int, seed: int, size: int) -> SubjectTask:
+    """A subject to be drawn, the same for the same number and seed: in turn a person and an object.
+
+    Args:
+        number: which.
+        seed: of all.
+        size: height and width of its reference in pixels.
+    """
     rng = random.Random(f"subject {seed} {number}")
     known = sample_known(PERSON if number % 2 == 0 else None, rng)
     first = (seed * 100_000 + number) * (SCENES_EACH + 1)
     reference = lone_scene([known], first).scene
     image, mask, crop = _reference(reference, size)
     wanted = [acting_scene([known], first + 1 + n, reference.background) for n in range(SCENES_EACH)]
-    return _Task(known, image, mask, crop, tuple(wanted))
+    return SubjectTask(known, image, mask, crop, tuple(wanted))
 
 
 def _reference(scene: Any, size: int) -> tuple[Image.Image, Image.Image, Tensor]:
@@ -172,7 +179,7 @@ def row_settings(row: str, given: Mapping[str, float]) -> dict[str, float]:
 
 
 def _row(
-    row: str, tasks: Sequence[_Task], pipeline: ScenePipeline, detector: Detector, options: EvaluationOptions
+    row: str, tasks: Sequence[SubjectTask], pipeline: ScenePipeline, detector: Detector, options: EvaluationOptions
 ) -> Counts:
     counts = Counts(len(tasks))
     jobs = [(n, one) for n, task in enumerate(tasks) for one in task.wanted]
@@ -197,7 +204,7 @@ def _row(
 
 
 def _count(
-    counts: Counts, group: int, task: _Task, wanted: KnownScene, image: Tensor, found: Detections
+    counts: Counts, group: int, task: SubjectTask, wanted: KnownScene, image: Tensor, found: Detections
 ) -> None:
     known, (triplet,) = task.known, wanted.scene.triplets
     match, actor = surest(found, known.name), surest(found, PERSON)

@@ -45,8 +45,13 @@ def tower_pixels(pictures: Sequence[Image.Image], side: int) -> Tensor:
     for picture in pictures:
         pixels = torch.frombuffer(bytearray(squared(picture, side).tobytes()), dtype=torch.uint8)
         rows.append(pixels.view(side, side, 3).permute(2, 0, 1).float() / 255)
-    mean, std = (torch.tensor(one)[:, None, None] for one in (CLIP_MEAN, CLIP_STD))
-    return (torch.stack(rows) - mean) / std
+    return in_clip_units(torch.stack(rows))
+
+
+def in_clip_units(pixels: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] to what a CLIP image tower takes: each channel less its mean, in deviations."""
+    mean, std = (pixels.new_tensor(one)[:, None, None] for one in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
 
 
 class Mapper(nn.Module):

@@ -16,6 +16,8 @@ WHITE = 240
 """Least value of each channel, of 255, of a near-white pixel."""
 WHITE_BORDER = 0.6
 """Share of the border's pixels that have to be near white for the background to be taken as white."""
+MARGIN = 0.05
+"""Around a subject in a close-up, as a share of its longer side."""
 WHOLE = "nothing: the whole picture"
 SHADE = (104, 106, 122)
 """RGB of what is not the subject in a preview: dark enough on white, light enough on black."""
@@ -34,6 +36,15 @@ class Foreground(NamedTuple):
     image: Image.Image
     mask: Image.Image
     how: str
+
+    @property
+    def close_up(self) -> Image.Image:
+        """The subject on white with a small margin, however small it is in its picture."""
+        left, top, right, bottom = self.mask.point(lambda value: 255 * (value >= LEAST_MASK)).getbbox()
+        margin = round(MARGIN * max(right - left, bottom - top))
+        canvas = Image.new("RGB", (right - left + 2 * margin, bottom - top + 2 * margin), "white")
+        canvas.paste(self.image.crop((left, top, right, bottom)), (margin, margin))
+        return canvas
 
 
 def foreground(subject: Subject, segmenter: Any = None) -> Foreground:

@@ -1,0 +1,165 @@
+"""The image tower of stickworld's subject encoders: it stands in for CLIP's, which never saw such pictures.
+
+A CLIP vision model that learns to tell the kind and the looks of a person or an object in a close-up. They are
+read off the mean of its tokens, so that an attention finds them there even while its weights are uniform.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from interactdiff.stickworld.layouts import sample_scene
+from interactdiff.stickworld.render import render
+from interactdiff.stickworld.world import HELD_OUT, WorldScene
+from interactdiff.subject.config import CLIP_LARGE
+from interactdiff.subject.encoder import image_tower, in_clip_units, squared
+from interactdiff.subject.foreground import Foreground
+from interactdiff.training.config import Count, Location, Rate, RecipeConfig, Share, arguments_of
+from interactdiff.training.latent_reader import HEADS as READ
+from interactdiff.training.latent_reader import IGNORED, answers_of, reading_loss
+from interactdiff.training.recipe import Recipe
+from interactdiff.training.world_data import as_images, cached_pictures
+
+HEADS = {name: answers for name, answers in READ.items() if name != "action"}
+"""What is read of a close-up, and the answers."""
+
+
+def _tower(**shapes: Any) -> Any:
+    return image_tower(CLIP_LARGE | shapes)
+
+
+class LooksReader(nn.Module):
+    """An image tower, and what reads `HEADS` off the mean of its last hidden states.
+
+    Args:
+        vision: of the tower, what a `CLIPVisionConfig` takes.
+    """
+
+    def __init__(self, vision: dict[str, Any]):
+        super().__init__()
+        self.tower = _tower(**vision).requires_grad_(True)
+        self.out = nn.Linear(self.tower.config.hidden_size, sum(map(len, HEADS.values())))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """[B, answers] logits of each of `HEADS` for [B, 3, S, S] pictures in [-1, 1]."""
+        states = self.tower(in_clip_units(images / 2 + 0.5), output_hidden_states=True).hidden_states[-1]
+        logits = self.out(F.layer_norm(states, states.shape[-1:]).mean(1)).float()
+        return dict(zip(HEADS, logits.split([len(answers) for answers in HEADS.values()], 1), strict=True))
+
+
+def portrait(seed: int) -> WorldScene:
+    """A scene whose first person or object nothing hides: alone, or a person in front of an object."""
+    return sample_scene(seed, *((1, 0) if seed % 3 == 0 else (0, 1)))
+
+
+def close_ups(seeds: Sequence[int], size: int) -> np.ndarray:
+    """[N, size, size, 3] uint8: the first person or object of each scene, as an image tower sees it."""
+    pictures = []
+    for seed in seeds:
+        drawn = render(portrait(seed), size)
+        mask = drawn.things[0].mask
+        image = Image.fromarray(np.where(mask[..., None], drawn.image, np.uint8(255)))
+        found = Foreground(image, Image.fromarray(mask.astype(np.uint8) * 255), "the renderer")
+        pictures.append(np.asarray(squared(found.close_up, size)))
+    return np.stack(pictures)
+
+
+def looks(seeds: Sequence[int]) -> Tensor:
+    """[N, heads] the answers of the first person or object of each scene; `IGNORED` where there is none."""
+    kept = [n for n, name in enumerate(READ) if name in HEADS]
+    return answers_of([portrait(seed) for seed in seeds])[:, 0, kept]
+
+
+class ImageTowerConfig(RecipeConfig):
+    """The keys of `ImageTowerRecipe`.
+
+    Attributes:
+        batch_size: close-ups of a step.
+        cache_dir: where they are kept.
+        portraits: how many.
+        held_out: how many others are for `accuracy.jsonl`.
+        vision: of the tower, what a `CLIPVisionConfig` takes.
+        rotation: degrees by which a close-up is turned, at most, either way.
+        scale: by how much it is larger or smaller, at most.
+    """
+
+    batch_size: Count
+    cache_dir: Location
+    portraits: Count
+    held_out: Count
+    vision: Annotated[dict[str, Any], arguments_of(_tower, CLIP_LARGE)]
+    rotation: Rate = 15.0
+    scale: Share = 0.25
+
+
+class ImageTowerRecipe(Recipe[ImageTowerConfig]):
+    """Trains a `LooksReader` on renders, and exports its tower as transformers loads it."""
+
+    config_type = ImageTowerConfig
+
+    def build(self) -> nn.Module:
+        reader, seeds = LooksReader(self.config.vision), range(self.config.portraits)
+        self.side: int = reader.tower.config.image_size
+        self.pictures = cached_pictures(Path(self.config.cache_dir), "close-ups", close_ups, seeds, self.side)
+        self.answers = looks(seeds)
+        return reader
+
+    def batch(self, step: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.config.seed, step))
+        chosen = np.sort(rng.integers(len(self.pictures), size=self.config.batch_size))
+        images = as_images(self.pictures[chosen]).to(self.device)
+        return {"images": images, "answers": self.answers[chosen].to(self.device)}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        images = moved(batch["images"], self.config.rotation, self.config.scale, generator)
+        return reading_loss(self.model(images), batch["answers"])
+
+    @cached_property
+    def _held_out(self) -> tuple[Tensor, Tensor]:
+        seeds = range(HELD_OUT, HELD_OUT + self.config.held_out)
+        return as_images(close_ups(seeds, self.side)), looks(seeds)
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """No picture: logs the share of held-out close-ups of which each head is right."""
+        images, answers = self._held_out
+        parts = [self.model(part.to(self.device)) for part in images.split(64)]
+        line: dict[str, float] = {"step": self.step}
+        for n, name in enumerate(HEADS):
+            there = answers[:, n] != IGNORED
+            said = torch.cat([part[name].argmax(1).cpu() for part in parts])
+            line[name] = (said == answers[:, n])[there].float().mean().item()
+        with (self.output / "accuracy.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def export(self) -> None:
+        tower = copy.deepcopy(self.accelerator.unwrap_model(self.model).tower)
+        tower.half().save_pretrained(self.config.export_to)
+
+
+def moved(images: Tensor, rotation: float, scale: float, generator: torch.Generator) -> Tensor:
+    """Pictures [B, 3, S, S] in [-1, 1], mirrored half of the time, turned and scaled, white around them.
+
+    Args:
+        images: square.
+        rotation: degrees, at most, either way.
+        scale: by how much they are larger or smaller, at most.
+        generator: draws how.
+    """
+    turn, size, flip = torch.rand(3, len(images), generator=generator, device=generator.device).to(images)
+    angle, by = (2 * turn - 1) * rotation * torch.pi / 180, 1 + (2 * size - 1) * scale
+    theta = images.new_zeros(len(images), 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * by, -angle.sin() * by
+    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * by, angle.cos() * by
+    theta[:, :, 0] *= torch.where(flip < 0.5, -1.0, 1.0)[:, None]
+    where = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return 1 - F.grid_sample(1 - images, where, align_corners=False)  # beyond its edges the sampler has zeros
