@@ -54,12 +54,12 @@ def test_untrained_it_changes_no_bit_and_trained_it_acts(any_pipe: Any) -> None:
     assert not torch.allclose(acting, plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("guided", [0, 1])
+@pytest.mark.parametrize("guided", [0.0, 0.25, 1.0])
 @torch.no_grad()
-def test_it_is_equation_1_in_every_block(pipe: Any, guided: int) -> None:
+def test_it_is_equation_1_in_every_block(pipe: Any, guided: float) -> None:
     """h + beta SEA(LN h, SE(r)) of what a block has after its self-attention, by hooks of its own.
 
-    With `guided_encoder` in the prompt's half of the batch alone.
+    With `guided_encoder` less of it in the negative prompt's half of the batch.
     """
     adapter, weight = trained_subject_adapter(pipe.unet), 0.7
     with attach(pipe, adapter) as handle:
@@ -76,12 +76,12 @@ def test_it_is_equation_1_in_every_block(pipe: Any, guided: int) -> None:
         attention, norm = adapter.attentions[path]
 
         def add(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+            weights = (1 - guided) * weight, weight  # of the negative prompt's row, and of the prompt's
             rows = [
-                subject_attention_oracle(attention, norm, x + a, tokens, weight) - x  # type: ignore[arg-type]
-                for x, a in zip(kept[path], out, strict=True)
+                subject_attention_oracle(attention, norm, x + a, tokens, by) - x  # type: ignore[arg-type]
+                for x, a, by in zip(kept[path], out, weights, strict=True)
             ]
-            assert len(rows) == 2, "the negative prompt's row, and the prompt's"
-            return torch.stack([out[0], rows[1]] if guided else rows)
+            return torch.stack(rows)
 
         return add
 

@@ -173,7 +173,7 @@ class SubjectScene:
         return self._kept(key, total, device)
 
     def encoder_shares(
-        self, rows: SubjectRows, grid: Grid, weight: float, guided: bool, device: torch.device
+        self, rows: SubjectRows, grid: Grid, weight: float, guided: float, device: torch.device
     ) -> dict[int, Tensor]:
         """For each subject, by number, [B or 1, L or 1, 1]: how much of its encoder's result a token gets.
 
@@ -183,19 +183,20 @@ class SubjectScene:
             rows: what the call's rows see.
             grid: of the site's tokens.
             weight: beta.
-            guided: whether the negative prompt's rows get nothing.
+            guided: share of it that the negative prompt's rows are without.
             device: of the shares.
         """
         numbers: Collection[int] = sorted({n for scene in rows.scenes for n in self.prompts[scene]})
         made: dict[int, Tensor] = {}
         for number in numbers:
-            key = ("shares", number, rows.scenes, rows.kinds if guided else None, grid, weight)
+            key = ("shares", number, rows.scenes, rows.kinds if guided else None, guided, grid, weight)
             if key not in self._weights:
                 whole = torch.stack([self._seen(n, rows.scenes, grid) for n in numbers]).sum(0)
                 share = self._seen(number, rows.scenes, grid) / whole.clamp(min=1.0)
                 share = share * weight * self.subjects[number].strength
                 if guided:
-                    share = share * torch.tensor([[[kind != "unconditional"]] for kind in rows.kinds])
+                    left = {"unconditional": 1.0 - guided}
+                    share = share * torch.tensor([[[left.get(kind, 1.0)]] for kind in rows.kinds])
                 if bool((share == share.flatten()[0]).all()):
                     share = share[:1, :1]
                 self._kept(key, share if bool(share.any()) else share[:0], device)

@@ -251,7 +251,7 @@ class SubjectBinding(Binding):
             )
         encoder = False
         if self._encoders and self.settings["encoder_weight"]:
-            weight, guided = self.settings["encoder_weight"], bool(self.settings["guided_encoder"])
+            weight, guided = self.settings["encoder_weight"], self.settings["guided_encoder"]
             for site in self._encoders:
                 grid = site.site.grid(*call.grid)
                 shares = scene.encoder_shares(rows, grid, weight, guided, call.device)

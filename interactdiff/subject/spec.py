@@ -35,8 +35,8 @@ SUBJECT: dict[str, Any] = {
 SETTINGS = (
     Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Of what the subject encoder adds."),
     Setting(
-        "guided_encoder", "Guided encoder", 0, 0, 1,
-        "1: the subject encoder acts beside the prompt alone, so that guidance scales what it adds.", (0, 1),
+        "guided_encoder", "Guided encoder", 0.0, 0.0, 1.0,
+        "Share of the encoder that the negative prompt is without, so that guidance scales it.",
     ),
     Setting(
         "reference_weight", "Reference weight", 3.0, 0.0, 100.0,
