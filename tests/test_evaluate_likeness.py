@@ -167,7 +167,10 @@ def test_settings_reach_the_rows_that_do_not_fix_them(pipe: Any) -> None:
     assert subjects.row_settings("attention", given) == {**given, "encoder_weight": 0, "guidance": 0}
     assert subjects.row_settings("both", given) == {**given, "guidance": 0}
     assert subjects.row_settings("guided", given) == given
-    assert subjects.row_settings("guided", {}) == {"guidance": subjects.GUIDANCE}
+    assert subjects.row_settings("guided", {}) == {
+        "guidance": subjects.GUIDANCE,
+        "reference_weight": 3.0,
+    }
     assert subjects.row_settings("text_full", given) == {}
     torch.manual_seed(0)
     detector, tasks = Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)), [subjects.subject_task(0, 0, 16)]
@@ -225,10 +228,11 @@ def test_a_row_may_lack_a_score() -> None:
 def test_subjects_on_the_command_line(
     tmp_path: Path, detector: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The packaged U-Net, which needs no encoder for self-subject attention."""
-    out = tmp_path / "out.json"
+    """The packaged U-Net, without its encoder: self-subject attention needs none."""
+    out, bare = tmp_path / "out.json", tmp_path / "bare"
+    SubjectAdapter().save_pretrained(bare)
     command = ["evaluate", "--subject", "--model", "stickworld", "--subjects", "2", "--steps", "1"]
-    command += ["--size", "64", "--json", str(out)]
+    command += ["--size", "64", "--json", str(out), "--adapter", f"subject={bare}"]
     assert main([*command, "--rows", "encoder", "--detector", detector]) == 2
     assert "expected a subject encoder for the row encoder" in capsys.readouterr().err
     assert not out.exists()

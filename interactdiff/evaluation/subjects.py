@@ -40,7 +40,7 @@ from interactdiff.stickworld.detector import Detections, Detector, Found
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import WorldScene
 from interactdiff.subject.items import Subject
-from interactdiff.subject.spec import MASKS
+from interactdiff.subject.spec import MASKS, REFERENCE_WEIGHT
 
 ROWS: dict[str, dict[str, float] | None] = {
     "real": None,
@@ -173,9 +173,14 @@ def _full_words(known: Known, rng: random.Random) -> str:
 
 
 def row_settings(row: str, given: Mapping[str, float]) -> dict[str, float]:
-    """The settings of a row: those that are given but for those that it fixes; none where no subject acts."""
+    """The settings of a row: those that are given but for those that it fixes; none where no subject acts.
+
+    Where none is given, self-subject attention has the method's weight, also of models that do without it.
+    """
     fixed = ROWS[row]
-    return {} if fixed is None else {"guidance": GUIDANCE, **given, **fixed}
+    if fixed is None:
+        return {}
+    return {"guidance": GUIDANCE, "reference_weight": REFERENCE_WEIGHT.default, **given, **fixed}
 
 
 def _row(

@@ -32,16 +32,17 @@ SUBJECT: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+REFERENCE_WEIGHT = Setting(
+    "reference_weight", "Reference weight", 3.0, 0.0, 100.0,
+    "How often each key of the reference counts; 0: no self-subject attention.",
+)  # fmt: skip
 SETTINGS = (
     Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Of what the subject encoder adds."),
     Setting(
         "guided_encoder", "Guided encoder", 0.0, 0.0, 1.0,
         "Share of the encoder that the negative prompt is without, so that guidance scales it.",
     ),
-    Setting(
-        "reference_weight", "Reference weight", 3.0, 0.0, 100.0,
-        "How often each key of the reference counts; 0: no self-subject attention.",
-    ),
+    REFERENCE_WEIGHT,
     Setting(
         "guidance", "Reference guidance", 0.0, 0.0, 30.0,
         "Scale of guidance by the reference; 0: guidance by the prompt alone.",
