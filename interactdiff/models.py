@@ -19,8 +19,8 @@ class ModelInfo:
         adapters: its packaged adapters, by the name of their method.
         guidance_scale: that suits it; None is its pipeline's default.
         size: of its pictures in pixels, where its pipeline would draw another size; None is the pipeline's.
-        settings: of methods and samplers, by their names: values that suit it better than the defaults. Those
-            of concepts are of `concept.MaskSettings`.
+        settings: of methods and samplers, by their names: values that suit it better than the defaults.
+        masks: of `concept.MaskSettings`, likewise.
     """
 
     name: str
@@ -28,6 +28,7 @@ class ModelInfo:
     guidance_scale: float | None = None
     size: int | None = None
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    masks: Mapping[str, int | float] = field(default_factory=dict)
 
 
 PACKAGED = {
@@ -37,11 +38,14 @@ PACKAGED = {
             "stickworld",
             {"interaction": "stickworld-interaction"},
             guidance_scale=4.0,
-            settings={"concept": {"power": 0}},
+            masks={"power": 0},
         ),
         ModelInfo(
             "stickworld-dit",
-            {"interaction": "stickworld-dit-interaction", "clear": "stickworld-dit-clear"},
+            {
+                "interaction": "stickworld-dit-interaction",
+                "clear": "stickworld-dit-clear",
+            },
             guidance_scale=4.0,
             size=128,
             settings={"high_resolution": {"strength": 0.25, "shift": 1.0}},
@@ -51,11 +55,16 @@ PACKAGED = {
 
 
 def model_info(name: str) -> ModelInfo:
-    """What is known of a model, by its name or a packaged one's folder: an empty record for any other."""
+    """What is known of a model: an empty record for one that is not packaged."""
+    return PACKAGED.get(name, ModelInfo(name))
+
+
+def info_at(folder: str) -> ModelInfo:
+    """What is known of the model in a folder: an empty record for one that is not packaged."""
     from interactdiff.stickworld import model_path
 
-    folders = {model_path(packaged): info for packaged, info in PACKAGED.items()}
-    return PACKAGED.get(name) or folders.get(Path(name), ModelInfo(name))
+    folders = {model_path(name).resolve(): info for name, info in PACKAGED.items()}
+    return folders.get(Path(folder).resolve(), ModelInfo(folder))
 
 
 def packaged_adapters() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from recipes import check_that_a_resumed_run_is_the_unbroken_one, short
 from transformers import CLIPVisionModel
 
 from interactdiff.stickworld.appearance import COLOURS, PersonAppearance
-from interactdiff.training.image_tower import HEADS, LooksReader, close_ups, looks, moved, portrait
+from interactdiff.training.image_tower import HEADS, LooksReader, augmented, close_ups, looks, portrait
 from interactdiff.training.latent_reader import IGNORED
 from interactdiff.training.world_data import as_images
 
@@ -40,18 +40,20 @@ def test_close_ups_show_what_is_to_be_read_of_them() -> None:
     assert 20 < sum(isinstance(one.appearance, PersonAppearance) for one in kinds) < 55
 
 
-def test_pictures_are_moved_and_white_around() -> None:
+def test_pictures_are_augmented_and_white_around() -> None:
     images = as_images(close_ups(range(8), 32))
-    still = moved(images, 0.0, 0.0, torch.Generator().manual_seed(0))
+    still = augmented(images, 0.0, 0.0, torch.Generator().manual_seed(0))
     mirrored = torch.tensor([not torch.allclose(a, b, atol=1e-4) for a, b in zip(still, images, strict=True)])
     assert 0 < mirrored.sum() < 8
     assert torch.allclose(still[mirrored], images[mirrored].flip(-1), atol=1e-4)
-    dark = -torch.ones(4, 3, 32, 32)
-    turned = moved(dark, 45.0, 0.0, torch.Generator().manual_seed(1))
+    dark = -torch.ones(64, 3, 32, 32)
+    turned = augmented(dark, 45.0, 0.0, torch.Generator().manual_seed(1))
     assert torch.allclose(turned[:, :, 16, 16], torch.tensor(-1.0))
     assert turned[:, :, 0, 0].max() == 1
-    scaled = moved(dark, 0.0, 0.5, torch.Generator().manual_seed(2))
-    assert (scaled[:, 0] < 0).float().mean((1, 2)).min() < 0.99
+    smaller = augmented(dark, 0.0, 0.5, torch.Generator().manual_seed(2))
+    sides = (smaller[:, 0, 16] < 0).sum(-1)
+    assert sides.min() in (16, 17, 18)
+    assert sides.max() in (30, 31, 32)
 
 
 def test_looks_are_read_off_the_mean_of_the_tokens() -> None:
@@ -75,8 +77,11 @@ def test_a_tower_is_trained_and_transformers_loads_it(tmp_path: Path) -> None:
     config = short(tmp_path, "stickworld_image_tower", portraits=9, held_out=4, vision=VISION)
     config |= {"export_to": str(tmp_path / "tower"), "sample_every": 3}
     recipe: Any = check_that_a_resumed_run_is_the_unbroken_one(config)
-    lines = [json.loads(line) for line in (recipe.output / "accuracy.jsonl").read_text().splitlines()]
-    assert set(lines[-1]) == {"step", *HEADS}
+    lines = [json.loads(line) for line in (recipe.output / "log.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if "kind" in line]
+    assert [line["step"] for line in scored][-1] == 6
+    assert {"step", "kind", "colour", "pattern"} <= scored[-1].keys() <= {"step", *HEADS}
+    assert all(0 <= line[name] <= 1 for line in scored for name in line.keys() & HEADS.keys())
     tower: Any = CLIPVisionModel.from_pretrained(tmp_path / "tower")
     assert tower.dtype == torch.float16
     trained = dict(recipe.model.tower.named_parameters())

@@ -59,11 +59,11 @@ def test_untrained_it_changes_no_bit_and_trained_it_acts(any_pipe: Any) -> None:
 def test_it_is_equation_1_in_every_block(pipe: Any, guided: float) -> None:
     """h + beta SEA(LN h, SE(r)) of what a block has after its self-attention, by hooks of its own.
 
-    With `guided_encoder` less of it in the negative prompt's half of the batch.
+    With `encoder_guidance` less of it in the negative prompt's half of the batch.
     """
     adapter, weight = trained_subject_adapter(pipe.unet), 0.7
     with attach(pipe, adapter) as handle:
-        handle["subject"].configure(**ENCODER_ALONE, guided_encoder=guided)
+        handle["subject"].configure(**ENCODER_ALONE, encoder_guidance=guided)
         handle.set_scene([dog()])
         got = draw(pipe, num_inference_steps=1)
         tokens = handle["subject"].scene.subjects[0].reference.tokens[0]
@@ -93,15 +93,17 @@ def test_it_is_equation_1_in_every_block(pipe: Any, guided: float) -> None:
 
 
 def test_a_guided_encoder_acts_in_the_prompts_calls_alone(flux_pipe: Any) -> None:
-    """Flux calls its transformer once for the prompt and once for the negative prompt."""
-    cfg = {"negative_prompt": "blurry", "true_cfg_scale": 2.0}
+    """Flux calls its transformer once a prompt. One step is linear: negative + 2 (prompt - negative)."""
+    cfg = {"negative_prompt": "a dog", "true_cfg_scale": 2.0}
+    plain = draw(flux_pipe, num_inference_steps=1)
     with attach(flux_pipe, trained_subject_adapter(flux_pipe.transformer)) as handle:
         handle["subject"].configure(**ENCODER_ALONE)
         handle.set_scene([dog()])
-        both, alone = draw(flux_pipe, **cfg), draw(flux_pipe)
-        handle["subject"].configure(guided_encoder=1)
-        assert torch.equal(draw(flux_pipe), alone)
-        assert not torch.allclose(draw(flux_pipe, **cfg), both, atol=1e-4)
+        seen = draw(flux_pipe, num_inference_steps=1)
+        assert close(draw(flux_pipe, num_inference_steps=1, **cfg), seen)
+        handle["subject"].configure(encoder_guidance=1)
+        assert torch.equal(draw(flux_pipe, num_inference_steps=1), seen)
+        assert close(draw(flux_pipe, num_inference_steps=1, **cfg), plain + 2 * (seen - plain))
 
 
 def test_pictures_are_encoded_once_a_scene_and_keys_made_once_a_run(pipe: Any) -> None:

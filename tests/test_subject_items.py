@@ -130,12 +130,27 @@ def test_what_the_subject_is_is_said() -> None:
 def test_a_close_up_shows_the_subject_alone_however_small_it_is() -> None:
     image = Image.new("RGB", (200, 100), "white")
     image.paste((200, 0, 0), (20, 30, 60, 50))
-    close = foreground(Subject("dog", image)).close_up
+    found = foreground(Subject("dog", image))
+    close = found.seen(close_up=True)
     assert close.size == (44, 24)
     pixels = np.asarray(close)
     assert (pixels[2:-2, 2:-2] == (200, 0, 0)).all()
     assert (pixels[[0, 1, -1, -2]] == 255).all()
     assert (pixels[:, [0, 1, -1, -2]] == 255).all()
+    assert found.seen(close_up=False).tobytes() == image.tobytes()
+    whole = foreground(Subject("dog", picture()))
+    assert whole.seen(close_up=True).tobytes() == picture().tobytes(), "no frame around a whole picture"
+    dot = Image.new("L", (16, 16))
+    dot.putpixel((0, 15), 255)
+    assert foreground(Subject("dog", picture(), dot)).seen(close_up=True).size == (3, 3)
+    soft = Image.new("L", (200, 100))
+    soft.paste(100, (19, 29, 61, 51))  # an edge too soft for the box of the subject
+    soft.paste(255, (20, 30, 60, 50))
+    edge = np.asarray(foreground(Subject("dog", image, soft)).seen(close_up=True))
+    assert edge.shape == (24, 44, 3)
+    dark = Image.new("RGB", (200, 100), "black")
+    edge = np.asarray(foreground(Subject("dog", dark, soft)).seen(close_up=True))
+    assert (edge[10, :3, 0] == (255, 155, 0)).all(), "white, the soft edge, the subject"
 
 
 def test_a_segmentation_model_of_transformers_finds_it(tmp_path: Path, pipe: Any) -> None:

@@ -29,6 +29,7 @@ from interactdiff.subject.config import CLIP_LARGE
 from interactdiff.subject.foreground import foreground
 from interactdiff.subject.items import Subject
 from interactdiff.training.config import checked
+from interactdiff.training.interaction_data import inside_boxes
 from interactdiff.training.run import load_config, make_recipe
 from interactdiff.training.subject import SubjectRecipe, SubjectVariation, changed, subjects_of
 from interactdiff.training.subject_config import (
@@ -113,9 +114,10 @@ def test_the_encoder_is_trained_saved_loaded_and_drawn(
 @pytest.mark.parametrize(
     ("fixture", "name"), [("pipe", "stickworld_subject"), ("flux_pipe", "stickworld_dit_subject")]
 )
-def test_the_embedded_world_trains_an_encoder_with_a_new_tower(
-    fixture: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
+def test_the_embedded_world_trains_an_encoder(
+    fixture: str, name: str, request: pytest.FixtureRequest, tmp_path: Path, tower: Path
 ) -> None:
+    """With its frozen tower, as the recipes say, and with a new one."""
     pipe: Any = request.getfixturevalue(fixture)
     convert("stickworld", "0:4", tmp_path / "world", Options(size=32, subjects=2))
     pipe.save_pretrained(tmp_path / "base")
@@ -124,6 +126,11 @@ def test_the_embedded_world_trains_an_encoder_with_a_new_tower(
     config |= {key: value for key, value in tiny.items() if key in config and key != "recipe"}
     with pytest.raises(RecipeError, match="train_image_encoder: expected true for a new image encoder"):
         checked(SubjectTrainingConfig, config | {"image_encoder": None, "vision": VISION})
+    as_written: Any = make_recipe(config | {"image_encoder": str(tower), "workers": 0})
+    assert as_written.model.config.layers == (-1,)
+    assert (as_written.model.config.token_dim, as_written.model.config.close_up) == (64, True)
+    assert not any(p.requires_grad for p in as_written.model.image_encoder.parameters())
+    assert np.isfinite(as_written.loss(as_written.batch(0), as_written.generator(0)).item())
     new = {"image_encoder": None, "vision": VISION, "train_image_encoder": True}
     recipe: Any = make_recipe(config | new | {"layers": [1], "token_dim": 8, "workers": 0})
     tower = {name: t.clone() for name, t in recipe.model.image_encoder.state_dict().items()}
@@ -170,7 +177,7 @@ def test_given_tokens_act_as_the_scene_does(fixture: str, box: Any, request: pyt
         binding.configure(**ENCODER_ALONE)
         handle.set_scene([dog(box=box)])
         wanted = draw(pipe)
-        tokens = adapter([foreground(dog()).close_up])
+        tokens = adapter([foreground(dog()).seen(close_up=True)])
         binding.set_tokens(tokens, [() if box is None else (box,)], [0.7])
         assert torch.allclose(draw(pipe), wanted, atol=1e-5)
         binding.set_tokens(tokens, [()], [0.0])
@@ -197,11 +204,11 @@ def test_what_is_drawn_of_an_example() -> None:
     (found,) = subjects_of([riding, dog()])
     assert found.box == riding.subject_box
     drops = SubjectDropsConfig(subject=0.2, caption=0.1, all=0.1)
-    vary, rng = SubjectVariation(drops, ReferenceChanges(), 16), random.Random(0)
+    vary, rng = SubjectVariation(drops, ReferenceChanges(), 16, close_up=True), random.Random(0)
     drawn = [vary("a dog", [dog()], rng) for _ in range(2000)]
     shares = np.mean([[not items, not prompt] for prompt, items in drawn], 0)
     assert shares == pytest.approx([1 - 0.9 * 0.8, 1 - 0.9 * 0.9], abs=0.03)
-    places = SubjectVariation(SubjectDropsConfig(subject=0, box=0.3), ReferenceChanges(), 16)
+    places = SubjectVariation(SubjectDropsConfig(subject=0, box=0.3), ReferenceChanges(), 16, True)
     placed = [bool(places.more([found], rng)["placed"]) for _ in range(300)]
     assert np.mean(placed) == pytest.approx(0.7, abs=0.08)
     assert vary.more([], rng)["present"] == vary.more([], rng)["placed"] == 0
@@ -216,13 +223,33 @@ def test_boxes_count_more_in_the_loss_even_where_a_subject_is_seen_everywhere(
     drops = {"subject": 0, "caption": 0, "all": 0, "box": 1}
     config = subject_config(pipe, pictures, tmp_path, tower, batch_size=6, drops=drops)
     losses = []
-    for more in (0.0, 4.0):
+    for more in (0.0, 4.0, 4e6):
         recipe: Any = make_recipe(config | {"loss": {"boxes": more}, "output_dir": str(tmp_path / f"{more}")})
         batch = recipe.batch(0)
         assert not batch["placed"].any()
         assert sum(item.box is not None for items in batch["items"] for item in items) == 2
         losses.append(recipe.loss(batch, recipe.generator(0)).item())
-    assert losses[0] != losses[1]
+    assert losses[1] != losses[0]
+    # of pictures with a box next to nothing but what is in it counts; of others all of it
+    batch = recipe.batch(0)
+    inside = inside_boxes(batch["items"], *batch["latents"].shape[2:])
+    assert inside.flatten(1).sum(1).count_nonzero() == 2
+    y, x = inside[next(n for n in range(6) if inside[n].any()), 0].nonzero().unbind(1)
+    side = inside.shape[-1]
+    assert (y.min() / side, x.min() / side) == pytest.approx((0.1, 0.1), abs=1 / side)
+    assert losses[2] == pytest.approx(by_hand(recipe, batch, inside), rel=1e-3)
+
+
+@torch.no_grad()
+def by_hand(recipe: Any, batch: dict[str, Any], inside: torch.Tensor) -> float:
+    """The loss where boxes alone count, if there are any."""
+    recipe.condition(batch)
+    noisy, times, given = recipe.base.noisy(batch, recipe.device, recipe.dtype)
+    predicted = recipe.base.predict(noisy, times, given, batch)
+    target = recipe.base.objective.target(batch["latents"], batch["noise"], times)
+    error = (predicted - target).square().mean(1, keepdim=True)
+    rows = [one[where > 0] if where.any() else one for one, where in zip(error, inside, strict=True)]
+    return torch.stack([row.mean() for row in rows]).mean().item()
 
 
 def test_references_are_changed_and_stay_what_they_are() -> None:

@@ -1,11 +1,12 @@
 """The image tower of stickworld's subject encoders: it stands in for CLIP's, which never saw such pictures.
 
-A CLIP vision model that learns to tell the kind and the looks of a person or an object in a close-up. They are
-read off the mean of its tokens, so that an attention finds them there even while its weights are uniform.
+A CLIP vision model that learns to tell the kind and the looks of a person or an object in a close-up. The
+classifier sees only the mean of the tokens. An untrained attention computes nearly that mean, so the encoder
+has this information from the start.
 """
 
 import copy
-import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,20 +22,19 @@ from interactdiff.stickworld.layouts import sample_scene
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import HELD_OUT, WorldScene
 from interactdiff.subject.config import CLIP_LARGE
-from interactdiff.subject.encoder import image_tower, in_clip_units, squared
-from interactdiff.subject.foreground import Foreground
-from interactdiff.training.config import Count, Location, Rate, RecipeConfig, Share, arguments_of
-from interactdiff.training.latent_reader import HEADS as READ
+from interactdiff.subject.encoder import in_clip_units, squared
+from interactdiff.subject.foreground import foreground
+from interactdiff.subject.items import Subject
+from interactdiff.training.config import Count, Location, Rate, RecipeConfig, arguments_of
+from interactdiff.training.latent_reader import HEADS as CELL_HEADS
 from interactdiff.training.latent_reader import IGNORED, answers_of, reading_loss
 from interactdiff.training.recipe import Recipe
+from interactdiff.training.subject_config import Shrinking, new_tower
 from interactdiff.training.world_data import as_images, cached_pictures
 
-HEADS = {name: answers for name, answers in READ.items() if name != "action"}
+HEADS = {name: answers for name, answers in CELL_HEADS.items() if name != "action"}
 """What is read of a close-up, and the answers."""
-
-
-def _tower(**shapes: Any) -> Any:
-    return image_tower(CLIP_LARGE | shapes)
+LOOKED_AT = 256  # close-ups that decide whether those in the cache are as they would be drawn now
 
 
 class LooksReader(nn.Module):
@@ -46,7 +46,7 @@ class LooksReader(nn.Module):
 
     def __init__(self, vision: dict[str, Any]):
         super().__init__()
-        self.tower = _tower(**vision).requires_grad_(True)
+        self.tower = new_tower(**vision).requires_grad_(True)
         self.out = nn.Linear(self.tower.config.hidden_size, sum(map(len, HEADS.values())))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -65,17 +65,17 @@ def close_ups(seeds: Sequence[int], size: int) -> np.ndarray:
     """[N, size, size, 3] uint8: the first person or object of each scene, as an image tower sees it."""
     pictures = []
     for seed in seeds:
-        drawn = render(portrait(seed), size)
-        mask = drawn.things[0].mask
-        image = Image.fromarray(np.where(mask[..., None], drawn.image, np.uint8(255)))
-        found = Foreground(image, Image.fromarray(mask.astype(np.uint8) * 255), "the renderer")
-        pictures.append(np.asarray(squared(found.close_up, size)))
+        scene = portrait(seed)
+        drawn = render(scene, size)
+        mask = Image.fromarray(drawn.things[0].mask.astype(np.uint8) * 255)
+        subject = Subject(scene.things[0].name, Image.fromarray(drawn.image), mask)
+        pictures.append(np.asarray(squared(foreground(subject).seen(close_up=True), size)))
     return np.stack(pictures)
 
 
 def looks(seeds: Sequence[int]) -> Tensor:
     """[N, heads] the answers of the first person or object of each scene; `IGNORED` where there is none."""
-    kept = [n for n, name in enumerate(READ) if name in HEADS]
+    kept = [n for n, name in enumerate(CELL_HEADS) if name in HEADS]
     return answers_of([portrait(seed) for seed in seeds])[:, 0, kept]
 
 
@@ -86,19 +86,19 @@ class ImageTowerConfig(RecipeConfig):
         batch_size: close-ups of a step.
         cache_dir: where they are kept.
         portraits: how many.
-        held_out: how many others are for `accuracy.jsonl`.
+        held_out: how many others the accuracies in the log are of.
         vision: of the tower, what a `CLIPVisionConfig` takes.
         rotation: degrees by which a close-up is turned, at most, either way.
-        scale: by how much it is larger or smaller, at most.
+        scale: by which share it is smaller, at most.
     """
 
     batch_size: Count
     cache_dir: Location
     portraits: Count
     held_out: Count
-    vision: Annotated[dict[str, Any], arguments_of(_tower, CLIP_LARGE)]
+    vision: Annotated[dict[str, Any], arguments_of(new_tower, CLIP_LARGE)]
     rotation: Rate = 15.0
-    scale: Share = 0.25
+    scale: Shrinking = 0.25
 
 
 class ImageTowerRecipe(Recipe[ImageTowerConfig]):
@@ -109,8 +109,9 @@ class ImageTowerRecipe(Recipe[ImageTowerConfig]):
     def build(self) -> nn.Module:
         reader, seeds = LooksReader(self.config.vision), range(self.config.portraits)
         self.side: int = reader.tower.config.image_size
-        self.pictures = cached_pictures(Path(self.config.cache_dir), "close-ups", close_ups, seeds, self.side)
-        self.answers = looks(seeds)
+        folder = Path(self.config.cache_dir)
+        self.pictures = cached_pictures(folder, "close-ups", close_ups, seeds, self.side, LOOKED_AT)
+        self.answers, self.accuracies = looks(seeds), dict[str, float]()
         return reader
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -120,7 +121,8 @@ class ImageTowerRecipe(Recipe[ImageTowerConfig]):
         return {"images": images, "answers": self.answers[chosen].to(self.device)}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        images = moved(batch["images"], self.config.rotation, self.config.scale, generator)
+        with torch.autocast(self.device.type, enabled=False):  # coordinates of 8 bits would be too coarse
+            images = augmented(batch["images"], self.config.rotation, self.config.scale, generator)
         return reading_loss(self.model(images), batch["answers"])
 
     @cached_property
@@ -130,33 +132,35 @@ class ImageTowerRecipe(Recipe[ImageTowerConfig]):
 
     @torch.no_grad()
     def sample(self) -> None:
-        """No picture: logs the share of held-out close-ups of which each head is right."""
+        """No picture: the accuracies."""
         images, answers = self._held_out
         parts = [self.model(part.to(self.device)) for part in images.split(64)]
-        line: dict[str, float] = {"step": self.step}
         for n, name in enumerate(HEADS):
             there = answers[:, n] != IGNORED
             said = torch.cat([part[name].argmax(1).cpu() for part in parts])
-            line[name] = (said == answers[:, n])[there].float().mean().item()
-        with (self.output / "accuracy.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
+            if there.any():
+                self.accuracies[name] = (said == answers[:, n])[there].float().mean().item()
+
+    def scores(self) -> dict[str, float]:
+        """The share of held-out close-ups of which each head is right."""
+        return self.accuracies
 
     def export(self) -> None:
         tower = copy.deepcopy(self.accelerator.unwrap_model(self.model).tower)
         tower.half().save_pretrained(self.config.export_to)
 
 
-def moved(images: Tensor, rotation: float, scale: float, generator: torch.Generator) -> Tensor:
-    """Pictures [B, 3, S, S] in [-1, 1], mirrored half of the time, turned and scaled, white around them.
+def augmented(images: Tensor, rotation: float, scale: float, generator: torch.Generator) -> Tensor:
+    """Pictures [B, 3, S, S] in [-1, 1], mirrored half of the time, turned and reduced, white around them.
 
     Args:
         images: square.
         rotation: degrees, at most, either way.
-        scale: by how much they are larger or smaller, at most.
+        scale: by which share they are smaller, at most; below 1.
         generator: draws how.
     """
     turn, size, flip = torch.rand(3, len(images), generator=generator, device=generator.device).to(images)
-    angle, by = (2 * turn - 1) * rotation * torch.pi / 180, 1 + (2 * size - 1) * scale
+    angle, by = (2 * turn - 1) * rotation * math.pi / 180, 1 / (1 - size * scale)
     theta = images.new_zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * by, -angle.sin() * by
     theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * by, angle.cos() * by

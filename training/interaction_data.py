@@ -50,7 +50,7 @@ def items_of(items: Sequence[Any], slots: int) -> list[Item]:
     return [kept[n] for n in sorted(largest)]
 
 
-def _boxes(item: Item) -> list[Box]:
+def _boxes(item: Any) -> list[Box]:
     if isinstance(item, Interaction):
         return [item.subject_box, item.object_box]
     return [] if item.box is None else [item.box]  # a subject may have none
@@ -326,8 +326,8 @@ def feature_encoder(encode: Callable[[Sequence[str]], Mapping[str, Tensor]]) -> 
     return lambda phrases: {phrase: {"feature": made} for phrase, made in encode(phrases).items()}
 
 
-def inside_boxes(scenes: Sequence[Sequence[Item]], height: int, width: int) -> Tensor:
-    """[B, 1, height, width]: 1 where a latent's centre is in a box, else 0."""
+def inside_boxes(scenes: Sequence[Sequence[Any]], height: int, width: int) -> Tensor:
+    """[B, 1, height, width]: 1 where a latent's centre is in a box of an item of any method, else 0."""
     inside = torch.zeros(len(scenes), 1, height, width)
     down, across = (torch.arange(n) / n + 0.5 / n for n in (height, width))
     for row, scene in enumerate(scenes):

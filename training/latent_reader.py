@@ -186,11 +186,16 @@ class LatentReaderRecipe(Recipe[LatentReaderConfig]):
         model.half().save_pretrained(self.config.export_to)
 
 
-def reading_loss(read: dict[str, Tensor], cells: Tensor) -> Tensor:
-    """The sum over heads of the cross entropy of `LatentReader.forward`'s logits with `cell_answers`."""
+def reading_loss(read: dict[str, Tensor], answers: Tensor) -> Tensor:
+    """The sum over heads of the cross entropy of logits with the right answers.
+
+    Args:
+        read: for each head [B, answers, ...] logits, of cells [B, answers, h, w] or of pictures [B, answers].
+        answers: [B, heads, ...] the right answers' indices; `IGNORED` where there is nothing to be read.
+    """
     losses = [
         F.cross_entropy(logits, right, ignore_index=IGNORED)
-        for logits, right in zip(read.values(), cells.unbind(1), strict=True)
+        for logits, right in zip(read.values(), answers.unbind(1), strict=True)
         if (right != IGNORED).any()
     ]
     return torch.stack(losses).sum()

@@ -56,6 +56,8 @@ def _digest(pipe: Any, adapter: SubjectAdapter, subject: Subject, config: Subjec
     drawn_by = config.regular.model_dump(exclude={"count"}) | {
         name: getattr(config, name) for name in ("caption", "encoder_weight", "resolution", "seed")
     }
+    if adapter.close_up:
+        drawn_by["close_up"] = True
     weights = [weights_digest(part) for part in (denoiser_of(pipe), pipe.vae, adapter)]
     made_of = hashlib.sha256(json.dumps([drawn_by, weights], sort_keys=True).encode())
     for picture in (subject.image, subject.mask):

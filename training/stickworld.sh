@@ -34,5 +34,6 @@ train distill_clear_stickworld seed=6
 # What draws a person or an object of one picture, in both.
 [ -d runs/stickworld-subjects ] ||
 	.venv/bin/interactdiff data convert stickworld 0:24000 runs/stickworld-subjects --subjects 2
+train stickworld_image_tower seed=0
 train stickworld_subject seed=2
 train stickworld_dit_subject seed=2

@@ -45,8 +45,8 @@ def changed(image: Image.Image, how: ReferenceChanges, rng: random.Random) -> Im
         image = _elastic(image, how.elastic, rng)
     angle = rng.uniform(-how.rotation, how.rotation)
     image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor="white")
-    factor = 1 + rng.uniform(-how.scale, how.scale)
-    size = tuple(max(1, round(side / factor)) for side in image.size)
+    factor = 1 - rng.uniform(0, how.scale)
+    size = tuple(round(side / factor) for side in image.size)
     canvas = Image.new("RGB", cast(Any, size), "white")
     canvas.paste(image, tuple((new - old) // 2 for new, old in zip(size, image.size, strict=True)))  # type: ignore[arg-type]
     return canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, how.blur) * max(size)))
@@ -54,6 +54,8 @@ def changed(image: Image.Image, how: ReferenceChanges, rng: random.Random) -> Im
 
 def _elastic(image: Image.Image, most: float, rng: random.Random) -> Image.Image:
     """The picture with the inner nodes of a grid moved."""
+    if min(image.size) < 2 * CELLS:
+        return image
     cell = image.width / CELLS, image.height / CELLS
     nodes: dict[tuple[int, int], tuple[float, float]] = {}
     for row in range(CELLS + 1):
@@ -79,11 +81,13 @@ class SubjectVariation:
         drops: the probabilities.
         reference: how its picture is changed.
         side: pixels of what the image tower takes.
+        close_up: whether it sees close-ups, see `SubjectConfig`.
     """
 
     drops: SubjectDropsConfig
     reference: ReferenceChanges
     side: int
+    close_up: bool
 
     def __call__(self, prompt: str, items: Sequence[Any], rng: random.Random) -> tuple[str, list[Subject]]:
         """A caption, and at most one subject, with its place if it has one."""
@@ -100,12 +104,12 @@ class SubjectVariation:
 
         Returns:
             "reference" [3, side, side] that the image tower takes; "present" [], 0 without a subject; and
-            "placed" [], 0 where the subject is seen everywhere and not in its box alone.
+            "placed" [], 0 where its box, if it has one, is not given to the encoder.
         """
         if not items:
             none = torch.zeros(())
             return {"reference": torch.zeros(3, self.side, self.side), "present": none, "placed": none}
-        image = changed(foreground(items[0]).close_up, self.reference, rng)
+        image = changed(foreground(items[0]).seen(self.close_up), self.reference, rng)
         placed = torch.tensor(float(rng.random() >= self.drops.box))
         return {
             "reference": tower_pixels([image], self.side)[0],
@@ -171,7 +175,7 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
                 raise RecipeError(f"expected a subject encoder at {config.init_from}, got an adapter without")
             adapter.check(denoiser)
             return adapter
-        tower = None if config.image_encoder is None else _tower(config.image_encoder)
+        tower = None if config.image_encoder is None else _loaded_tower(config.image_encoder)
         vision = (
             CLIP_LARGE | (config.vision or {})
             if tower is None
@@ -193,12 +197,12 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
 
     def attached(self, adapter: SubjectAdapter) -> Any:
         """Its handle in the base."""
-        self.side = adapter.side
+        self.side, self.close_up = adapter.side, adapter.close_up
         return attach(self.pipe, adapter)
 
     def vary(self) -> SubjectVariation:
         """Draws which subject of a picture is seen."""
-        return SubjectVariation(self.config.drops, self.config.reference, self.side)
+        return SubjectVariation(self.config.drops, self.config.reference, self.side, self.close_up)
 
     def condition(self, batch: dict[str, Any]) -> None:
         """Tokens of the batch's references, by the adapter as accelerate wraps it."""
@@ -221,7 +225,7 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
         self.handle.clear()
         pictures = [picture, Image.new("RGB", picture.size, "white"), self.draw(number)]
         if subjects:
-            cut = foreground(subjects[0]).close_up
+            cut = foreground(subjects[0]).seen(self.close_up)
             adapter = self.accelerator.unwrap_model(self.model)
             boxes = [[subjects[0].box]] if subjects[0].box is not None else [[]]
             self.handle["subject"].set_tokens(adapter([cut]), boxes, [self.config.weight])
@@ -241,7 +245,7 @@ def _within(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return copy
 
 
-def _tower(name: str) -> Any:
+def _loaded_tower(name: str) -> Any:
     """A CLIP image tower from safetensors.
 
     Raises:

@@ -14,9 +14,12 @@ from interactdiff.training.config import (
     Rate,
     Share,
     arguments_of,
+    number,
     refusal,
 )
 from interactdiff.training.pictures_config import PicturesConfig
+
+Shrinking = Annotated[float, number("a number from 0 to 0.9", 0, 0.9)]
 
 
 def _layers(value: Any) -> Any:
@@ -26,7 +29,8 @@ def _layers(value: Any) -> Any:
     return tuple(value)
 
 
-def _tower(**shapes: Any) -> Any:
+def new_tower(**shapes: Any) -> Any:
+    """A new image tower; shapes that are not given are CLIP's large one's."""
     return image_tower(CLIP_LARGE | shapes)
 
 
@@ -54,14 +58,14 @@ class ReferenceChanges(Keys):
     Attributes:
         flip: probability of mirroring.
         rotation: degrees, at most, either way.
-        scale: by how much it is larger or smaller, at most.
+        scale: by which share it is smaller, at most: nothing of it is cut off.
         blur: radius, at most, in shares of the longer side.
         elastic: shift of a 4 x 4 grid's nodes, at most, in shares of a cell.
     """
 
     flip: Share = 0.5
     rotation: Rate = 20.0
-    scale: Share = 0.25
+    scale: Shrinking = 0.25
     blur: Share = 0.01
     elastic: Share = 0.3
 
@@ -86,7 +90,7 @@ class SubjectTrainingConfig(PicturesConfig):
     """
 
     image_encoder: OptionalLocation = None
-    vision: Annotated[dict[str, Any], arguments_of(_tower, CLIP_LARGE)] | None = None
+    vision: Annotated[dict[str, Any], arguments_of(new_tower, CLIP_LARGE)] | None = None
     train_image_encoder: Flag = False
     token_dim: OptionalCount = None
     layers: Annotated[tuple[int, ...], BeforeValidator(_layers)] = LAYERS

@@ -83,6 +83,8 @@ class SubjectTuningRecipe(Recipe[SubjectTuningConfig]):
         self.tokens, self.handle = None, None
         if adapter.config is not None:
             with torch.no_grad():
+                seen = [*regular, found.seen(adapter.close_up)]  # of regular pictures no foreground is known
+                both = seen, [ImageOps.mirror(picture) for picture in seen]
                 self.tokens = torch.stack(
                     [torch.cat([adapter([one]).cpu() for one in many]) for many in both]
                 )

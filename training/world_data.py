@@ -142,22 +142,28 @@ def cached_renders(folder: Path, count: int, size: int = SIZE, most: int | None 
 
 
 def cached_pictures(
-    folder: Path, kind: str, make: Callable[[Sequence[int], int], np.ndarray], seeds: Sequence[int], size: int
+    folder: Path,
+    kind: str,
+    make: Callable[[Sequence[int], int], np.ndarray],
+    seeds: Sequence[int],
+    size: int,
+    looked_at: int = 32,
 ) -> np.ndarray:
-    """Pictures that are made of seeds, kept in `folder`; made anew when the first of them look different.
+    """One picture for each seed, kept in `folder`; drawn anew when the first ones look different.
 
     Args:
         folder: where the cache is kept.
         kind: its file's name begins with it.
-        make: [n, S, S, 3] uint8 of n seeds and S; a function of a module, which other processes call.
-        seeds: all of them.
+        make: draws [n, S, S, 3] uint8 of n seeds and S; of a module's top level, as workers import it.
+        seeds: the first ones of a sequence that is always the same for this kind.
         size: S, height and width in pixels.
+        looked_at: how many of the first ones are drawn to see whether they look different.
 
     Returns:
         [seeds, S, S, 3] uint8, mapped read-only from disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    look = hashlib.sha256(make(seeds[:32], size).tobytes()).hexdigest()[:12]
+    look = hashlib.sha256(make(seeds[:looked_at], size).tobytes()).hexdigest()[:12]
     path, count = folder / f"{kind}-{len(seeds)}-{size}-{look}.npy", len(seeds)
     if not path.exists():
 

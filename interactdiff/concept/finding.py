@@ -24,7 +24,7 @@ from interactdiff.concept.words import (
     joint_prompt,
 )
 from interactdiff.handle import attach
-from interactdiff.models import ModelInfo, model_info
+from interactdiff.models import ModelInfo, info_at
 from interactdiff.pipeline_calls import denoiser_config
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box
@@ -191,12 +191,12 @@ def default_settings(pipeline: Any) -> MaskSettings:
     """
     tokenizer, _, _ = segments(pipeline)[0]
     has_start = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    own: Any = _info(pipeline).settings.get("concept", {})
+    own: Any = _info(pipeline).masks
     return MaskSettings(background="start" if has_start else "complement", **own)
 
 
 def _info(pipeline: Any) -> ModelInfo:
-    return model_info(getattr(pipeline, "name_or_path", None) or "")
+    return info_at(getattr(pipeline, "name_or_path", None) or "")
 
 
 def default_size(pipeline: Any) -> int:

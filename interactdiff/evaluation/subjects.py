@@ -91,7 +91,8 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
     guidance). Without an encoder's weights there are the rows without one, and guided is without it too.
 
     `options.settings` are those of all rows but where a row fixes its own, of pairs too; with `masks` 0
-    references come without their masks.
+    references come without their masks. What is not given is the model's own, but for the weight of
+    self-subject attention in rows, which is then the method's.
 
     Columns: identity, the share of the subject's attributes that are right; action_acc and object_acc,
     whether the person does the action and the object is there; background_acc; copy, the structural
@@ -184,7 +185,11 @@ def row_settings(row: str, given: Mapping[str, float]) -> dict[str, float]:
 
 
 def _row(
-    row: str, tasks: Sequence[SubjectTask], pipeline: ScenePipeline, detector: Detector, options: EvaluationOptions
+    row: str,
+    tasks: Sequence[SubjectTask],
+    pipeline: ScenePipeline,
+    detector: Detector,
+    options: EvaluationOptions,
 ) -> Counts:
     counts = Counts(len(tasks))
     jobs = [(n, one) for n, task in enumerate(tasks) for one in task.wanted]

@@ -60,7 +60,8 @@ class SubjectRows(NamedTuple):
         scenes: for each row the prompt that it is of.
         signs: for each row whether its reference has less noise (-1), as much, or more (1); None where a row
             sees no reference.
-        kinds: for each row what it is for.
+        kinds: for each row what it is for: "conditional", "unconditional" (the negative prompt) or
+            "reference" (a row without references).
     """
 
     scenes: tuple[int, ...]
@@ -183,7 +184,7 @@ class SubjectScene:
             rows: what the call's rows see.
             grid: of the site's tokens.
             weight: beta.
-            guided: share of it that the negative prompt's rows are without.
+            guided: share of it, 0 to 1, that the negative prompt's rows are without.
             device: of the shares.
         """
         numbers: Collection[int] = sorted({n for scene in rows.scenes for n in self.prompts[scene]})

@@ -96,6 +96,11 @@ class SubjectAdapter(Adapter):
         """Pixels of a side of what the image tower takes."""
         return cast(int, self.image_encoder.config.image_size)
 
+    @property
+    def close_up(self) -> bool:
+        """Whether the image tower sees close-ups, as `Foreground.seen` makes them."""
+        return self.config is not None and self.config.close_up
+
     def states(self, pictures: Sequence[Any] | Tensor) -> Tensor:
         """[B, layers, T, width] of the image tower.
 

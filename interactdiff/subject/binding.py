@@ -102,7 +102,7 @@ class SubjectBinding(Binding):
             cache_bytes: limit of what is kept of references, 2e9 at first.
             cache_device: where it is kept, such as "cpu"; the denoiser's device at first.
             rows_at_once: times of one pass over a reference, 8 at first.
-            **settings: those of the method: `encoder_weight`, `guided_encoder`, `reference_weight`,
+            **settings: those of the method: `encoder_weight`, `encoder_guidance`, `reference_weight`,
                 `guidance`, `guidance_share`, `time_gap`, `layers`, `schedule`, `extra_row`, `fresh_noise`,
                 `position_shift` (docs/subject.md).
 
@@ -251,7 +251,7 @@ class SubjectBinding(Binding):
             )
         encoder = False
         if self._encoders and self.settings["encoder_weight"]:
-            weight, guided = self.settings["encoder_weight"], self.settings["guided_encoder"]
+            weight, guided = self.settings["encoder_weight"], self.settings["encoder_guidance"]
             for site in self._encoders:
                 grid = site.site.grid(*call.grid)
                 shares = scene.encoder_shares(rows, grid, weight, guided, call.device)

@@ -32,18 +32,22 @@ class SubjectConfig:
         vision: of the image tower, what a `CLIPVisionConfig` takes.
         token_dim: width of the subject's tokens.
         layers: which of the tower's hidden states are read.
+        close_up: whether the tower sees a close-up of the subject, or the subject where it is in its picture,
+            as encoders of before and the published one do; on white both.
     """
 
     base: Base
     vision: Mapping[str, Any] = field(default_factory=lambda: dict(CLIP_LARGE))
     token_dim: int = 768
     layers: tuple[int, ...] = LAYERS
+    close_up: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As `config.json` has it."""
         base = asdict(self.base) | {"sites": {path: list(size) for path, size in self.base.sites.items()}}
         values = {"base": base, "vision": dict(self.vision), "token_dim": self.token_dim}
-        return {"method": METHOD, "version": VERSION, **values, "layers": list(self.layers)}
+        values |= {"layers": list(self.layers), "close_up": self.close_up}
+        return {"method": METHOD, "version": VERSION, **values}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SubjectConfig:
@@ -60,7 +64,8 @@ class SubjectConfig:
             sites = {path: (int(dim), int(heads)) for path, (dim, heads) in base["sites"].items()}
             made = Base(int(base["cross_attention_dim"]), sites, str(base["denoiser"]))
             layers = tuple(int(layer) for layer in values["layers"])
-            return cls(made, dict(values["vision"]), int(values["token_dim"]), layers)
+            close_up = bool(values.get("close_up", False))
+            return cls(made, dict(values["vision"]), int(values["token_dim"]), layers, close_up)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterError(f"expected the configuration of a subject adapter, got {error!r}") from None
 

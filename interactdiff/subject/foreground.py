@@ -37,13 +37,20 @@ class Foreground(NamedTuple):
     mask: Image.Image
     how: str
 
-    @property
-    def close_up(self) -> Image.Image:
-        """The subject on white with a small margin, however small it is in its picture."""
-        left, top, right, bottom = self.mask.point(lambda value: 255 * (value >= LEAST_MASK)).getbbox()
-        margin = round(MARGIN * max(right - left, bottom - top))
+    def seen(self, close_up: bool) -> Image.Image:
+        """The picture that an image tower takes: the subject on white.
+
+        Args:
+            close_up: whether the subject fills the picture but for a small margin, however small it is;
+                else it is where and as large as in its picture.
+        """
+        box = Image.fromarray(np.asarray(self.mask) >= LEAST_MASK).getbbox()
+        if not close_up or box in (None, (0, 0, *self.mask.size)):
+            return self.image
+        left, top, right, bottom = box
+        margin = max(1, round(MARGIN * max(right - left, bottom - top)))
         canvas = Image.new("RGB", (right - left + 2 * margin, bottom - top + 2 * margin), "white")
-        canvas.paste(self.image.crop((left, top, right, bottom)), (margin, margin))
+        canvas.paste(self.image, (margin - left, margin - top))
         return canvas
 
 

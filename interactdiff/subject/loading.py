@@ -63,7 +63,7 @@ def _published(source: Source) -> tuple[SubjectConfig, dict[str, LazyTensor]]:
             f"expected a mapper and se_attn layers in {source.where}, got {len(sites)} such layers"
         )
     width = tensors["mapper.proj.weight"].shape[0]
-    return SubjectConfig(Base(width, sites), _vision(tensors), width), tensors
+    return SubjectConfig(Base(width, sites), _vision(tensors), width, close_up=False), tensors
 
 
 def _file(source: Source, folder: str) -> str:

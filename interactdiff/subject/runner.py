@@ -87,7 +87,7 @@ class ReferenceRunner:
         latents = passes.latents(seen.image.resize(size, Image.Resampling.LANCZOS))
         mask = np.asarray(seen.mask.resize(size, Image.Resampling.BILINEAR), dtype=np.float32) / 255
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        tokens = None if self._adapter.config is None else self._adapter([found.close_up])
+        tokens = None if self._adapter.config is None else self._adapter([found.seen(self._adapter.close_up)])
         reference = Reference(
             subject, latents, noise, passes.grid(latents), torch.from_numpy(mask)[None, None], text,
             found.how, tokens,

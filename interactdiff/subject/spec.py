@@ -39,7 +39,7 @@ REFERENCE_WEIGHT = Setting(
 SETTINGS = (
     Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Of what the subject encoder adds."),
     Setting(
-        "guided_encoder", "Guided encoder", 0.0, 0.0, 1.0,
+        "encoder_guidance", "Encoder guidance", 0.0, 0.0, 1.0,
         "Share of the encoder that the negative prompt is without, so that guidance scales it.",
     ),
     REFERENCE_WEIGHT,
