@@ -1,11 +1,13 @@
 """Persons and objects by one picture each on a packaged model, drawn in each of the ways that are scored.
 
-    python benchmarks/subject.py --model stickworld --out docs/subject.png
+    python benchmarks/subject.py --subjects 5 --out docs/subject.png
 
-Columns: the reference; by words alone; with the subject encoder; with self-subject attention; with both.
+Columns: the reference; by words alone; with the subject encoder; with self-subject attention; with both; and
+as the model is set up, with the interaction in its boxes, of which one places the subject.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -50,10 +52,10 @@ def main() -> None:
             scene = Scene(prompt, seed=args.seed + number, steps=args.steps, extra_items=items)
             settings = {"subject": row_settings(column, {})} if items else {}
             pictures.append(pipeline.generate(scene, methods=settings))
+        placed = replace(scene, interactions=wanted.scene.interactions(colours=False))
+        pictures.append(pipeline.generate(placed))
         print(f"{name}: {prompt}")
-        rows.append(
-            side_by_side(*(one.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS) for one in pictures))
-        )
+        rows.append(side_by_side(*(one.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS) for one in pictures)))
     height = sum(row.height for row in rows) + GAP * (len(rows) - 1)
     sheet = Image.new("RGB", (rows[0].width, height), "white")
     for number, row in enumerate(rows):

@@ -36,8 +36,9 @@ PACKAGED = {
     for one in (
         ModelInfo(
             "stickworld",
-            {"interaction": "stickworld-interaction"},
+            {"interaction": "stickworld-interaction", "subject": "stickworld-subject"},
             guidance_scale=4.0,
+            settings={"subject": {"encoder_weight": 1.5, "reference_weight": 0.0}},
             masks={"power": 0},
         ),
         ModelInfo(
@@ -45,10 +46,14 @@ PACKAGED = {
             {
                 "interaction": "stickworld-dit-interaction",
                 "clear": "stickworld-dit-clear",
+                "subject": "stickworld-dit-subject",
             },
             guidance_scale=4.0,
             size=128,
-            settings={"high_resolution": {"strength": 0.25, "shift": 1.0}},
+            settings={
+                "high_resolution": {"strength": 0.25, "shift": 1.0},
+                "subject": {"encoder_weight": 1.5, "reference_weight": 0.0},
+            },
         ),
     )
 }

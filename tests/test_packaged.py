@@ -20,13 +20,16 @@ from interactdiff.evaluation.captions import text_scores
 from interactdiff.evaluation.images import feature_distance
 from interactdiff.evaluation.likeness import PERSON, lone_scene, sample_known
 from interactdiff.evaluation.sampling import PictureRequest, Sampling, draw_pictures, held_out_scenes
+from interactdiff.evaluation.subjects import evaluate_subjects
 from interactdiff.evaluation.words import mask_iou
 from interactdiff.evaluation.world import evaluate_world, packaged_detector
 from interactdiff.generation import ScenePipeline
+from interactdiff.method_specs import EvaluationOptions
 from interactdiff.models import MODEL, PACKAGED, default_adapter, resolve
 from interactdiff.picture import read_record
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.pipeline_loading import load_pipeline
+from interactdiff.registry import configurables
 from interactdiff.scene import Scene
 from interactdiff.stickworld import model_path
 from interactdiff.stickworld.render import render
@@ -42,6 +45,7 @@ def files_of(*names: str) -> list[Path]:
         (("stickworld", "stickworld-interaction"), 24),
         (("stickworld-dit", "stickworld-dit-clear"), 17),
         (("stickworld-dit-interaction",), 2.5),
+        (("stickworld-subject", "stickworld-dit-subject"), 2.6),
     ],
 )
 def test_the_models_are_small_float16_safetensors(names: tuple[str, ...], megabytes: float) -> None:
@@ -58,7 +62,7 @@ def test_the_models_are_small_float16_safetensors(names: tuple[str, ...], megaby
 
 def test_all_packaged_weights_are_of_46_mb_together() -> None:
     weights = [path for path in model_path("").rglob("*") if path.suffix == ".safetensors"]
-    assert len(weights) == 11
+    assert len(weights) == 13
     assert sum(path.stat().st_size for path in weights) <= 46_000_000
 
 
@@ -155,6 +159,23 @@ def test_the_example_of_the_model_card_calls_each_pipeline_as_generate_does(
     expected = call_arguments(names["pipe"], names["prompt"], None, PACKAGED["stickworld-dit"].guidance_scale)
     assert expected == {"prompt": names["prompt"], **names["flux"]}
     assert f"guidance_scale={PACKAGED['stickworld'].guidance_scale})" in example
+
+
+@pytest.mark.parametrize("model", ["stickworld", "stickworld-dit"])
+def test_a_subject_is_known_again_by_its_picture(model: str) -> None:
+    """`evaluate --subject` has figures of more subjects."""
+    pipeline = ScenePipeline.from_pretrained(model, device="cpu", methods={"subject": {}})
+    pipeline.pipeline.set_progress_bar_config(disable=True)
+    table = evaluate_subjects(pipeline, EvaluationOptions(3, 2, 8, 6, rows=("text", "encoder")))
+    rows = table["rows"]
+    assert rows["encoder"]["identity"] > rows["text"]["identity"] + 0.15
+
+
+@pytest.mark.parametrize("model", PACKAGED)
+def test_what_suits_a_packaged_model_are_settings_that_there_are(model: str) -> None:
+    assert PACKAGED[model].settings.keys() <= configurables().keys()
+    for one in configurables().values():
+        assert one.checked(model, {}).keys() == {setting.name for setting in one.settings}
 
 
 @pytest.mark.parametrize("model", ["stickworld", "stickworld-dit"])

@@ -246,7 +246,7 @@ def test_a_picture_is_drawn_again_from_its_record(folder: Path, monkeypatch: pyt
     assert main(["generate", "a person", *common, "--out", "plain.png"]) == 0
     record = read_record("one.png")
     assert record.methods["subject"]["guidance"] == 2.0
-    assert record.adapters["subject"] is None
+    assert record.adapters["subject"] == "stickworld-dit-subject"
     Path("person.png").unlink()
     assert main(["generate", "--from", "one.png", "--out", "again.png"]) == 0
     assert Path("again.png").read_bytes() == Path("one.png").read_bytes()

@@ -9,6 +9,7 @@ def model_path(name: str) -> Path:
     Args:
         name: "stickworld" or "stickworld-dit" (diffusers folders), "stickworld-interaction" or
             "stickworld-dit-interaction" (their adapters), "stickworld-dit-clear" (layers for CLEAR),
+            "stickworld-subject" or "stickworld-dit-subject" (their subject encoders),
             "detector" (which scores their pictures).
     """
     return Path(__file__).parent / "models" / name
