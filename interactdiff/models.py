@@ -52,7 +52,7 @@ PACKAGED = {
             size=128,
             settings={
                 "high_resolution": {"strength": 0.25, "shift": 1.0},
-                "subject": {"encoder_weight": 1.5, "reference_weight": 0.0},
+                "subject": {"encoder_weight": 1.5, "attention_without_box": 0},
             },
         ),
     )

@@ -26,7 +26,7 @@ from interactdiff.subject.foreground import preview
 
 LEFT = (0.1, 0.2, 0.4, 0.9)
 SETTINGS = {"subject.used": False, "subject.encoder_weight": 0.2, "subject.reference_weight": 3.0}
-SETTINGS |= {"subject.encoder_guidance": 0.0}
+SETTINGS |= {"subject.encoder_guidance": 0.0, "subject.attention_without_box": 1}
 SETTINGS |= {"subject.guidance": 0.0, "subject.guidance_share": 0.9, "subject.time_gap": 1}
 SETTINGS |= {"subject.layers": 1.0, "subject.schedule": 1.0, "subject.extra_row": 0}
 SETTINGS |= {"subject.fresh_noise": 0, "subject.position_shift": 0.0}

@@ -164,11 +164,12 @@ def test_all_scenes_of_subjects_are_held_out_and_of_their_own(seed: int) -> None
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_settings_reach_the_rows_that_do_not_fix_them(pipe: Any) -> None:
     given = {"guidance": 3.0, "reference_weight": 8.0, "encoder_weight": 0.5, "extra_row": 0}
+    given |= {"attention_without_box": 0}
     assert subjects.row_settings("attention", given) == {**given, "encoder_weight": 0, "guidance": 0}
     assert subjects.row_settings("both", given) == {**given, "guidance": 0}
     assert subjects.row_settings("guided", given) == given
     own = {"guidance": subjects.GUIDANCE, "reference_weight": 3.0, "extra_row": 1}
-    assert subjects.row_settings("guided", {}) == own
+    assert subjects.row_settings("guided", {}) == {**own, "attention_without_box": 1}
     assert subjects.row_settings("text_full", given) == {}
     torch.manual_seed(0)
     detector, tasks = Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)), [subjects.subject_task(0, 0, 16)]

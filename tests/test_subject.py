@@ -398,6 +398,16 @@ def drawn_without_place(pipe: Any, handle: Handle, person: Subject) -> Tensor:
     return draw(pipe)
 
 
+def test_attention_may_be_for_subjects_with_a_place_alone(any_pipe: Any) -> None:
+    plain, placed = draw(any_pipe), dog(1, box=(0.0, 0.0, 0.5, 1.0))
+    alone = {"attention_without_box": 0}
+    assert torch.equal(drawn(any_pipe, dog(), **alone), plain)
+    assert torch.equal(drawn(any_pipe, dog(), guidance=2.0, extra_row=1, **alone), plain)
+    seen = drawn(any_pipe, placed)
+    assert not torch.allclose(seen, plain, atol=1e-4)
+    assert torch.equal(drawn(any_pipe, dog(), placed, **alone), seen)
+
+
 def test_several_pictures_of_one_subject_are_seen_together(pipe: Any) -> None:
     alone = drawn(pipe, dog(0))
     together = drawn(pipe, dog(0), dog(1))

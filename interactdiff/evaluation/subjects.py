@@ -176,14 +176,14 @@ def _full_words(known: Known, rng: random.Random) -> str:
 def row_settings(row: str, given: Mapping[str, float]) -> dict[str, float]:
     """The settings of a row: those that are given but for those that it fixes; none where no subject acts.
 
-    Where none is given, self-subject attention has the method's weight, also of models that do without it,
-    and reference guidance adds the row that pipelines of one row a call need.
+    Where none is given, self-subject attention has the method's weight and acts without boxes, also of models
+    that do without it, and reference guidance adds the row that pipelines of one row a call need.
     """
     fixed = ROWS[row]
     if fixed is None:
         return {}
-    own = {"guidance": GUIDANCE, "reference_weight": REFERENCE_WEIGHT.default, "extra_row": 1}
-    return {**own, **given, **fixed}
+    own = {"guidance": GUIDANCE, "reference_weight": REFERENCE_WEIGHT.default}
+    return {**own, "attention_without_box": 1, "extra_row": 1, **given, **fixed}
 
 
 def _row(

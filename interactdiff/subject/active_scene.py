@@ -129,12 +129,14 @@ class SubjectScene:
             site: an attention.
             call: the call under way.
             rows: what its rows see.
-            features: of subjects by number and sign.
+            features: of subjects by number and sign; a subject that has none adds no keys.
             weight: w_ref.
         """
         blocks = []
         grid = site.grid(*call.grid)
         for number, signs in self.needed(rows).items():
+            if (number, signs[0]) not in features:
+                continue
             keys, values = features[number, signs[0]][site.path]
             if len(signs) > 1:  # rows of less and of more noise
                 both = [features[number, sign][site.path] for sign in signs]

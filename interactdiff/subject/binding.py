@@ -102,7 +102,7 @@ class SubjectBinding(Binding):
             cache_bytes: limit of what is kept of references, 2e9 at first.
             cache_device: where it is kept, such as "cpu"; the denoiser's device at first.
             rows_at_once: times of one pass over a reference, 8 at first.
-            **settings: those of the method: `encoder_weight`, `encoder_guidance`, `reference_weight`,
+            **settings: those of the method: `encoder_weight`, `encoder_guidance`, `reference_weight`, `attention_without_box`,
                 `guidance`, `guidance_share`, `time_gap`, `layers`, `schedule`, `extra_row`, `fresh_noise`,
                 `position_shift` (docs/subject.md).
 
@@ -281,7 +281,7 @@ class SubjectBinding(Binding):
         share = self.settings["schedule"]
         if share < 1 and (not share or (call.step and not scheduled(*call.step, (share, 0.0, 1 - share)))):
             return None
-        acts = self.settings["reference_weight"] > 0 and bool(self._acting_keys())
+        acts = self.settings["reference_weight"] > 0 and bool(self._acting_keys() and self._attended(scene))
         plan, edited = Plan({}), None
         if acts and self.settings["guidance"] > 0:
             plan, edited = self._guided(call, scene)
@@ -289,6 +289,12 @@ class SubjectBinding(Binding):
             plan.features = self._features(call, scene, plan, edited)
         self._plan = plan
         return edited
+
+    def _attended(self, scene: SubjectScene) -> set[int]:
+        """The subjects whose references are seen by self-subject attention."""
+        seen = {n for prompt in scene.prompts for n in prompt if scene.subjects[n].strength}
+        everywhere = self.settings["attention_without_box"]
+        return {n for n in seen if everywhere or scene.subjects[n].boxes}
 
     def _guided(self, call: Call, scene: SubjectScene) -> tuple[Plan, EditedCall | None]:
         plan = Plan({}, gap=self.settings["time_gap"] > 0)
@@ -334,8 +340,7 @@ class SubjectBinding(Binding):
         later = times_ahead(call)
         guided = (self._by_reference(call, scene, n) for n in range(1, len(later) + 1))
         ahead = [t for time, by in zip(later, guided, strict=True) for t in _signed(time, plan.gap, by)]
-        numbers = {n for prompt in scene.prompts for n in prompt if scene.subjects[n].strength}
-        for number in sorted(numbers):
+        for number in sorted(self._attended(scene)):
             subject = scene.subjects[number]
             self._pass_weight = self.settings["encoder_weight"] * subject.strength * bool(self._encoders)
             shift = subject.shift(call.grid, self.settings["position_shift"]) if passes.shifts else (0, 0)

@@ -44,6 +44,10 @@ SETTINGS = (
     ),
     REFERENCE_WEIGHT,
     Setting(
+        "attention_without_box", "Attention without a box", 1, 0, 1,
+        "0: self-subject attention acts for subjects with a place alone.", (0, 1),
+    ),
+    Setting(
         "guidance", "Reference guidance", 0.0, 0.0, 30.0,
         "Scale of guidance by the reference; 0: guidance by the prompt alone.",
     ),
