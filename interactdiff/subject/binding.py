@@ -102,9 +102,9 @@ class SubjectBinding(Binding):
             cache_bytes: limit of what is kept of references, 2e9 at first.
             cache_device: where it is kept, such as "cpu"; the denoiser's device at first.
             rows_at_once: times of one pass over a reference, 8 at first.
-            **settings: those of the method: `encoder_weight`, `encoder_guidance`, `reference_weight`, `attention_without_box`,
-                `guidance`, `guidance_share`, `time_gap`, `layers`, `schedule`, `extra_row`, `fresh_noise`,
-                `position_shift` (docs/subject.md).
+            **settings: those of the method: `encoder_weight`, `encoder_guidance`, `reference_weight`,
+                `attention_without_box`, `guidance`, `guidance_share`, `time_gap`, `layers`, `schedule`,
+                `extra_row`, `fresh_noise`, `position_shift` (docs/subject.md).
 
         Raises:
             SceneError: there is no such setting, or its value is out of range.
