@@ -25,7 +25,7 @@ from interactdiff.concept.pictures import masks_picture, read_photo
 from interactdiff.concept.scene_boxes import scene_boxes
 from interactdiff.evaluation.likeness import PERSON, lone_scene, sample_known
 from interactdiff.files import write_aside
-from interactdiff.models import MODEL, model_info, resolve
+from interactdiff.models import MODEL, resolve
 from interactdiff.pipeline_loading import load_pipeline, usable_device
 from interactdiff.stickworld.render import render
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     pipeline = load_pipeline(resolve("model", args.model), usable_device(args.device), torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    size = args.size or model_info(args.model).size or default_size(pipeline)
+    size = args.size or default_size(pipeline)
     if args.photo is None:
         photo, concepts, scene, known = rendered(args.seed, size)
     else:

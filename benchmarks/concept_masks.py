@@ -30,7 +30,7 @@ from interactdiff.concept.masks import make_masks, refined, with_background
 from interactdiff.evaluation.likeness import PERSON, lone_scene, sample_known
 from interactdiff.evaluation.words import mask_iou
 from interactdiff.files import write_aside
-from interactdiff.models import MODEL, model_info, resolve
+from interactdiff.models import MODEL, resolve
 from interactdiff.pipeline_loading import load_pipeline, usable_device
 from interactdiff.sites import Denoiser, denoiser_of, find_sites
 from interactdiff.stickworld.render import render
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unassigned="nearest" if args.nearest else "ignore",
         **({"background": args.background} if args.background else {}),
     )
-    size = args.size or model_info(args.model).size or default_size(pipeline)
+    size = args.size or default_size(pipeline)
     table = as_markdown(scored(pipeline, args.photos, size, settings, args.seed))
     print(table, end="")
     if args.out is not None:

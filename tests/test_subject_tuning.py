@@ -10,12 +10,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from recipes import check_that_a_resumed_run_is_the_unbroken_one
 from safetensors.torch import load_file
+from tiny import close
 from tiny_subject import half_mask, picture, trained_subject_adapter
 
 from interactdiff import Subject, SubjectAdapter
 from interactdiff.concept.encoders import extended
 from interactdiff.errors import InteractdiffError, RecipeError
 from interactdiff.sites import denoiser_of
+from interactdiff.subject.foreground import foreground
 from interactdiff.training.config import checked
 from interactdiff.training.regular_pictures import regular_pictures
 from interactdiff.training.run import make_recipe
@@ -220,6 +222,9 @@ def test_each_row_is_seen_by_the_encoder_with_its_own_picture(pipe: Any, tmp_pat
     assert torch.equal(batch["tokens"][2], recipe.tokens[1, 3])
     assert torch.equal(batch["latents"][2], recipe.latents[1, 3])
     assert not torch.equal(recipe.tokens[0, 3], recipe.tokens[1, 3]), "of the mirrored picture"
+    found = foreground(Subject("dog", config["reference"], config.get("mask")))
+    adapter = SubjectAdapter.from_pretrained(encoder, dtype=torch.float32)
+    assert close(recipe.tokens[0, 3], adapter([found.seen(close_up=True)])[0]), "as it sees it when drawing"
     loss = recipe.loss(batch, recipe.generator(0))
     swapped = recipe.loss(batch | {"tokens": batch["tokens"].flip(0)}, recipe.generator(0))
     assert loss.item() != pytest.approx(swapped.item(), rel=1e-5)

@@ -173,7 +173,7 @@ def loaded(args: argparse.Namespace) -> tuple[Any, int]:
     import torch
 
     from interactdiff.concept.finding import default_size
-    from interactdiff.models import MODEL, model_info, resolve
+    from interactdiff.models import MODEL, resolve
     from interactdiff.pipeline_loading import load_pipeline, usable_device
 
     if args.adapter:
@@ -181,7 +181,7 @@ def loaded(args: argparse.Namespace) -> tuple[Any, int]:
     model = args.model or MODEL
     pipeline = load_pipeline(resolve("model", model), usable_device(args.device or "auto"), torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, args.size or model_info(model).size or default_size(pipeline)
+    return pipeline, args.size or default_size(pipeline)
 
 
 def looking(args: argparse.Namespace, pipeline: Any, base: "Looking | None" = None) -> "Looking":
