@@ -13,7 +13,7 @@ from world_truth import perfect
 from interactdiff import attach
 from interactdiff.cli import main
 from interactdiff.concept import ConceptError, LearnOptions, NotFoundError
-from interactdiff.errors import SceneError
+from interactdiff.errors import AdapterError, SceneError
 from interactdiff.evaluation import concepts, subjects
 from interactdiff.evaluation.likeness import (
     PERSON,
@@ -170,7 +170,8 @@ def test_settings_reach_the_rows_that_do_not_fix_them(pipe: Any) -> None:
     assert subjects.row_settings("guided", given) == given
     own = {"guidance": subjects.GUIDANCE, "reference_weight": 3.0, "extra_row": 1}
     assert subjects.row_settings("guided", {}) == {**own, "attention_without_box": 1}
-    assert subjects.row_settings("text_full", given) == {}
+    assert subjects.row_settings("text_full", given) == subjects.row_settings("placed", {}) == {}
+    assert subjects.row_settings("placed", given) == given
     torch.manual_seed(0)
     detector, tasks = Detector((8, 8, 8, 8), 16, (8, 8, 8, 8)), [subjects.subject_task(0, 0, 16)]
     with attach(pipe, SubjectAdapter()) as handle:
@@ -182,6 +183,9 @@ def test_settings_reach_the_rows_that_do_not_fix_them(pipe: Any) -> None:
             subjects._row("attention", tasks, ScenePipeline(pipe, handle, "tiny"), detector, options)
             assert handle["subject"].settings["reference_weight"] == 8
             drawn.append({one.reference.how for one in handle["subject"].scene.subjects})
+        options = EvaluationOptions(1, 0, 1, 2, size=16, rows=("placed",), detector=detector)
+        with pytest.raises(AdapterError, match="an adapter of interactions for the row placed, got none"):
+            subjects.evaluate_subjects(ScenePipeline(pipe, handle, "tiny"), options)
     assert drawn == [{"its mask"}, {WHOLE}]
 
 
@@ -241,7 +245,7 @@ def test_subjects_on_the_command_line(
     assert main([*command, "--detector", detector, *settings]) == 0
     table = json.loads(out.read_text())
     assert table["settings"] == {"reference_weight": 8.0, "masks": 1}
-    assert list(table["rows"]) == ["real", "text", "text_full", "attention", "guided"]
+    assert list(table["rows"]) == ["real", "text", "text_full", "attention", "guided", "placed"]
     assert all(row.keys() == table["rows"]["real"].keys() for row in table["rows"].values())
     assert table["rows"]["text"].keys() == {"identity", "action_acc", "object_acc", "background_acc", "copy"}
     assert table["pairs"].keys() == {"identity", "scr"}

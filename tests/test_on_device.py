@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from interactdiff.stickworld.detector import Detector
-from interactdiff.training import device_files, on_device
+from interactdiff.training import device_files
 from interactdiff.training.device_files import BASES, FILES, from_package, pack, unpack, with_parts
-from interactdiff.training.on_device import CONFIGS, PLAN, minutes_to_share, settings_of
+from interactdiff.training.device_stages import PLAN, Stage
+from interactdiff.training.on_device import CONFIGS, minutes_to_share, settings_of
 from interactdiff.training.run import load_config
 
 STAGES = [stage for lanes in PLAN for lane in lanes for stage in lane if stage.config]
@@ -18,9 +19,7 @@ STAGES = [stage for lanes in PLAN for lane in lanes for stage in lane if stage.c
 @pytest.mark.parametrize("toy", [False, True])
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_settings_are_keys_of_the_recipe(
-    tmp_path: Path, stage: on_device.Stage, again: bool, toy: bool
-) -> None:
+def test_settings_are_keys_of_the_recipe(tmp_path: Path, stage: Stage, again: bool, toy: bool) -> None:
     settings = settings_of(stage, tmp_path, 1.5, again, toy)
     config = load_config(CONFIGS / f"{stage.config}.yaml", settings)
     assert config["stop_after"] == 1.5
@@ -28,7 +27,8 @@ def test_settings_are_keys_of_the_recipe(
     assert str(config["output_dir"]) == str(tmp_path / f"run-{stage.name}")
     assert "{" not in "".join(str(value) for value in config.values() if isinstance(value, str))
     if "init_from" in config:
-        assert bool(config["init_from"]) == (again and stage.name not in ("text", "t5", "detector"))
+        new = ("text", "t5", "detector")  # always
+        assert bool(config["init_from"]) == (again and stage.name not in new)
     if "sizes" in config:
         assert sum(one["share"] for one in config["sizes"].values()) == pytest.approx(1)
 

@@ -110,6 +110,16 @@ def test_as_many_processes_as_were_asked_for(
     assert checked(InteractionConfig, config).to_json()["global_batch"] == 12
 
 
+def test_a_schedule_by_the_clock_is_for_one_process(
+    pipe: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, pictures, tmp_path, lr_scheduler="cosine_by_time", stop_after=1.0)
+    assert checked(InteractionConfig, config).stop_after == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="lr_scheduler: expected one that goes by steps with several"):
+        checked(InteractionConfig, config)
+
+
 def test_what_accelerate_launch_was_asked_for_is_compared(tmp_path: Path) -> None:
     """accelerate 1.15 starts one process for `--cpu --num_processes 2` without a word."""
     script = tmp_path / "script.py"

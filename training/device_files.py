@@ -17,7 +17,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "parts/text_encoder_2",
         "parts/tokenizer_2",
     ),
-    "readers.tar": ("readers/vae",),
+    "readers.tar": ("readers/vae", "readers/image-tower"),
     "detector.tar": ("detector",),
     "unet.tar": ("stickworld/unet", "stickworld/scheduler", "stickworld/model_index.json"),
     "transformer.tar": (
@@ -25,7 +25,13 @@ FILES: dict[str, tuple[str, ...]] = {
         "stickworld-dit/scheduler",
         "stickworld-dit/model_index.json",
     ),
-    "adapters.tar": ("stickworld-interaction", "stickworld-dit-interaction", "stickworld-dit-clear"),
+    "adapters.tar": (
+        "stickworld-interaction",
+        "stickworld-subject",
+        "stickworld-dit-interaction",
+        "stickworld-dit-clear",
+        "stickworld-dit-subject",
+    ),
 }
 BASES: dict[str, tuple[str, ...]] = {"stickworld": ("vae", "text_encoder", "tokenizer")}
 BASES["stickworld-dit"] = (*BASES["stickworld"], "text_encoder_2", "tokenizer_2")

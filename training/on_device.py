@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ import torch
 import yaml
 from diffusers import AutoencoderTiny
 
+from interactdiff.data.converters.base import Options
+from interactdiff.data.converters.run import run as convert
+from interactdiff.stickworld.render import SIZE
 from interactdiff.training.device_files import (
     BASES,
     from_package,
@@ -28,153 +31,22 @@ from interactdiff.training.device_files import (
     unpack,
     with_parts,
 )
+from interactdiff.training.device_stages import (
+    CLEAR,
+    LATENTS,
+    NEEDED,
+    PARTS,
+    PLAN,
+    REFERENCES,
+    SIZES,
+    TOY,
+    TOY_SIZES,
+    VAE,
+    Stage,
+)
 from interactdiff.training.world_data import CaptionedLatents, SizeConfig, cached_renders
 
 CONFIGS = Path(__file__).parent / "configs"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A model's training.
-
-    Attributes:
-        name: what `--again` calls it.
-        config: the recipe's file, without its ending.
-        made: the folder that it exports, in the folder of runs.
-        share: of the minutes.
-        settings: laid over the recipe's file; `{runs}` stands for the folder of runs.
-        again: the same, to go on from what is there.
-    """
-
-    name: str
-    config: str
-    made: str
-    share: float
-    settings: dict[str, Any] = field(default_factory=dict)
-    again: dict[str, Any] = field(default_factory=dict)
-
-
-_SIZES = {
-    128: {"renders": 32000, "batch_size": 192, "share": 0.5},
-    96: {"renders": 16000, "batch_size": 256, "share": 0.2, "most": 3},
-    64: {"renders": 32000, "batch_size": 512, "share": 0.2, "most": 2},
-    160: {"renders": 8000, "batch_size": 128, "share": 0.05},
-    192: {"renders": 8000, "batch_size": 96, "share": 0.05},
-}
-_TOY_SIZES = {128: {"renders": 24, "batch_size": 4, "share": 1.0}}
-_TOY: dict[str, dict[str, Any]] = {  # narrow models for a trial run
-    "unet": {"block_out_channels": [16, 16]},
-    "transformer": {"num_single_layers": 1, "num_attention_heads": 1},
-    "adapter": {"hidden": 16},
-}
-_BASE = {"sizes": _SIZES, "compile": False, "warmup_steps": 100}
-_TEXT = Stage(
-    "text", "stickworld_text", "parts/text_encoder", 0.05, {"export_to": "{runs}/parts", "batch_size": 256}
-)
-_T5 = Stage(
-    "t5", "stickworld_t5", "parts/text_encoder_2", 0.05, {"export_to": "{runs}/parts", "batch_size": 256}
-)
-_VAE = Stage(
-    "vae",
-    "stickworld_vae",
-    "parts/vae",
-    0.11,
-    {"export_to": "{runs}/parts/vae", "batch_size": 64, "renders": 32000},
-    {"init_from": "{runs}/parts/vae"},
-)
-_READER = Stage(
-    "reader",
-    "stickworld_latent_reader",
-    "readers/vae",
-    0.04,
-    {
-        "vae": "{runs}/parts/vae",
-        "export_to": "{runs}/readers/vae",
-        "batch_size": 128,
-        "renders": 32000,
-    },
-)
-_DETECTOR = Stage(
-    "detector",
-    "stickworld_detector",
-    "detector",
-    0.25,
-    {
-        "export_to": "{runs}/detector",
-        "autoencoders": ["{runs}/parts/vae"],
-        "renders": 32000,
-        "batch_size": 96,
-    },
-)
-_UNET = Stage(
-    "base",
-    "stickworld_base",
-    "stickworld",
-    0.48,
-    {
-        "vae": "{runs}/parts/vae",
-        "text": "{runs}/parts",
-        "latent_reader": "{runs}/readers/vae",
-        "export_to": "{runs}/stickworld",
-        **_BASE,
-    },
-    {"init_from": "{runs}/stickworld", "learning_rate": 1.0e-3},
-)
-_DIT = Stage(
-    "dit",
-    "stickworld_dit",
-    "stickworld-dit",
-    0.42,
-    {
-        "text": "{runs}/parts",
-        "latent_reader": "{runs}/readers/vae",
-        "export_to": "{runs}/stickworld-dit",
-        **_BASE,
-    },
-    {"init_from": "{runs}/stickworld-dit", "learning_rate": 1.0e-3},
-)
-_INTERACTION = Stage(
-    "interaction",
-    "stickworld_interaction",
-    "stickworld-interaction",
-    0.20,
-    {
-        "base": "{runs}/stickworld",
-        "export_to": "{runs}/stickworld-interaction",
-        "batch_size": 64,
-        "renders": 32000,
-    },
-    {"init_from": "{runs}/stickworld-interaction", "learning_rate": 1.0e-3},
-)
-_DIT_INTERACTION = Stage(
-    "dit_interaction",
-    "stickworld_dit_interaction",
-    "stickworld-dit-interaction",
-    0.13,
-    {
-        "base": "{runs}/stickworld-dit",
-        "export_to": "{runs}/stickworld-dit-interaction",
-        "batch_size": 64,
-        "renders": 32000,
-    },
-    {"init_from": "{runs}/stickworld-dit-interaction", "learning_rate": 1.0e-3},
-)
-_CLEAR = Stage(
-    "clear",
-    "distill_clear_stickworld",
-    "stickworld-dit-clear",
-    0.13,
-    {"base": "{runs}/stickworld-dit", "export_to": "{runs}/stickworld-dit-clear", "batch_size": 48},
-    {"init_from": "{runs}/stickworld-dit-clear", "learning_rate": 5.0e-4},
-)
-# What later stages read from the cache, made once for all of them: renders and captions, then latents.
-_RENDERS, _LATENTS = Stage("renders", "", "", 0.0), Stage("latents", "", "", 0.0)
-_NEEDED = (_VAE, _READER, _TEXT)  # by both bases
-# One list after the other; the lanes of a list side by side, the stages of a lane one after the other.
-PLAN: tuple[tuple[tuple[Stage, ...], ...], ...] = (
-    ((_RENDERS, _VAE, _LATENTS, _READER), (_TEXT, _T5)),
-    ((_UNET, _INTERACTION), (_DIT, _DIT_INTERACTION, _CLEAR), (_DETECTOR,)),
-)
 
 
 def settings_of(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool) -> list[str]:
@@ -193,19 +65,19 @@ def settings_of(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool
     }
     if stage.name != "detector" or not toy:
         values["mixed_precision"] = "no" if toy else "bf16"
-    if not stage.config.startswith("distill") and "text" not in stage.config and "t5" not in stage.config:
-        values["cache_dir"] = "{runs}/cache"
     recipe = yaml.safe_load((CONFIGS / f"{stage.config}.yaml").read_text(encoding="utf-8"))
-    if stage is _CLEAR:
+    if "cache_dir" in recipe:
+        values["cache_dir"] = "{runs}/cache"
+    if stage is CLEAR:
         values["data"] = recipe["data"] | {"folder": "{runs}/cache/drawn", "batch_size": 128}
         if toy:
             values["data"] |= {"pictures": 8, "steps": 2, "batch_size": 8}
     if toy:
-        small = {"batch_size": 4, "renders": 24, "held_out": 8}
+        small = {"batch_size": 4, "renders": 24, "portraits": 24, "held_out": 8, "validation": {"count": 0}}
         values |= {name: value for name, value in small.items() if name in recipe}
         if "sizes" in values:
-            values["sizes"] = _TOY_SIZES
-        for part, sizes in _TOY.items():
+            values["sizes"] = TOY_SIZES
+        for part, sizes in TOY.items():
             if part in recipe:
                 values[part] = recipe[part] | sizes
     return [f"{name}={_as_yaml(value)}".replace("{runs}", str(runs)) for name, value in values.items()]
@@ -234,10 +106,16 @@ def train(stage: Stage, runs: Path, minutes: float, again: bool, toy: bool) -> N
 
 
 def prepare(stage: Stage, runs: Path, toy: bool) -> None:
-    """Fill the cache with renders, or with captions and latents, of all that later stages see."""
+    """Make what later stages see: renders, captions and latents in the cache, pictures with references."""
     began, cache = time.monotonic(), runs / "cache"
-    sizes = {size: SizeConfig(**one) for size, one in (_TOY_SIZES if toy else _SIZES).items()}
-    if stage is _LATENTS:
+    if stage is REFERENCES:
+        each = 3 if toy else 750
+        with ProcessPoolExecutor(PARTS) as pool:
+            list(pool.map(_references, [runs / "subjects"] * PARTS, range(PARTS), [each] * PARTS))
+        print(f"{stage.name}: {time.monotonic() - began:.0f} s", flush=True)
+        return
+    sizes = {size: SizeConfig(**one) for size, one in (TOY_SIZES if toy else SIZES).items()}
+    if stage is LATENTS:
         vae: Any = AutoencoderTiny.from_pretrained(runs / "parts" / "vae").float()
         CaptionedLatents(cache, vae.to("cuda" if torch.cuda.is_available() else "cpu"), sizes, masks=True)
     else:
@@ -246,9 +124,16 @@ def prepare(stage: Stage, runs: Path, toy: bool) -> None:
     print(f"{stage.name}: {time.monotonic() - began:.0f} s", flush=True)
 
 
+def _references(folder: Path, part: int, each: int) -> None:
+    """Render a part of the pictures with references, unless it is there."""
+    if not (folder / str(part)).exists():
+        seeds = f"{part * each}:{(part + 1) * each}"
+        convert("stickworld", seeds, folder / str(part), Options(size=SIZE, subjects=2))
+
+
 def _lane(stages: Sequence[Stage], runs: Path, minutes: float, again: Sequence[str], toy: bool) -> None:
     for stage in stages:
-        if stage in (_RENDERS, _LATENTS):
+        if not stage.config:
             prepare(stage, runs, toy)
             continue
         there = (runs / stage.made).exists()
@@ -268,8 +153,8 @@ def _fork_lane(*arguments: Any) -> subprocess.Popen[bytes]:
 
 def minutes_to_share(runs: Path, minutes: float, again: Sequence[str]) -> float:
     """By which stages' shares count: those of an autoencoder that is there go to the rest."""
-    there = (runs / _VAE.made).exists() and _VAE.name not in again
-    return minutes / (1 - _VAE.share) if there else minutes
+    there = (runs / VAE.made).exists() and VAE.name not in again
+    return minutes / (1 - VAE.share) if there else minutes
 
 
 def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> None:
@@ -284,8 +169,8 @@ def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> No
         failed = [p for p in processes if p.wait()]
         if failed:
             print(f"{len(failed)} of {len(lanes)} lanes failed", flush=True)
-        if not all((runs / one.made).exists() for one in _NEEDED):
-            names = ", ".join(one.name for one in _NEEDED)
+        if not all((runs / one.made).exists() for one in NEEDED):
+            names = ", ".join(one.name for one in NEEDED)
             raise RuntimeError(f"expected {names} to be trained, got not all: nothing can go on")
     for base in BASES:
         if (runs / base).exists():
@@ -293,25 +178,35 @@ def train_all(runs: Path, minutes: float, again: Sequence[str], toy: bool) -> No
 
 
 def evaluate(runs: Path, scenes: int, steps: int) -> dict[str, Any]:
-    """Score both bases with their adapters; an error of one is its score."""
+    """Score both bases with their adapters and subject encoders; an error of one is its score."""
     report: dict[str, Any] = {}
     for base in BASES:
         if not (runs / base).exists():
             continue
-        file = runs / f"{base}.json"
-        command = [sys.executable, "-m", "interactdiff", "evaluate", "--world", "--model", str(runs / base)]
-        command += ["--scenes", str(scenes), "--steps", str(steps), "--size", "128", "--batch-size", "128"]
-        command += ["--json", str(file), "--guidance-scale", "4"]
+        shared = ["--model", str(runs / base), "--scenes", str(scenes), "--steps", str(steps)]
+        shared += ["--size", "128", "--batch-size", "128", "--guidance-scale", "4"]
         if (runs / "detector").exists():
-            command += ["--detector", str(runs / "detector")]
+            shared += ["--detector", str(runs / "detector")]
+        interaction, clear = [], []
         if (runs / f"{base}-interaction").exists():
-            command += ["--adapter", f"interaction={runs / f'{base}-interaction'}"]
+            interaction = ["--adapter", f"interaction={runs / f'{base}-interaction'}"]
             if (runs / f"{base}-clear").exists():
-                command += ["--adapter", f"clear={runs / f'{base}-clear'}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        print(done.stdout[-3000:], done.stderr[-2000:] if done.returncode else "", flush=True)
-        report[base] = json.loads(file.read_text()) if file.exists() else done.stderr[-2000:]
+                clear = ["--adapter", f"clear={runs / f'{base}-clear'}"]
+        report[base] = _score(["--world", *shared, *interaction, *clear], runs / f"{base}.json")
+        if (runs / f"{base}-subject").exists():
+            subject = [*interaction, "--adapter", f"subject={runs / f'{base}-subject'}"]
+            subject += ["--rows", "text", "encoder", "--method", "subject:encoder_weight=1.5"]
+            name = f"{base}-subject"
+            report[name] = _score(["--subject", *shared, *subject], runs / f"{name}.json")
     return report
+
+
+def _score(arguments: Sequence[str], file: Path) -> Any:
+    """What `interactdiff evaluate` writes to a file, or the end of its error."""
+    command = [sys.executable, "-m", "interactdiff", "evaluate", *arguments, "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout[-3000:], done.stderr[-2000:] if done.returncode else "", flush=True)
+    return json.loads(file.read_text()) if file.exists() else done.stderr[-2000:]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

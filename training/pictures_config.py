@@ -202,8 +202,10 @@ class PicturesConfig(RecipeConfig):
         if not self.data:
             raise ValueError("data: expected at least one data set, got none")
         self._check_folders()
-        if self.lr_scheduler == "cosine_by_time":
-            raise ValueError("lr_scheduler: expected one that goes by steps, got 'cosine_by_time'")
+        if self.lr_scheduler == "cosine_by_time" and world_size() > 1:  # each would go by a clock of its own
+            raise ValueError(
+                "lr_scheduler: expected one that goes by steps with several processes, got 'cosine_by_time'"
+            )
         if self.mixed_precision == "no" and self.base_dtype not in ("auto", "float32"):
             raise ValueError(f"base_dtype: expected float32 with mixed_precision=no, got {self.base_dtype!r}")
         if self.shard and self.optimizer != "adamw":

@@ -194,6 +194,7 @@ def _method(args: argparse.Namespace, model: str, adapters: dict[str, str]) -> d
     used = {spec.name: {}} if spec.scores_need_adapter else {}
     pipeline = ScenePipeline.from_pretrained(model, adapters, args.device or "auto", methods=used)
     pipeline.check_side("--size", args.size)
+    pipeline.pipeline.set_progress_bar_config(disable=True)  # of each picture; scores have bars of their own
     options = EvaluationOptions(
         args.scenes,
         args.seed,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from interactdiff.concept.losses import structural_similarity
 from interactdiff.errors import AdapterError
@@ -50,11 +51,14 @@ ROWS: dict[str, dict[str, float] | None] = {
     "attention": {"encoder_weight": 0.0, "guidance": 0.0},
     "both": {"guidance": 0.0},
     "guided": {},
+    "placed": {},
 }
 """The rows of the table, and what those in which a subject acts fix of the method's settings."""
 GUIDANCE = 2.0
 """Of the row guided, where no other is given."""
 NEEDS_ENCODER = ("encoder", "both")
+PLACED = "placed"
+"""The row with the scene's interaction beside the subject, whose place its box then is."""
 SCENES_EACH = 2
 """Pictures of each subject in a row."""
 PAIR_WORDS = ("person", "someone")
@@ -88,7 +92,9 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
 
     Rows: real renders of what is wanted; text, whose prompt names no attribute of the subject; text_full,
     whose prompt names all; encoder; attention (self-subject attention); both; guided (both with reference
-    guidance). Without an encoder's weights there are the rows without one, and guided is without it too.
+    guidance); placed, with the model's own settings and the scene's interaction in its boxes. Without an
+    encoder's weights there are the rows without one, and guided and placed are without it too; without an
+    adapter of interactions there is no row placed.
 
     `options.settings` are those of all rows but where a row fixes its own, of pairs too; with `masks` 0
     references come without their masks. What is not given is the model's own, but for the weight of
@@ -112,7 +118,8 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
 
     Raises:
         SceneError: there is no such row.
-        AdapterError: a row needs an encoder and there is none, or a setting does not suit the base.
+        AdapterError: a row needs an encoder, or an adapter of interactions, and there is none; or a setting
+            does not suit the base.
     """
     detector = (options.detector or packaged_detector()).to(pipeline.denoiser.device)
     size = options.size or pipeline.size
@@ -125,8 +132,12 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
         if missing := [row for row in options.rows if row in NEEDS_ENCODER]:
             raise AdapterError(f"expected a subject encoder for the row {missing[0]}, got an adapter without")
         rows = [row for row in rows if row not in NEEDS_ENCODER]
+    if pipeline.adapter is None:
+        if PLACED in options.rows:
+            raise AdapterError(f"expected an adapter of interactions for the row {PLACED}, got none")
+        rows = [row for row in rows if row != PLACED]
     table: dict[str, Any] = {"rows": {}, "intervals": {}}
-    for row in rows:
+    for row in tqdm(rows, unit="row"):
         counts = _row(row, tasks, pipeline, detector, options)
         table["rows"][row], table["intervals"][row] = counts.scores(options.seed)
     table["pairs"] = _pairs(pipeline, detector, options, size)
@@ -177,11 +188,14 @@ def row_settings(row: str, given: Mapping[str, float]) -> dict[str, float]:
     """The settings of a row: those that are given but for those that it fixes; none where no subject acts.
 
     Where none is given, self-subject attention has the method's weight and acts without boxes, also of models
-    that do without it, and reference guidance adds the row that pipelines of one row a call need.
+    that do without it, and reference guidance adds the row that pipelines of one row a call need. The row
+    placed has the model's own.
     """
     fixed = ROWS[row]
     if fixed is None:
         return {}
+    if row == PLACED:
+        return dict(given)
     own = {"guidance": GUIDANCE, "reference_weight": REFERENCE_WEIGHT.default}
     return {**own, "attention_without_box": 1, "extra_row": 1, **given, **fixed}
 
@@ -208,7 +222,8 @@ def _row(
                 words = _full_words(known, rng) if row == "text_full" else f"a {known.name}"
                 prompts.append(prompt_of(one.scene, {one.numbers[0]: words}))
                 subject = Subject(known.name, tasks[n].image, _mask(tasks[n].mask, options))
-                items.append([] if ROWS[row] is None else [subject])
+                placed = one.scene.interactions(colours=False) if row == PLACED else ()
+                items.append([] if ROWS[row] is None else [subject, *placed])
             images = _drawn(pipeline, prompts, items, [one.scene.seed for _, one in batch], options)
         for (n, one), image, found in zip(batch, images, _detected(images, detector), strict=True):
             _count(counts, n, tasks[n], one, image, found)
