@@ -21,6 +21,7 @@ class ModelInfo:
         size: of its pictures in pixels, where its pipeline would draw another size; None is the pipeline's.
         settings: of methods and samplers, by their names: values that suit it better than the defaults.
         masks: of `concept.MaskSettings`, likewise.
+        learning: of `concept.LearnOptions`, likewise.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ModelInfo:
     size: int | None = None
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     masks: Mapping[str, int | float] = field(default_factory=dict)
+    learning: Mapping[str, int | float] = field(default_factory=dict)
 
 
 PACKAGED = {
@@ -40,6 +42,7 @@ PACKAGED = {
             guidance_scale=4.0,
             settings={"subject": {"encoder_weight": 1.5, "reference_weight": 0.0}},
             masks={"power": 0},
+            learning={"max_timestep": 600},
         ),
         ModelInfo(
             "stickworld-dit",
@@ -54,6 +57,7 @@ PACKAGED = {
                 "high_resolution": {"strength": 0.25, "shift": 1.0},
                 "subject": {"encoder_weight": 1.5, "attention_without_box": 0},
             },
+            learning={"learning_rate": 5e-4, "token_learning_rate": 3e-3, "max_timestep": 700},
         ),
     )
 }

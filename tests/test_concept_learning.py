@@ -375,7 +375,35 @@ def test_options_of_the_command_line() -> None:
         "rank": 8, "learning_rate": 1e-3, "freeze_last_token": True, "prefix": "",
     }  # fmt: skip
     for wrong, words in (("ranks=1", "expected an option of"), ("rank=x", "expected rank like 0, got 'x'"),
+                         ("learning_rate=x", "expected learning_rate like 0.0001, got 'x'"),
                          ("vectors=4", "expected --vectors for vectors, got 'vectors=4'")):  # fmt: skip
         with pytest.raises(ConceptError, match=words):
             LearnOptions.parsed([wrong])
     assert LearnOptions.custom_diffusion(steps=2).full_image_weight == 1.0
+
+
+def test_options_are_those_that_are_given_or_suit_the_base(pipe: Any) -> None:
+    own = {"learning_rate": 5e-4}
+    options = LearnOptions().suited(own)
+    assert (options.learning_rate, options.token_learning_rate, options.max_timestep) == (5e-4, 1e-3, 1000)
+    options = LearnOptions(learning_rate=1e-2, token_learning_rate=0.0, max_timestep=1).suited(own)
+    assert (options.learning_rate, options.token_learning_rate, options.max_timestep) == (1e-2, 0.0, 1)
+    with Learner(pipe, photo(), PAIR, LearnOptions(**SHORT), "{0} on {1}") as learner:  # type: ignore[arg-type]
+        assert [group["lr"] for group in learner._optimizer.param_groups] == [1e-3, 1e-4]
+
+
+def test_the_photo_is_noised_up_to_the_most_that_is_set(pipe: Any, monkeypatch: Any) -> None:
+    options = LearnOptions(**{**SHORT, "max_timestep": 250})  # type: ignore[arg-type]
+    with Learner(pipe, photo(), PAIR, options, "{0} on {1}") as learner:
+        learner.find(given=halves())
+        times: list[float] = []
+        noisy = learner.denoising.noisy
+
+        def seen(latents: Tensor, noise: Tensor, at: Tensor) -> Tensor:
+            times.extend(at.tolist())
+            return noisy(latents, noise, at)
+
+        monkeypatch.setattr(learner.denoising, "noisy", seen)
+        for seed in range(40):
+            learner.objective.denoise(learner.finder.prompt, [0, 1], torch.Generator().manual_seed(seed))
+    assert 200 < max(times) < 250

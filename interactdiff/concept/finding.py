@@ -191,16 +191,17 @@ def default_settings(pipeline: Any) -> MaskSettings:
     """
     tokenizer, _, _ = segments(pipeline)[0]
     has_start = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    own: Any = _info(pipeline).masks
+    own: Any = known_info(pipeline).masks
     return MaskSettings(background="start" if has_start else "complement", **own)
 
 
-def _info(pipeline: Any) -> ModelInfo:
+def known_info(pipeline: Any) -> ModelInfo:
+    """What is known of a pipeline: nothing, unless it is a packaged model."""
     return info_at(getattr(pipeline, "name_or_path", None) or "")
 
 
 def default_size(pipeline: Any) -> int:
     """Side in pixels of the pictures that a pipeline draws."""
-    known = _info(pipeline).size
+    known = known_info(pipeline).size
     latents = denoiser_config(pipeline).get("sample_size") or getattr(pipeline, "default_sample_size", 128)
     return known or latents * pipeline.vae_scale_factor

@@ -17,7 +17,7 @@ from interactdiff.concept.binding import ConceptBinding
 from interactdiff.concept.checkpoints import hash_of, load_checkpoint, remove_checkpoint, save_checkpoint
 from interactdiff.concept.config import METHOD
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
-from interactdiff.concept.finding import Finder, default_size
+from interactdiff.concept.finding import Finder, default_size, known_info
 from interactdiff.concept.losses import (
     SSIM_WINDOW,
     sampling_weights,
@@ -134,7 +134,8 @@ class Learner:
         prompt: str | None = None,
         checkpoint: Path | None = None,
     ):
-        self.options, self.pipeline, self.step = options, pipeline, 0
+        self.options = options.suited(known_info(pipeline).learning)
+        self.pipeline, self.step = pipeline, 0
         self._folder, self._template = checkpoint, prompt
         self.concepts = as_concepts(concepts, options.vectors)
         self.names = [concept.token for concept in self.concepts]

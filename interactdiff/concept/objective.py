@@ -65,7 +65,8 @@ class Objective:
         """
         latents, device = self.finder.latents, self._denoising.device
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        times = (torch.rand(1, generator=generator) * TRAIN_STEPS).to(device)
+        assert self.options.max_timestep is not None
+        times = (torch.rand(1, generator=generator) * self.options.max_timestep).to(device)
         encoded = self._denoising.encode([prompt.text], self._size)
         capture = AttentionCapture(self._denoising.denoiser, self.finder.layers, own=False)
         wanted = self.options.attention_loss != "none"

@@ -1,15 +1,18 @@
 """How concepts are learned. Each published behaviour that is a bug is an option, off by default."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from typing import Any, get_args
 
 from interactdiff.concept.config import PROJECTIONS, Acts
+from interactdiff.concept.denoising import TRAIN_STEPS
 from interactdiff.concept.finding import Looking
 from interactdiff.concept.masks import MaskSettings
 from interactdiff.concept.words import MAX_SEED, MAX_VECTORS, PREFIX, ConceptError, check_range
 
+USUAL = {"learning_rate": 1e-4, "token_learning_rate": 1e-3, "max_timestep": TRAIN_STEPS}
+"""Options whose default is what suits the base: their values for bases of which nothing is known."""
 PARSED = (bool, int, float, str)  # types of options that a command line can give
 WITH_FLAGS = ("steps", "vectors", "seed", "sample_every")  # that have one of their own there
 WHOLE_NUMBERS = {
@@ -18,6 +21,7 @@ WHOLE_NUMBERS = {
     "vectors": (1, MAX_VECTORS),
     "refresh_every": (0, inf),
     "prior_pictures": (0, inf),
+    "max_timestep": (1, TRAIN_STEPS),
     "seed": (0, MAX_SEED),
     "checkpoint_every": (0, inf),
     "sample_every": (0, inf),
@@ -40,8 +44,12 @@ class LearnOptions:
 
     Attributes:
         steps: of training.
-        learning_rate: of keys and values.
-        token_learning_rate: of the tokens' embeddings.
+        learning_rate: of keys and values; None for what suits the base: of a packaged model by measurement,
+            of others as in `USUAL`.
+        token_learning_rate: of the tokens' embeddings; None likewise.
+        max_timestep: of 1000, up to which the photo is noised; None likewise. Below 1000 steps are spent on
+            looks rather than on pose and layout, which much noise decides and which new pictures have of
+            their own.
         weight_decay: of keys and values; tokens have none.
         projections: of text that are changed: "kv", "k", "v" or "none".
         rank: of the changes; 0 for whole matrices.
@@ -75,8 +83,9 @@ class LearnOptions:
     """
 
     steps: int = 500
-    learning_rate: float = 1e-4
-    token_learning_rate: float = 1e-3
+    learning_rate: float | None = None
+    token_learning_rate: float | None = None
+    max_timestep: int | None = None
     weight_decay: float = 1e-2
     projections: str = "kv"
     rank: int = 0
@@ -114,10 +123,9 @@ class LearnOptions:
         ):
             if getattr(self, name) not in known:
                 raise ConceptError(f"expected {name} of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name, (low, high) in WHOLE_NUMBERS.items():
-            check_range(name, getattr(self, name), low, high, whole=True)
-        for name, (low, high) in NUMBERS.items():
-            check_range(name, getattr(self, name), low, high)
+        for name, (low, high) in {**WHOLE_NUMBERS, **NUMBERS}.items():
+            if name not in USUAL or getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low, high, whole=name in WHOLE_NUMBERS)
         if self.size is not None:
             check_range("size", self.size, 1, whole=True)
         if self.prior_pictures and self.acts_on == "own":
@@ -130,6 +138,11 @@ class LearnOptions:
     def needs_masks(self) -> bool:
         """Whether any loss reads them."""
         return self.attention_loss != "none" or self.full_image_weight < 1
+
+    def suited(self, own: Mapping[str, int | float]) -> "LearnOptions":
+        """The same without None of `USUAL`: what is given, else a base's own, else the usual values."""
+        values: dict[str, Any] = {**USUAL, **own}
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     @classmethod
     def parsed(
@@ -146,7 +159,8 @@ class LearnOptions:
             ConceptError: there is no such option, it has a flag of its own, or its value is of another type.
         """
         own = [one for one in fields(cls) if one.name not in (*flags, *without)]
-        simple = {one.name: type(one.default) for one in own if type(one.default) in PARSED}
+        kinds = {one.name: type(USUAL.get(one.name, one.default)) for one in own}
+        simple = {name: kind for name, kind in kinds.items() if kind in PARSED}
         values: dict[str, Any] = {}
         for text in texts:
             name, _, value = text.partition("=")
@@ -160,7 +174,8 @@ class LearnOptions:
             try:
                 values[name] = kind(value)  # type: ignore[operator]
             except (ValueError, KeyError):
-                raise ConceptError(f"expected {name} like {getattr(cls, name)!r}, got {value!r}") from None
+                like = USUAL.get(name, getattr(cls, name))
+                raise ConceptError(f"expected {name} like {like!r}, got {value!r}") from None
         return values
 
     @classmethod
@@ -170,6 +185,7 @@ class LearnOptions:
         options = cls(
             learning_rate=1e-4,
             token_learning_rate=1e-4,
+            max_timestep=TRAIN_STEPS,
             acts_on="all",
             attention_loss="published",
             attention_weight=1.0,

@@ -40,6 +40,17 @@ from interactdiff.stickworld.render import Rendering, render
 from interactdiff.stickworld.world import OBJECTS
 
 ROWS = ("real", "untrained", "custom_diffusion", "no_attention_loss", "ours", "given_masks")
+SHARED = (
+    "steps",
+    "learning_rate",
+    "token_learning_rate",
+    "max_timestep",
+    "prefix",
+    "size",
+    "seed",
+    "vectors",
+)
+"""Options that the row custom_diffusion takes over from those of ours."""
 SCENES_EACH = 4
 """New scenes in which each concept is drawn alone, and in which all are drawn together."""
 
@@ -152,10 +163,9 @@ def _learned(
     untrained = ConceptAdapter.for_pipeline(pipeline, concepts).eval()
     if row == "untrained":
         return untrained, {}
+    shared = {name: getattr(learning, name) for name in SHARED}
     options = {
-        "custom_diffusion": LearnOptions.custom_diffusion(
-            **{name: getattr(learning, name) for name in ("steps", "prefix", "size", "seed", "vectors")}
-        ),
+        "custom_diffusion": LearnOptions.custom_diffusion(**shared),
         "no_attention_loss": replace(learning, attention_loss="none"),
     }.get(row, learning)
     masks = photo.masks if row == "given_masks" else None
