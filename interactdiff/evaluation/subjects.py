@@ -57,6 +57,8 @@ ROWS: dict[str, dict[str, float] | None] = {
 GUIDANCE = 2.0
 """Of the row guided, where no other is given."""
 NEEDS_ENCODER = ("encoder", "both")
+PAIRS = "pairs"
+"""What `EvaluationOptions.rows` calls the scenes of two persons, which have a table of their own."""
 PLACED = "placed"
 """The row with the scene's interaction beside the subject, whose place its box then is."""
 SCENES_EACH = 2
@@ -114,7 +116,7 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
 
     Returns:
         {"rows": {row: {column: share}}, "intervals": likewise, both ends, "pairs": {"identity", "scr"},
-        "subjects"}.
+        "subjects"}; of `options.rows`, if there are some, those and "pairs" alone.
 
     Raises:
         SceneError: there is no such row.
@@ -126,7 +128,7 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
     tasks = [subject_task(n, options.seed, size) for n in range(options.scenes)]
     assert pipeline.handle is not None
     has_encoder = pipeline.handle["subject"].adapter.config is not None
-    rows = chosen_rows(ROWS, options.rows)
+    rows = chosen_rows((*ROWS, PAIRS), options.rows)
     _configure(pipeline, options.settings)  # refused before anything is drawn
     if not has_encoder:
         if missing := [row for row in options.rows if row in NEEDS_ENCODER]:
@@ -138,9 +140,11 @@ def evaluate_subjects(pipeline: ScenePipeline, options: EvaluationOptions) -> di
         rows = [row for row in rows if row != PLACED]
     table: dict[str, Any] = {"rows": {}, "intervals": {}}
     for row in tqdm(rows, unit="row"):
+        if row == PAIRS:
+            table[PAIRS] = _pairs(pipeline, detector, options, size)
+            continue
         counts = _row(row, tasks, pipeline, detector, options)
         table["rows"][row], table["intervals"][row] = counts.scores(options.seed)
-    table["pairs"] = _pairs(pipeline, detector, options, size)
     return {**table, "subjects": options.scenes}
 
 

@@ -128,7 +128,7 @@ def format_scores(scores: Mapping[str, Any]) -> str:
     """
     if "rows" in scores:
         columns = {name: name for row in scores["rows"].values() for name in row if name != SECONDS}
-        lines = text_block(scores["rows"], scores.get("intervals", {}), ROWS, columns)
+        lines = text_block(scores["rows"], scores.get("intervals", {}), ROWS, columns) if columns else []
         others = {name: of for name, of in scores.items() if name not in ("rows", "intervals")}
         others = {name: of for name, of in others.items() if isinstance(of, Mapping)}
         for name, of in others.items():
