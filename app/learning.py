@@ -230,7 +230,7 @@ def _learn(
         try:
             learner.train(on_step)
             report(LearnProgress("Drawing samples", 1.0))
-            samples = learner.samples(request.model, check_stop)
+            samples = learner.samples(check_stop)
         except Stopped:
             pass
         if not learner.step or worker.is_ended():

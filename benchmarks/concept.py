@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         masks = learner.find(boxes, known if args.given_masks else None)
         with tqdm(total=args.steps, unit="step") as bar:
             learner.train(lambda _: bar.update() and None)
-        rows = [masks_picture(learner.photo, masks), learner.samples(args.model)]
+        rows = [masks_picture(learner.photo, masks), learner.samples()]
     width, height = max(row.width for row in rows), sum(row.height for row in rows) + GAP
     sheet = Image.new("RGB", (width, height), "white")
     sheet.paste(rows[0], (0, 0))

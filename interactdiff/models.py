@@ -57,6 +57,7 @@ PACKAGED = {
                 "high_resolution": {"strength": 0.25, "shift": 1.0},
                 "subject": {"encoder_weight": 1.5, "attention_without_box": 0},
             },
+            masks={"power": 2, "exponent": 1.0, "threshold": 0.05},
             learning={"learning_rate": 5e-4, "token_learning_rate": 3e-3, "max_timestep": 700},
         ),
     )

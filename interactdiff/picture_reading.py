@@ -96,3 +96,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
         white.alpha_composite(image.convert("RGBA"))
         return white.convert("RGB")
     return eight_bits(image).convert("RGB")
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """Eight bits of grey, black behind transparency: what is light and can be seen is masked."""
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        black.alpha_composite(image.convert("RGBA"))
+        return black.convert("L")
+    return eight_bits(image).convert("L")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from PIL import Image, ImageOps
 
 from interactdiff.errors import SceneError
-from interactdiff.picture_reading import MAX_PIXELS, UnreadablePicture, eight_bits, read_picture
+from interactdiff.picture_reading import MAX_PIXELS, UnreadablePicture, as_mask, eight_bits, read_picture
 from interactdiff.scene_checks import shown
 
 MAX_PICTURE_SIDE = 1024
@@ -204,5 +204,5 @@ def _of_numbers(name: str, value: Any) -> Image.Image:
 
 def _converted(image: Image.Image, mask: bool) -> Image.Image:
     if mask:
-        return image.convert("L")
+        return as_mask(image)
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

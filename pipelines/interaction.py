@@ -200,7 +200,8 @@ class InteractionMixin(DiffusionPipeline):
                 schedule = interaction_schedule if beta is None else beta
                 self.interaction.set_scene(scenes, interaction_strength, schedule, fast=interaction_fast)
             if subjects:
-                self._set_subjects(subjects, scenes, subject_settings or {}, prompt, kwargs.get("generator"))
+                embeds, noise = kwargs.get("prompt_embeds"), kwargs.get("generator")
+                self._set_subjects(subjects, scenes, subject_settings or {}, prompt, embeds, noise)
             with repeatable(self, kwargs.get("generator")):
                 return draw(*args, **kwargs)
         finally:
@@ -209,13 +210,20 @@ class InteractionMixin(DiffusionPipeline):
                     handle.clear()
 
     def _set_subjects(
-        self, subjects: Any, scenes: Any, settings: Mapping[str, float], prompt: Any, generator: Any
+        self,
+        subjects: Any,
+        scenes: Any,
+        settings: Mapping[str, float],
+        prompt: Any,
+        embeds: Any,
+        generator: Any,
     ) -> None:
         """Take subjects, with what interactions say of their places, and a seed of the noise's generator."""
         if self.subject is None:
             self.load_subject_adapter()
         assert self.subject is not None
         own, other = _per_prompt(subjects), _per_prompt(scenes)
+        _check_count(subjects, prompt, embeds, "subjects")
         count = max(len(own), len(other))
         own, other = ([some[n % len(some)] for n in range(count)] for some in (own, other))
         places = [[*some, *beside] for some, beside in zip(own, other, strict=True)]
@@ -258,14 +266,12 @@ def _published_scene(lists: Mapping[str, Any], text: str | None) -> tuple[Intera
     return interactions_from_lists(**needed) if text is None else interactions_from_text(text, **needed)
 
 
-def _check_count(interactions: Any, prompt: Any, prompt_embeds: Any) -> None:
-    """One scene for all prompts, or one for each."""
+def _check_count(items: Any, prompt: Any, prompt_embeds: Any, name: str = "interactions") -> None:
+    """One list of items for all prompts, or one for each."""
     given = prompt if isinstance(prompt, list) else [prompt] if prompt_embeds is None else prompt_embeds
-    each = isinstance(interactions, Sequence) and not all(
-        isinstance(item, (Interaction, Entity)) for item in interactions
+    each = isinstance(items, Sequence) and not all(
+        isinstance(item, (Interaction, Entity, Subject)) for item in items
     )
-    scenes = len(interactions) if each else 1
+    scenes = len(items) if each else 1
     if scenes not in (1, len(given)):
-        raise SceneError(
-            f"expected interactions for each of {len(given)} prompts, got {scenes} lists of them"
-        )
+        raise SceneError(f"expected {name} for each of {len(given)} prompts, got {scenes} lists of them")

@@ -162,6 +162,8 @@ def test_photos_and_masks_are_read_as_they_are_shown(tmp_path: Path) -> None:
     assert (turned.size, turned.mode) == ((40, 60), "RGB")
     assert read_photo(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((30, 20), 32768, dtype=np.uint16)).save(tmp_path / "half.png")
+    Image.new("RGBA", (20, 30), (255, 255, 255, 0)).save(tmp_path / "seen.png")
+    assert float(read_masks({"<hero>": str(tmp_path / "seen.png")}, turned)["<hero>"].max()) == 0
     masks = read_masks({"<hero>": str(tmp_path / "half.png")}, turned)
     assert masks["<hero>"].shape == (30, 20)
     assert float(masks["<hero>"][0, 0]) == pytest.approx(128 / 255)
@@ -181,7 +183,12 @@ def test_convert(pipe: Any, model: str, tmp_path: Path, capsys: Any) -> None:
     assert main([*drawn, "--model", str(tmp_path / "folded")]) == 0
     assert main([*export, str(tmp_path / "folded"), "--fold", "--model", model]) == 2
     assert main([*export, str(tmp_path / "x"), "--model", model]) == 2
+    assert main([*export, str(tmp_path / "x"), "--export", "concept", "--dtype", "bfloat16"]) == 2
+    (tmp_path / "cd" / "<other>.bin").write_bytes(b"")
+    assert main([*export, str(tmp_path / "cd"), "--export", "custom-diffusion", "--model", model]) == 2
     said = capsys.readouterr().err
+    assert "--dtype: expected it without --export or --fold, got it beside them" in said
+    assert "expected a folder for Custom Diffusion's files that is empty, got one with <other>.bin" in said
     assert "expected a new or an empty folder for the folded model" in said
     assert "--model: expected it with --export, got it alone" in said
 

@@ -91,6 +91,14 @@ def _tokens_alone(adapter: ConceptAdapter) -> tuple[Any, dict[str, torch.Tensor]
     return replace(adapter.config, projections="none"), tensors
 
 
+def test_a_published_file_without_some_layers_is_refused(pipe: Any, tmp_path: Path) -> None:
+    state = published(pipe, tmp_path / "cd")
+    name = next(name for name in reversed(state) if name.endswith("to_v_custom_diffusion.weight"))
+    torch.save({key: value for key, value in state.items() if key != name}, tmp_path / "cd" / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"all \d+ projections of the base's text, got none for 1 of them"):
+        attach(pipe, ConceptAdapter.from_pretrained(tmp_path / "cd"))
+
+
 def test_safetensors_under_the_name_of_a_pickle(pipe: Any, tmp_path: Path) -> None:
     published(pipe, tmp_path / "run")
     token = torch.load(tmp_path / "run" / "<new1>.bin", weights_only=True)

@@ -24,6 +24,7 @@ from interactdiff.concept import (
     MaskSettings,
     learn,
 )
+from interactdiff.concept.capture import gathered
 from interactdiff.concept.denoising import Denoising
 from interactdiff.concept.losses import (
     attention_loss,
@@ -407,3 +408,27 @@ def test_the_photo_is_noised_up_to_the_most_that_is_set(pipe: Any, monkeypatch: 
         for seed in range(40):
             learner.objective.denoise(learner.finder.prompt, [0, 1], torch.Generator().manual_seed(seed))
     assert 200 < max(times) < 250
+
+
+def test_a_mask_of_the_whole_photo_leaves_weights_to_sample_by(pipe: Any) -> None:
+    whole = {"<hero>": torch.ones(8, 8), "<blob>": torch.ones(8, 8)}
+    adapter = learned(
+        pipe, masks={"<hero>": whole["<hero>"], "<blob>": halves()["<blob>"]}, sampling="reweighted"
+    )
+    assert adapter.tokens == ("<hero>", "<blob>")
+
+
+def test_a_photo_that_is_too_long_for_the_positions_is_refused(sd3_pipe: Any) -> None:
+    long = Image.new("RGB", (4000, 100))
+    with pytest.raises(ConceptError, match=r"at most \d+ pixels a side at a size of 64, got one of \d+ x"):
+        Denoising.of(sd3_pipe).sized(long, 64)
+
+
+def test_maps_are_float32_in_autocast() -> None:
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(1, 2, 64, 8), torch.randn(1, 2, 9, 8), torch.rand(1, 9, 3)
+    expected = gathered(queries, keys, values)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gathered(queries, keys, values)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)

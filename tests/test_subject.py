@@ -221,6 +221,11 @@ def test_a_reference_is_run_once_for_all_seeds_prompts_and_batches(counted: tupl
         handle.set_scene([dog()])
         draw(pipe, num_images_per_prompt=2, **steps)
         assert calls.count == 3 * plain + 1
+        others = draw(pipe, prompt="a red bike", seed=1, **steps)
+        assert calls.count == 4 * plain + 1, "another prompt and seed"
+        handle["subject"].runner.cache.clear()
+        assert close(draw(pipe, prompt="a red bike", seed=1, **steps), others)
+        calls.count = 3 * plain + 1
         handle.set_scene([dog(reference_prompt="a brown dog")])
         other = draw(pipe, **steps)
         assert calls.count == 4 * plain + 2
@@ -267,6 +272,22 @@ def test_the_cache_lets_go_of_other_runs_first(pipe: Any) -> None:
         assert len(cache._kept) == 1
         assert 0 < cache.size <= cache.limit
         assert next(iter(cache._kept))[0].subject == dog(1)
+
+
+def test_references_of_one_scene_do_not_evict_each_other(pipe: Any) -> None:
+    steps = {"num_inference_steps": 3}
+    with attached(pipe, dog(), dog(1)) as handle:
+        expected = draw(pipe, **steps)
+        cache = handle["subject"].runner.cache
+        (first, second), whole = cache._kept, cache.size
+        assert len(cache._kept[first]) == len(cache._kept[second]) == 3
+    with attached(pipe, dog(), dog(1)) as handle:
+        cache = handle["subject"].runner.cache
+        cache.limit = 0.7 * whole
+        calls = Calls(pipe.unet)
+        assert close(draw(pipe, **steps), expected)
+        assert calls.count == 3 + 1 + 3, "all of the first in one pass; of the second what there is room for"
+        assert cache.size <= cache.limit
 
 
 def test_fresh_noise_is_drawn_by_the_seed_and_not_kept(pipe: Any) -> None:

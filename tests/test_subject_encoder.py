@@ -8,7 +8,7 @@ import torch
 from conftest import make_unet
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import Calls, close
 from tiny_dit import draw
 from tiny_subject import LAYERS, VISION, dog, picture, trained_subject_adapter
@@ -210,6 +210,32 @@ def test_the_published_layout_is_known_by_its_keys(tmp_path: Path, prefix: str) 
         AdapterError, match="or weights in subject_encoder and unet, got none in subject_encoder"
     ):
         SubjectAdapter.from_pretrained(tmp_path)
+
+
+def test_names_in_files_are_those_of_any_version_of_transformers(pipe: Any, tmp_path: Path) -> None:
+    """Version 4 has the image tower's modules in a `vision_model`, version 5 has not."""
+    adapter = trained_subject_adapter(pipe.unet)
+    adapter.save_pretrained(tmp_path)
+    file = tmp_path / "adapter.safetensors"
+    written = load_file(file)
+    assert not any("vision_model" in name for name in written)
+    older = {name.replace("image_encoder.", "image_encoder.vision_model."): t for name, t in written.items()}
+    assert older.keys() != written.keys()
+    save_file(older, file)
+    state, own = SubjectAdapter.from_pretrained(tmp_path).state_dict(), adapter.state_dict()
+    assert state.keys() == own.keys()
+    assert all(torch.equal(state[name], own[name]) for name in own)
+
+
+def test_a_subject_without_strength_takes_nothing_from_others(pipe: Any) -> None:
+    adapter, pictures = trained_subject_adapter(pipe.unet), []
+    with attach(pipe, adapter) as handle:
+        handle["subject"].configure(**ENCODER_ALONE)
+        for subjects in ([dog()], [dog(), dog(1, strength=0)], [dog(), dog(1)]):
+            handle.set_scene(subjects)
+            pictures.append(draw(pipe))
+    assert torch.equal(pictures[0], pictures[1])
+    assert not torch.allclose(pictures[0], pictures[2], atol=1e-4)
 
 
 def test_the_published_shapes_and_counts(pipe: Any) -> None:

@@ -26,7 +26,7 @@ from interactdiff.pipelines import (
 from interactdiff.scene_pictures import MAX_PICTURE_SIDE, Picture, picture_files
 from interactdiff.sites import denoiser_of
 from interactdiff.subject.adapter import SubjectAdapter
-from interactdiff.subject.foreground import foreground, load_segmenter
+from interactdiff.subject.foreground import foreground, load_segmenter, segmented
 from interactdiff.subject.items import Subject
 
 SETTINGS = {"guidance": 2.0, "time_gap": 3, "extra_row": 1}
@@ -179,6 +179,30 @@ def test_a_segmentation_model_of_transformers_finds_it(tmp_path: Path, pipe: Any
         assert handle.describe() == f"subject: {label} by the segmentation model"
 
 
+def test_labels_of_several_words_are_found_and_kept_apart(pipe: Any) -> None:
+    left, right = half_mask(), Image.fromarray(255 - np.asarray(half_mask()))
+
+    def segmenter(_: Image.Image) -> list[dict[str, Any]]:
+        return [{"label": "teddy bear", "mask": left}, {"label": "cat", "mask": right}]
+
+    for phrase, mask in (("brown teddy bear", left), ("cat", right)):
+        found = segmented(segmenter, picture(), phrase)
+        assert found.tobytes() == mask.tobytes()
+    assert segmented(segmenter, picture(), "catalogue").tobytes() in (left.tobytes(), right.tobytes())
+    with attach(pipe, SubjectAdapter()) as handle:
+        handle["subject"].runner.segmenter = segmenter
+        one = {"image": picture(), "reference_prompt": "a photo"}
+        handle.set_scene([Subject("teddy bear", **one), Subject("cat", **one)])
+        references = [one.reference for one in handle["subject"].scene.subjects]
+        assert not torch.equal(references[0].mask, references[1].mask)
+
+
+def test_transparent_parts_of_a_mask_are_not_the_subject() -> None:
+    mask = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 8, 16))
+    assert foreground(dog(mask=mask)).mask.tobytes() == half_mask().tobytes()
+
+
 # --- text: scene files and the command line ---
 
 
@@ -268,6 +292,8 @@ def test_pipelines_take_subjects(pipe: Any) -> None:
     assert torch.equal(draw(ours, subjects=[dog()]), expected)
     assert torch.equal(draw(ours), plain)
     assert not torch.equal(draw(ours, subjects=[dog()], subject_settings={"reference_weight": 9}), expected)
+    with pytest.raises(SceneError, match="expected subjects for each of 3 prompts, got 2 lists of them"):
+        draw(ours, ["a dog"] * 3, subjects=[[dog()], [dog()]])
     two = draw(ours, ["a dog", "a dog"], subjects=[[dog()], []])
     assert not torch.allclose(two[0], two[1], atol=1e-6)
     ours.load_interaction_adapter(trained_adapter(ours.unet))

@@ -33,6 +33,30 @@ def test_what_cannot_be_drawn_is_refused_in_words(pipe: Any, flux_pipe: Any) -> 
         handle.set_scene([RIDING])
 
 
+def test_reference_guidance_is_for_batches_whose_prompts_all_have_subjects(pipe: Any) -> None:
+    with attach(pipe, SubjectAdapter()) as handle:
+        handle["subject"].configure(guidance=2.0)
+        for others in ([], [dog(1, strength=0)]):
+            handle.set_scene([[dog()], others])
+            with pytest.raises(AdapterError, match=r"subjects that are seen in every prompt .* in prompt 2"):
+                pipe(["a dog", "a dog"], height=32, width=32, num_inference_steps=1, output_type="latent")
+
+
+def test_a_transformer_that_fills_in_is_refused(flux_pipe: Any) -> None:
+    """Its tokens have more channels than a reference's latents."""
+    with attach(flux_pipe, SubjectAdapter()) as handle:
+        handle.set_scene([dog()])
+        flux_pipe.transformer.register_to_config(in_channels=96)
+        with pytest.raises(AdapterError, match="expected a transformer of 16 channels for subjects, got 96"):
+            handle["subject"].runner.passes().check_channels(16)
+
+
+def test_as_many_lists_of_subjects_as_prompts(pipe: Any) -> None:
+    words = "expected subjects for each of 3 prompts, got 2 lists of them"
+    with attach(pipe, SubjectAdapter()) as handle, pytest.raises(SceneError, match=words):
+        handle.set_scene([[dog()], [dog()]], prompt=["a dog"] * 3)
+
+
 def test_the_base_is_refused_by_its_family() -> None:
     with pytest.raises(
         AdapterError, match="expected a denoiser of U-Net, Flux, SD3 for subjects, got Chroma"

@@ -154,15 +154,17 @@ def tiny_sd3_pipeline(tokenizer: CLIPTokenizer, **options: Any) -> StableDiffusi
     return pipeline
 
 
-def draw(pipe: Any, size: tuple[int, int] = (32, 32), **arguments: Any) -> Tensor:
-    """A picture's latents from fixed noise."""
+def draw(
+    pipe: Any, size: tuple[int, int] = (32, 32), prompt: str = "a dog", seed: int = 0, **arguments: Any
+) -> Tensor:
+    """A picture's latents from a seed's noise."""
     arguments = {"num_inference_steps": 2} | arguments
     if hasattr(pipe, "transformer"):
         arguments |= {"max_sequence_length": TEXT_LENGTH}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     height, width = size
     return pipe(
-        "a dog", height=height, width=width, output_type="latent", generator=generator, **arguments
+        prompt, height=height, width=width, output_type="latent", generator=generator, **arguments
     ).images
 
 

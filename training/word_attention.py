@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from interactdiff.stickworld.layouts import MOST_THINGS
+from interactdiff.token_offsets import with_offsets
 from interactdiff.training.world_data import CaptionedBatch, WordedCaption
 
 
@@ -46,10 +47,12 @@ class WordRegions:
 def word_tokens(tokenizer: PreTrainedTokenizerBase, captions: Sequence[WordedCaption], length: int) -> Tensor:
     """[B, MOST_THINGS, `length`] bool: the tokens of the words of each person and object."""
     texts, pad = [one.text for one in captions], {"padding": "max_length", "truncation": True}
-    offsets = tokenizer(texts, **pad, max_length=length, return_offsets_mapping=True)["offset_mapping"]
+    encoded = with_offsets(tokenizer)(texts, **pad, max_length=length, return_offsets_mapping=True)
     spans = [[*one.spans, *[(0, 0)] * (MOST_THINGS - len(one.spans))] for one in captions]
     first, last = torch.tensor(spans)[:, :, None].unbind(-1)  # [B, K, 1] each
-    start, end = torch.tensor(offsets)[:, None].unbind(-1)  # [B, 1, T]; special tokens are empty
+    start, end = torch.tensor(encoded["offset_mapping"])[:, None].unbind(
+        -1
+    )  # [B, 1, T]; special tokens are empty
     return (start < end) & (start < last) & (end > first)
 
 

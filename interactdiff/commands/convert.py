@@ -84,7 +84,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("source", metavar="IN", help="a file, a folder or a Hugging Face Hub id")
     parser.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("--weight-name", metavar="FILE", help="which file of IN, where it has several")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"default: {DTYPES[0]}")
     forms = "; ".join(f"{name}: {one.description}" for name, one in exports().items())
     parser.add_argument(
         "--export", choices=tuple(exports()), help=f"write an adapter in another form; {forms}"
@@ -102,11 +102,14 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError("--model: expected it with --export, got it alone")
     quiet_libraries()
     if args.export is not None:
+        for flag, given in (("--weight-name", args.weight_name), ("--dtype", args.dtype)):
+            if given is not None:
+                raise UsageError(f"{flag}: expected it without --export or --fold, got it beside them")
         if reason := _why_unwritable_folder(args.target):
             raise UsageError(f"expected a folder that can be written, got {str(args.target)!r}: {reason}")
         print(load_attribute(exports()[args.export].export)(args.source, args.target, args.model))
         return
-    print(convert(args.source, args.target, weight_name=args.weight_name, dtype=args.dtype))
+    print(convert(args.source, args.target, weight_name=args.weight_name, dtype=args.dtype or DTYPES[0]))
 
 
 def _why_unwritable_folder(folder: Path) -> str | None:

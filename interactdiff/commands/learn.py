@@ -124,7 +124,7 @@ def _options(args: argparse.Namespace, pipeline: Any, size: int) -> "LearnOption
 def _sample(learner: "Learner", args: argparse.Namespace) -> None:
     folder = args.out / SAMPLES
     folder.mkdir(exist_ok=True)
-    picture = learner.samples(args.model)
+    picture = learner.samples()
     write_aside(folder / f"{learner.step:06}.png", lambda file: picture.save(file, format="PNG"))
 
 

@@ -204,6 +204,14 @@ class ConceptAdapter(Adapter):
                     f"{list(shape)}, got {type(denoiser).__name__} of text width {_text_width(denoiser)} "
                     f"with {found}"
                 )
+        if self.config.stored == "weights" and self.shapes:
+            wanted = text_projections(denoiser, self.config.letters, single_stream=False)
+            names = [f"{site.path}.{at}" for site, at in wanted]
+            if missing := [name for name in names if name not in self.shapes]:
+                raise AdapterError(
+                    f"expected a concept's file with all {len(names)} projections of the base's text, got "
+                    f"none for {len(missing)} of them: {missing[0]}"
+                )
 
     def bind(self, host: Host) -> Binding:
         """What one attachment needs.

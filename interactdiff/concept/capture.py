@@ -227,7 +227,8 @@ def gathered(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     parts = []
     for some in values.float().split(width, 2):
         padded = F.pad(some, (0, width - some.shape[2]))[:, None].expand(-1, heads, -1, -1)
-        out = F.scaled_dot_product_attention(queries.float(), keys.float(), padded)
+        with torch.autocast(queries.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(queries.float(), keys.float(), padded)
         parts.append(out.mean(1)[..., : some.shape[2]])
     return torch.cat(parts, 2)
 

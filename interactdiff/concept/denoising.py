@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
-from math import lcm
+from math import inf, lcm
 from typing import Any
 
 import torch
@@ -123,6 +123,11 @@ class Denoising(ABC):
         """Of pixels, that both sides of a photo have to be; pipelines draw no others."""
         return lcm(self.pipeline.vae_scale_factor * 2, 8)
 
+    @property
+    def largest(self) -> float:
+        """Of pixels, that a side of a photo may have."""
+        return inf
+
     def sized(self, photo: Image.Image, side: int) -> Image.Image:
         """A photo with its aspect kept, of about `side` x `side` pixels, cropped to a multiple of `multiple`.
 
@@ -135,6 +140,11 @@ class Denoising(ABC):
                 f"expected a photo of at least {least} pixels a side, got {photo.width} x {photo.height}"
             )
         crop = self.crop(photo.size, side)
+        if max(crop.width, crop.height) > self.largest:
+            raise ConceptError(
+                f"expected a photo that is at most {self.largest} pixels a side at a size of {side}, got one "
+                f"of {crop.width} x {crop.height}: crop it, or take a smaller size"
+            )
         resized = photo.convert("RGB").resize(crop.resized, Image.Resampling.LANCZOS)
         return resized.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
 
@@ -258,6 +268,12 @@ class FluxDenoising(FlowDenoising):
 
 class SD3Denoising(FlowDenoising):
     """Stable Diffusion 3 and 3.5."""
+
+    @property
+    def largest(self) -> float:
+        """What the table of positions holds."""
+        config = self.denoiser.config
+        return config.pos_embed_max_size * config.patch_size * self.pipeline.vae_scale_factor
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Prompt:
         text, _, pooled, _ = self._encoded(prompts)

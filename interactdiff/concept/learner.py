@@ -32,7 +32,6 @@ from interactdiff.concept.scene_boxes import scene_boxes
 from interactdiff.concept.words import Concept, ConceptError, as_concepts, joint_prompt, subset_prompt
 from interactdiff.fingerprints import weights_digest
 from interactdiff.handle import Handle, attach
-from interactdiff.models import model_info
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.scene import Scene
 from interactdiff.scene_checks import Box
@@ -265,11 +264,10 @@ class Learner:
             remove_checkpoint(self._folder)
 
     @torch.no_grad()
-    def samples(self, model: str | None = None, on_step: Callable[..., None] | None = None) -> Image.Image:
+    def samples(self, on_step: Callable[..., None] | None = None) -> Image.Image:
         """A row of pictures: the photo, each concept alone, and if there are several all together.
 
         Args:
-            model: the pipeline's name, of whose guidance is known what suits it.
             on_step: called after each denoising step; what it raises ends drawing and comes through.
         """
 
@@ -278,7 +276,7 @@ class Learner:
                 on_step(step)
             return tensors
 
-        guidance = model_info(model or "").guidance_scale
+        guidance = known_info(self.pipeline).guidance_scale
         panels = [(self.photo, "photo")]
         together = [self.names] if len(self.names) > 1 else []
         for names in (*([name] for name in self.names), *together):
@@ -342,7 +340,7 @@ class Learner:
         inside = [masks.scores[n][masks.masks[n]] for n in range(len(self.names))]
         outside = [masks.scores[n][~masks.masks[n]] for n in range(len(self.names))]
         ratios = [
-            float((i.mean() if len(i) else torch.tensor(0.0)) / o.mean().clamp(min=1e-3))
+            float(i.sum() / max(len(i), 1) / (o.sum() / max(len(o), 1)).clamp(min=1e-3))
             for i, o in zip(inside, outside, strict=True)
         ]
         self._weights = sampling_weights(ratios)

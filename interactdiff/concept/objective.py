@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interactdiff.concept.capture import AttentionCapture
 from interactdiff.concept.denoising import TRAIN_STEPS
-from interactdiff.concept.finding import Finder
+from interactdiff.concept.finding import Finder, known_info
 from interactdiff.concept.losses import (
     attention_loss,
     masked_error,
@@ -20,6 +20,7 @@ from interactdiff.concept.masks import ConceptMasks, enlarged, to_grid
 from interactdiff.concept.options import LearnOptions
 from interactdiff.concept.prompts import prompt_rows
 from interactdiff.concept.words import ConceptPrompt
+from interactdiff.pipeline_calls import call_arguments
 
 SAMPLE_STEPS = 25  # of pictures that are drawn in training
 
@@ -114,12 +115,13 @@ class Objective:
     def _prior(self) -> Tensor:
         """Latents of pictures by the base itself."""
         made = []
+        guidance = known_info(self._denoising.pipeline).guidance_scale
         width, height = self.finder.photo.size
         for number in range(self.options.prior_pictures):
             generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
             with torch.no_grad(), self.finder.binding.idle():
                 drawn = self._denoising.pipeline(
-                    self.options.prior_prompt,
+                    **call_arguments(self._denoising.pipeline, self.options.prior_prompt, None, guidance),
                     width=width,
                     height=height,
                     num_inference_steps=SAMPLE_STEPS,

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from interactdiff.concept.masks import ConceptMasks
 from interactdiff.concept.words import ConceptError
-from interactdiff.picture_reading import ALL_FORMATS, UnreadablePicture, as_rgb, eight_bits, read_picture
+from interactdiff.picture_reading import ALL_FORMATS, UnreadablePicture, as_mask, as_rgb, read_picture
 
 COLOURS = ((214, 0, 108), (0, 87, 217), (0, 116, 58), (138, 75, 0), (98, 0, 168), (0, 122, 128))
 GAP, LEAST_SIDE, LABEL = 8, 192, 22  # pixels
@@ -68,7 +68,7 @@ def read_masks(paths: Mapping[str, str], photo: Image.Image) -> dict[str, torch.
     """
     masks = {}
     for name, path in paths.items():
-        mask = _read(path, "mask", lambda image: eight_bits(image).convert("L"))
+        mask = _read(path, "mask", as_mask)
         if abs(mask.width * photo.height - mask.height * photo.width) > max(photo.size):  # half a pixel or so
             raise ConceptError(
                 f"expected a mask of the photo's {photo.width} x {photo.height} pixels, or of its aspect, at "

@@ -7,6 +7,7 @@ from typing import Any
 from interactdiff.concept.words import ConceptError, ConceptPrompt
 from interactdiff.pipeline_calls import text_limits
 from interactdiff.sites import denoiser_of, known_family
+from interactdiff.token_offsets import with_offsets
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def prompt_rows(pipeline: Any, prompt: ConceptPrompt) -> PromptRows:
     start, template = [], []
     for tokenizer, first, limit in segments(pipeline):
         text, spans = _as_tokenized(pipeline, prompt, tokenizer)
-        encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        encoded = with_offsets(tokenizer)(text, return_offsets_mapping=True, return_special_tokens_mask=True)
         offsets, special = encoded.offset_mapping, encoded.special_tokens_mask
         for row, ((begin, end), is_special) in enumerate(zip(offsets, special, strict=True)):
             if is_special:

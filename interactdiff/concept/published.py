@@ -158,7 +158,7 @@ def save_custom_diffusion(
         folder: made if need be.
 
     Raises:
-        AdapterError: the format cannot hold the adapter.
+        AdapterError: the format cannot hold the adapter, or other files are in the folder.
         OSError: the folder cannot be written.
     """
     adapter.check(denoiser)
@@ -186,6 +186,10 @@ def save_custom_diffusion(
         rows = adapter.vectors_of(concept, "text_encoder").detach().float().cpu().clone()
         files[f"{concept.token}.bin"] = {concept.token: rows[0] if len(rows) == 1 else rows}
     Path(folder).mkdir(parents=True, exist_ok=True)
+    if others := [file.name for file in Path(folder).iterdir() if file.name not in files]:
+        raise AdapterError(  # a token's file that is there would be read as one of this concept's
+            f"expected a folder for Custom Diffusion's files that is empty, got one with {others[0]}"
+        )
     for name, content in files.items():
         write_aside(Path(folder) / name, lambda file, content=content: torch.save(content, file))
 

@@ -30,6 +30,7 @@ from interactdiff.sites import Denoiser, denoiser_of, find_sites, known_family
 from interactdiff.stickworld.captions import Described
 from interactdiff.stickworld.render import render
 from interactdiff.stickworld.world import WorldScene
+from interactdiff.token_offsets import with_offsets
 
 NOISE_LEVELS = (100, 200, 300)  # of 1000 timesteps; of a flow, thousandths of noise
 REFINEMENTS = 2
@@ -122,7 +123,8 @@ def word_span(caption: str, thing: Described) -> tuple[int, int]:
 def word_tokens(pipeline: Any, caption: str, span: tuple[int, int], limit: int) -> list[int]:
     """Which tokens of a caption, of the first `limit`, overlap a span of its characters."""
     last = "tokenizer_2" if hasattr(pipeline, "transformer") else "tokenizer"
-    offsets = getattr(pipeline, last)(caption, return_offsets_mapping=True)["offset_mapping"]
+    tokenizer = with_offsets(getattr(pipeline, last))
+    offsets = tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
     return [n for n, (a, b) in enumerate(offsets[:limit]) if a < b and a < span[1] and b > span[0]]
 
 

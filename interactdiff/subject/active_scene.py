@@ -189,7 +189,8 @@ class SubjectScene:
             guided: share of it, 0 to 1, that the negative prompt's rows are without.
             device: of the shares.
         """
-        numbers: Collection[int] = sorted({n for scene in rows.scenes for n in self.prompts[scene]})
+        seen = {n for scene in rows.scenes for n in self.prompts[scene]}
+        numbers: Collection[int] = sorted(n for n in seen if self.subjects[n].strength)
         made: dict[int, Tensor] = {}
         for number in numbers:
             key = ("shares", number, rows.scenes, rows.kinds if guided else None, guided, grid, weight)

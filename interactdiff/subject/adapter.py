@@ -24,7 +24,7 @@ from interactdiff.subject.encoder import (
     tower_pixels,
 )
 from interactdiff.subject.items import Subject
-from interactdiff.subject.loading import open_subject_adapter
+from interactdiff.subject.loading import name_in_file, open_subject_adapter
 
 FAMILIES = ("U-Net", "Flux", "SD3")
 """In which subjects can act."""
@@ -190,6 +190,8 @@ class SubjectAdapter(Adapter):
             AdapterError: names or shapes are not those that the configuration asks for.
         """
         adapter = cls(config)
+        own = {name_in_file(name): name for name in adapter.state_dict()}
+        tensors = {own.get(name_in_file(name), name): tensor for name, tensor in tensors.items()}
         check_tensors("the subject adapter", adapter.state_dict(), tensors)
         adapter.load_state_dict({name: tensor.read(dtype) for name, tensor in tensors.items()}, assign=True)
         adapter.image_encoder.requires_grad_(False)
@@ -202,4 +204,5 @@ class SubjectAdapter(Adapter):
             OSError: the folder cannot be written.
         """
         config = {"method": METHOD, "version": VERSION} if self.config is None else self.config.to_json()
-        save_adapter_files(path, config, self.exact_state())
+        state = {name_in_file(name): tensor for name, tensor in self.exact_state().items()}
+        save_adapter_files(path, config, state)

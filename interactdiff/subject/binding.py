@@ -297,6 +297,12 @@ class SubjectBinding(Binding):
         return {n for n in seen if everywhere or scene.subjects[n].boxes}
 
     def _guided(self, call: Call, scene: SubjectScene) -> tuple[Plan, EditedCall | None]:
+        attended = self._attended(scene)
+        if (without := [n for n, own in enumerate(scene.prompts, 1) if not attended & set(own)]) != []:
+            raise AdapterError(
+                "expected subjects that are seen in every prompt of a batch for reference guidance, got none "
+                f"in prompt {without[0]}: draw it in a batch of its own, or set guidance to 0"
+            )
         plan = Plan({}, gap=self.settings["time_gap"] > 0)
         plan.by_reference = self._by_reference(call, scene, 0)
         halves = halves_of(call.rows)
@@ -340,6 +346,8 @@ class SubjectBinding(Binding):
         later = times_ahead(call)
         guided = (self._by_reference(call, scene, n) for n in range(1, len(later) + 1))
         ahead = [t for time, by in zip(later, guided, strict=True) for t in _signed(time, plan.gap, by)]
+        if call.step is None or call.step[0] == 0:
+            self.runner.cache.begin()
         for number in sorted(self._attended(scene)):
             subject = scene.subjects[number]
             self._pass_weight = self.settings["encoder_weight"] * subject.strength * bool(self._encoders)

@@ -73,8 +73,8 @@ class Reference:
 class FeatureCache:
     """Features by what they depend on, within a limit of memory.
 
-    Features of other runs are evicted before those of the run under way, oldest first. Where that is not
-    enough, further ones are not kept: they are computed when they are needed.
+    Features of runs that the scene does not use are evicted, oldest first. Where that is not enough, further
+    ones are not kept: they are computed when they are needed.
 
     Args:
         limit: bytes.
@@ -85,6 +85,11 @@ class FeatureCache:
         self.limit, self.device = limit, device
         self.size = 0
         self._kept: OrderedDict[Hashable, dict[Hashable, Features]] = OrderedDict()
+        self._used: set[Hashable] = set()
+
+    def begin(self) -> None:
+        """A run of the pipeline, or a scene, begins: what earlier ones used may be evicted."""
+        self._used.clear()
 
     def get(self, run: Hashable, time: Hashable) -> Features | None:
         """Those of a run's time, if they are kept.
@@ -93,6 +98,7 @@ class FeatureCache:
             run: all that they depend on but the time.
             time: the timestep and the noise's.
         """
+        self._used.add(run)
         times = self._kept.get(run)
         if times is None:
             return None
@@ -100,8 +106,9 @@ class FeatureCache:
         return times.get(time)
 
     def available_bytes(self, run: Hashable) -> float:
-        """Bytes that there are for a run."""
-        return self.limit - sum(map(size_of, self._kept.get(run, {}).values()))
+        """Bytes that there are for a run, beside the others that are used."""
+        used = self._used | {run}
+        return self.limit - sum(size_of(one) for each in used for one in self._kept.get(each, {}).values())
 
     def put(self, run: Hashable, time: Hashable, features: Features) -> None:
         """Keep features, within the limit."""
@@ -111,14 +118,15 @@ class FeatureCache:
         times = self._kept.setdefault(run, {})
         self._kept.move_to_end(run)
         while self.size + size > self.limit:
-            _, dropped = self._kept.popitem(last=False)
-            self.size -= sum(map(size_of, dropped.values()))
+            unused = next(one for one in self._kept if one not in self._used and one != run)
+            self.size -= sum(map(size_of, self._kept.pop(unused).values()))
         times[time] = moved(features, self.device)
         self.size += size
 
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()
+        self._used.clear()
         self.size = 0
 
 

@@ -166,8 +166,8 @@ def load_segmenter(path_or_id: str) -> Any:
 def segmented(segmenter: Any, picture: Image.Image, phrase: str) -> Image.Image:
     """The mask of the segments whose label is in the phrase; else of the largest that is no background."""
     segments: list[Mapping[str, Any]] = list(segmenter(picture))
-    words = phrase.lower().split()
-    named = [one for one in segments if str(one["label"]).lower() in words]
+    words = " ".join(phrase.lower().split())
+    named = [one for one in segments if f" {str(one['label']).lower()} " in f" {words} "]
     if not named:
         others = [one for one in segments if str(one["label"]).lower() not in BACKGROUND_LABELS]
         named = sorted(others, key=lambda one: np.asarray(one["mask"]).sum())[-1:]

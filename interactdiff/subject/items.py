@@ -154,10 +154,18 @@ class Subject:
 
 
 def warn_unnamed(items: Sequence[Sequence[Subject]], prompt: str | Sequence[str] | None) -> None:
-    """Say which subjects a prompt does not name, which it is to draw."""
+    """Say which subjects a prompt does not name, which it is to draw.
+
+    Raises:
+        SceneError: there are lists of subjects for another number of prompts.
+    """
     if prompt is None:
         return
     prompts = [prompt] * len(items) if isinstance(prompt, str) else list(prompt)
+    if len(items) not in (1, len(prompts)):
+        raise SceneError(
+            f"expected subjects for each of {len(prompts)} prompts, got {len(items)} lists of them"
+        )
     for n, text in enumerate(prompts):
         for subject in items[n] if len(items) > 1 else items[0]:
             if subject.phrase.lower() not in " ".join(text.lower().split()):

@@ -20,7 +20,7 @@ from interactdiff.subject.config import CLIP_LARGE, METHOD, VERSION, SubjectConf
 ENCODER, UNET = "subject_encoder", "unet"
 WEIGHTS = r"{}/diffusion_pytorch_model(\.fp16)?\.(safetensors|bin)(\.index(\.fp16)?\.json)?"
 SITE = re.compile(r"(?P<path>.+\.transformer_blocks\.\d+)\.(?P<name>se_(?:attn|norm)\..+)")
-TOWER = re.compile(r"image_encoder\.(?:vision_model\.)?(?P<name>.+)")
+TOWER = re.compile(r"image_encoder\.vision_model\.")  # of published files, and of transformers 4
 HEAD_DIM = 64  # of CLIP's towers
 
 
@@ -44,13 +44,17 @@ def open_subject_adapter(
     return _published(source)
 
 
+def name_in_file(name: str) -> str:
+    """A tensor's name in files of ours: the image tower's are those of transformers 5."""
+    return TOWER.sub("image_encoder.", name)
+
+
 def _published(source: Source) -> tuple[SubjectConfig, dict[str, LazyTensor]]:
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in read_weights(source, _file(source, ENCODER)).tensors.items():
         if name.endswith("position_ids"):  # which earlier versions of transformers saved
             continue
-        match = TOWER.fullmatch(name)
-        tensors[f"image_encoder.{match['name']}" if match else name] = tensor
+        tensors[name_in_file(name)] = tensor
     sites: dict[str, tuple[int, int]] = {}
     for name, tensor in read_weights(source, _file(source, UNET)).tensors.items():
         if match := SITE.fullmatch(name):

@@ -191,6 +191,11 @@ class Passes(ABC):
         self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
     ) -> dict[str, Any]: ...
 
+    def check_channels(self, own: int) -> None:
+        """Refuse transformers that are given more than noised latents, such as those that fill in or edit."""
+        if (got := self.denoiser.config.in_channels) != own:
+            raise AdapterError(f"expected a transformer of {own} channels for subjects, got {got}")
+
     def call_key(self, call: Call) -> tuple[Any, ...]:
         """What of the caller's arguments acts on a reference, compared by equality."""
         scale = (call.arguments.get(self.kwargs) or {}).get("scale")
@@ -206,6 +211,13 @@ class UNetPasses(Passes):
     def __init__(self, host: Host):
         super().__init__(host)
         self.multiple = 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
+    def call_key(self, call: Call) -> tuple[Any, ...]:
+        """As of the others, and the guidance of distilled models and sizes that are numbers."""
+        condition = call.arguments.get("timestep_cond")
+        ids = (call.arguments.get("added_cond_kwargs") or {}).get("time_ids")
+        others = (None if one is None else tuple(one[0].flatten().tolist()) for one in (condition, ids))
+        return *super().call_key(call), *others
 
     def grid(self, latents: Tensor) -> Grid:
         """Rows and columns of the latents."""
@@ -280,6 +292,7 @@ class FluxPasses(Passes):
         rows, columns = self.grid(noised)
         packed = noised.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # [N, C, rows, 2, columns, 2]
         packed = packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        self.check_channels(packed.shape[2])
         like = call.arguments["img_ids"]
         ids = torch.zeros(rows, columns, 3, device=like.device, dtype=like.dtype)
         ids[..., 1] += torch.arange(rows, device=like.device)[:, None] + shift[0]
@@ -315,6 +328,7 @@ class SD3Passes(Passes):
     def _arguments(
         self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
     ) -> dict[str, Any]:
+        self.check_channels(noised.shape[1])
         return {"hidden_states": noised, **text}
 
 
