@@ -236,7 +236,7 @@ def _learn(
         if not learner.step or worker.is_ended():
             return
         kept = _kept(worker, learner.adapter.eval(), request)
-        message = f"Learned in {learner.step} steps: write {' and '.join(kept.tokens)} in the prompt."
+        message = f"Learned, after step {learner.step}: write {' and '.join(kept.tokens)} in the prompt."
         if learner.step < options.steps:
             message = f"Stopped after step {learner.step} of {options.steps}: what is learned so far is kept."
         report(LearnProgress(message, 1.0, samples=samples, learned=kept, is_result=True))

@@ -142,7 +142,8 @@ def test_from_a_photo_to_a_picture_and_no_more_than_is_kept(worker: Worker) -> N
     assert messages[:2] == ["Loading the model", "Looking for the concepts in the photo"]
     assert [message.split(",")[0] for message in messages[3:6]] == [f"Step {n} of 3" for n in (1, 2, 3)]
     assert all(one.seconds_left is not None for one in reports[3:6])
-    assert messages[6:] == ["Drawing samples", "Learned in 3 steps: write <hero> and <blob> in the prompt."]
+    said = "Learned, after step 3: write <hero> and <blob> in the prompt."
+    assert messages[6:] == ["Drawing samples", said]
     done = reports[-1]
     assert done.samples is not None
     assert done.learned is not None
@@ -222,7 +223,7 @@ def test_the_panel_says_how_a_job_ended(worker: Worker, tmp_path: Path) -> None:
     assert "Stopped." in ended(3, stopped=True)
     assert "Not learned: see the message beside the field." in ended(3, "<hero>")
     assert "Masks, in shares of the photo" in ended(0)
-    assert "Learned in 1 steps" in ended(1)
+    assert "Learned, after step 1" in ended(1)
 
 
 def test_code_reads_what_was_learned_from_its_archive() -> None:

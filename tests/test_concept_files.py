@@ -13,6 +13,7 @@ from tiny_concept import PAIR, draw, trained_concept
 
 from interactdiff import AdapterError, attach
 from interactdiff.concept import ConceptAdapter, fold
+from interactdiff.concept import adapter as concept_adapter
 from interactdiff.concept.published import save_custom_diffusion
 
 WEIGHTS = "pytorch_custom_diffusion_weights.bin"
@@ -89,6 +90,26 @@ def _tokens_alone(adapter: ConceptAdapter) -> tuple[Any, dict[str, torch.Tensor]
 
     tensors = {n: t for n, t in adapter.state_dict().items() if n.startswith("concept_tokens.")}
     return replace(adapter.config, projections="none"), tensors
+
+
+def test_large_projections_that_the_image_shares_are_changed_by_lora(
+    flux_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole changes of Flux's single-stream blocks would be 0.7 billion parameters."""
+    monkeypatch.setattr(concept_adapter, "LARGE", 16)
+    adapter = trained_concept(flux_pipe)
+    names = [name for name, _ in adapter.named_parameters()]
+    single = {name.rpartition(".")[2] for name in names if name.startswith("single_")}
+    joint = {name.rpartition(".")[2] for name in names if name.startswith("transformer_")}
+    assert (single, joint) == ({"up", "down"}, {"weight"})
+    adapter.save_pretrained(tmp_path)
+    read = ConceptAdapter.from_pretrained(tmp_path)
+    assert read.config == adapter.config
+    assert read.config.shared_rank == 16
+    with attach(flux_pipe, adapter):
+        expected = draw(flux_pipe)
+    with attach(flux_pipe, read):
+        assert torch.equal(draw(flux_pipe), expected)
 
 
 def test_a_published_file_without_some_layers_is_refused(pipe: Any, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
     parser.add_argument(
         "--timesteps",
         metavar="T,T",
-        help="noise levels that the photo is looked at at, 0 to 999 (default: 50,100,150,200)",
+        help="noise levels at which the photo is looked at, 0 to 999 (default: 50,100,150,200)",
     )
     parser.add_argument(
         "--threshold",

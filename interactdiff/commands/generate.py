@@ -121,6 +121,8 @@ def _run(args: argparse.Namespace) -> None:
         variant=args.variant,
     )
     image = pipeline.generate(scene, methods=used)
+    if pipeline.handle is not None and scene.extra_items:  # such as what found a subject in its picture
+        print(pipeline.handle.describe(), file=sys.stderr)
     saved = pipeline.record(scene, pipeline.checked_settings(used))
     save_picture(image, out, saved)
     print(out)

@@ -44,9 +44,9 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--sample-every",
         type=whole,
-        default=0,
+        default=250,
         metavar="N",
-        help="steps between sample grids (default: none)",
+        help="steps between sample grids; 0 for none (default: %(default)s)",
     )
     parser.add_argument(
         "--preset",

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,8 @@ from interactdiff.module_paths import submodule_at
 from interactdiff.sites import KINDS, Denoiser, Site, denoiser_of, find_sites, known_family
 
 MASKS = "masks"
+SHARED = "single_transformer_blocks."  # whose projections are the image's and the text's
+SHARED_RANK, LARGE = 16, 2**20  # of their changes, where their matrices have more elements than that
 FAMILIES = ("U-Net", "Flux", "SD3")  # whose text rows are states of their text encoders, position by position
 
 
@@ -55,9 +59,8 @@ class ConceptAdapter(Adapter):
         )
         for name, (rows, columns) in self.shapes.items():
             path, _, at = name.rpartition(".")
-            submodule_at(self, path).add_module(
-                at, make_projection(config.stored, rows, columns, config.rank)
-            )
+            rank = config.rank or (config.shared_rank if path.startswith(SHARED) else 0)
+            submodule_at(self, path).add_module(at, make_projection(config.stored, rows, columns, rank))
 
     @classmethod
     def for_denoiser(cls, denoiser: Any, *args: Any, **options: Any) -> "ConceptAdapter":
@@ -86,7 +89,8 @@ class ConceptAdapter(Adapter):
             pipeline: the base, from text.
             concepts: {token: word}, such as {"<hero>": "person"}; none for an adapter that only observes.
             projections: of text that are changed: "kv", "k", "v" or "none".
-            rank: of the changes; 0 for whole matrices.
+            rank: of the changes; 0 for whole matrices, but for large ones of single-stream blocks, which
+                then have `SHARED_RANK`.
             acts_on: the rows of the text that are changed, see `ConceptConfig`. With "own", single-stream
                 blocks take part; "all" leaves them out, whose projections are the image's too.
             vectors: embeddings for each token, where `concepts` does not say.
@@ -118,6 +122,8 @@ class ConceptAdapter(Adapter):
         )
         chosen = text_projections(denoiser, config.letters if made else "", acts_on == "own")
         shapes = {f"{site.path}.{at}": tuple(projection_weight(site, at).shape) for site, at in chosen}
+        if any(name.startswith(SHARED) and prod(shape) > LARGE for name, shape in shapes.items()):
+            config = replace(config, shared_rank=SHARED_RANK)
         adapter = cls(config, cast(Any, shapes))
         for concept in made:
             for encoder in encoders:

@@ -21,6 +21,7 @@ class ConceptConfig:
         widths: of each text encoder's embeddings, by the name that the pipeline has for it.
         projections: of text that are changed: keys and values, one of them, or none.
         rank: of the changes; 0 for whole matrices.
+        shared_rank: of changes of projections that are the image's too, where `rank` is 0; 0 likewise.
         acts_on: the rows of the text that are changed: "own", those of the concepts' own tokens, so that all
             other words mean what they did; or "all", as Custom Diffusion and AttenCraft have it.
         stored: "changes" to the base's matrices, or "weights" in their place, as published files have them.
@@ -36,14 +37,16 @@ class ConceptConfig:
     stored: Stored = "changes"
     prompt: str | None = None
     base: tuple[str, int] | None = None
+    shared_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.projections not in PROJECTIONS:
             raise ConceptError(f"expected projections of {', '.join(PROJECTIONS)}, got {self.projections!r}")
         if self.acts_on not in get_args(Acts):
             raise ConceptError(f"expected acts_on of {', '.join(get_args(Acts))}, got {self.acts_on!r}")
-        if type(self.rank) is not int or self.rank < 0:
-            raise ConceptError(f"expected a rank from 0 up, got {self.rank!r}")
+        for rank in (self.rank, self.shared_rank):
+            if type(rank) is not int or rank < 0:
+                raise ConceptError(f"expected a rank from 0 up, got {rank!r}")
 
     @property
     def letters(self) -> str:
