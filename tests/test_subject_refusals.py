@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from diffusers import EDMEulerScheduler
 from test_subject import attached
-from tiny import RIDING
+from tiny import RIDING, trained_adapter
 from tiny_bases import tiny_base
 from tiny_dit import draw
 from tiny_subject import dog, picture
@@ -31,6 +31,9 @@ def test_what_cannot_be_drawn_is_refused_in_words(pipe: Any, flux_pipe: Any) -> 
     of_interactions = "expected an attached adapter of interaction"
     with attach(flux_pipe, SubjectAdapter()) as handle, pytest.raises(SceneError, match=of_interactions):
         handle.set_scene([RIDING])
+    of_subjects = "expected an attached adapter of subject"
+    with attach(pipe, trained_adapter(pipe.unet)) as handle, pytest.raises(SceneError, match=of_subjects):
+        handle.set_scene([dog()])
 
 
 def test_reference_guidance_is_for_batches_whose_prompts_all_have_subjects(pipe: Any) -> None:

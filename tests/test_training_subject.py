@@ -69,7 +69,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tower(tmp_path: Path) -> Path:
     torch.manual_seed(8)
-    cast(Any, CLIPVisionModel)(cast(Any, CLIPVisionConfig)(**VISION)).save_pretrained(tmp_path / "tower")
+    config: Any = CLIPVisionConfig
+    cast(Any, CLIPVisionModel)(config(**VISION, hidden_act="gelu")).save_pretrained(tmp_path / "tower")
     return tmp_path / "tower"
 
 
@@ -99,6 +100,8 @@ def test_the_encoder_is_trained_saved_loaded_and_drawn(
     assert (tmp_path / "run/samples/000004.png").is_file()
 
     adapter = SubjectAdapter.from_pretrained(tmp_path / "adapter").float()
+    assert adapter.config is not None
+    assert adapter.config.vision["hidden_act"] == "gelu"
     own, given = adapter.image_encoder.state_dict(), load_file(tower / "model.safetensors")
     for name, tensor in own.items():
         kept = given.get(name, given.get(f"vision_model.{name}"))

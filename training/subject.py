@@ -179,7 +179,7 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
         vision = (
             CLIP_LARGE | (config.vision or {})
             if tower is None
-            else {name: getattr(tower.config, name) for name in CLIP_LARGE}
+            else {name: getattr(tower.config, name) for name in (*CLIP_LARGE, "hidden_act", "layer_norm_eps")}
         )
         adapter = SubjectAdapter.for_denoiser(
             denoiser, vision=vision, token_dim=config.token_dim, layers=config.layers
