@@ -227,8 +227,31 @@ def test_beside_interactions_and_windows(fixture: str, order: tuple[int, ...], r
     assert torch.equal(draw(pipe, "a cat"), plain)
 
 
+@every_base
+@pytest.mark.parametrize("beside", ["interaction", "clear"])
+def test_a_pair_draws_the_same_in_both_orders_and_each_acts(any_pipe: Any, beside: str) -> None:
+    denoiser, tokens = denoiser_of(any_pipe), trained_concept(any_pipe)
+    if beside == "clear":
+        other: Any = trained_layers(denoiser, ClearConfig(2)).eval()
+    else:
+        other = (trained_adapter if hasattr(any_pipe, "unet") else trained_joint_adapter)(denoiser)
+
+    def drawn(*chosen: Any) -> torch.Tensor:
+        with attach(any_pipe, *chosen) as handle:
+            if beside == "clear" and other in chosen:
+                handle["clear"].configure(min_tokens=0)
+            elif other in chosen:
+                handle.set_scene([RIDING])
+            return draw(any_pipe, PROMPT if tokens in chosen else "a cat")
+
+    both = drawn(tokens, other)
+    assert torch.equal(drawn(other, tokens), both)
+    assert not torch.equal(drawn(tokens), both)
+    assert not torch.equal(drawn(other), both)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # subjects that the prompt does not name
-@pytest.mark.parametrize("any_pipe", ["sd1", "flux", "sd3"], indirect=True)
+@every_base
 def test_beside_subjects_in_any_order(any_pipe: Any) -> None:
     """Each acts beside the other; a subject's phrase is read with the learned token, keys and values too."""
     tokens = trained_concept(any_pipe)

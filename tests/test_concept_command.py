@@ -199,6 +199,9 @@ def test_convert(pipe: Any, model: str, tmp_path: Path, capsys: Any) -> None:
         (["--concept", "hero=cat"], "in angle brackets"),
         (["--concept", "<x>"], "expected TOKEN=WORD"),
         (["--concept", "<hero>=dog"], "expected each concept once"),
+        (["--concept", "<x>="], "expected a word for <x>, such as <x>=person, got ''"),
+        (["--concept", "<x>=cow", "--threshold", "0.99"], "expected <x> in the photo, got a mask of"),
+        (["--mask", "<blob>=hero.png"], "expected a mask of its own for each concept, got the same for"),
         (["--prompt", "{0} alone"], "expected a prompt with each of"),
         (["--mask", "<hero>=nowhere.png"], "expected a picture file, got no file nowhere.png"),
         (["--box", "<hero>=1,2"], "--box: "),
@@ -213,6 +216,7 @@ def test_convert(pipe: Any, model: str, tmp_path: Path, capsys: Any) -> None:
     ],
 )
 def test_refusals_write_nothing(model: str, tmp_path: Path, capsys: Any, more: list[str], words: str) -> None:
+    more = [part.replace("hero.png", str(tmp_path / "hero.png")) for part in more]
     assert main(arguments(tmp_path, *more)) == 2
     said = capsys.readouterr().err
     assert words in said

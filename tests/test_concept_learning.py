@@ -432,3 +432,10 @@ def test_maps_are_float32_in_autocast() -> None:
         got = gathered(queries, keys, values)
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
+
+
+def test_the_class_learns_as_the_function_does(pipe: Any) -> None:
+    own = ConceptAdapter.learn(pipe, photo(), PAIR, masks=halves(), prompt="{0} on {1}", **SHORT)
+    expected = learned(pipe).state_dict()
+    assert own.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in own.state_dict().items())

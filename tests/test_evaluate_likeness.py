@@ -263,6 +263,12 @@ def test_concepts_on_the_command_line(
     assert table["rows"]["untrained"].keys() == {"identity", "leakage", "text_acc"}
     assert table["photos"] == 1
     assert "not_found" not in table  # of rows that look for none
+    learned = ["--rows", "ours", "custom_diffusion", "--detector", detector, "--set", "steps=1"]
+    assert main([*command, *learned]) == 0
+    table = json.loads(out.read_text())
+    assert table["rows"]["ours"].keys() == {"mask_iou", "identity", "leakage", "text_acc", "seconds"}
+    assert table["rows"]["custom_diffusion"].keys() == {"identity", "leakage", "text_acc", "seconds"}
+    assert (table["seed"], table["changes"]) == (0, ["steps=1"])
     learning = ["--rows", "ours", "--detector", detector, "--set", "steps=1", "projections=v", "prefix=one "]
     seen: list[LearnOptions] = []
 
