@@ -62,10 +62,13 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
         "--threshold",
         type=number,
         metavar="X",
-        help="by how much a concept wins a pixel (default: 0.1)",
+        help="by how much a concept wins a pixel (default: what suits a packaged model, else 0.1)",
     )
     parser.add_argument(
-        "--exponent", type=number, metavar="X", help="of the maps before they are spread (default: 2)"
+        "--exponent",
+        type=number,
+        metavar="X",
+        help="of the maps before they are spread (default: what suits a packaged model, else 2)",
     )
     parser.add_argument(
         "--power",
