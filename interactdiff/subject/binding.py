@@ -298,7 +298,7 @@ class SubjectBinding(Binding):
 
     def _guided(self, call: Call, scene: SubjectScene) -> tuple[Plan, EditedCall | None]:
         attended = self._attended(scene)
-        if (without := [n for n, own in enumerate(scene.prompts, 1) if not attended & set(own)]) != []:
+        if without := [n for n, own in enumerate(scene.prompts, 1) if not attended & set(own)]:
             raise AdapterError(
                 "expected subjects that are seen in every prompt of a batch for reference guidance, got none "
                 f"in prompt {without[0]}: draw it in a batch of its own, or set guidance to 0"

@@ -88,7 +88,7 @@ class FeatureCache:
         self._used: set[Hashable] = set()
 
     def begin(self) -> None:
-        """A run of the pipeline, or a scene, begins: what earlier ones used may be evicted."""
+        """A run of the pipeline begins: what earlier ones used may be evicted."""
         self._used.clear()
 
     def get(self, run: Hashable, time: Hashable) -> Features | None:

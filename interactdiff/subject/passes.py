@@ -20,6 +20,7 @@ from interactdiff.sites import known_family
 
 TRAIN_STEPS = 1000  # of all schedulers that are supported, as call timesteps have it
 LEAST_ALPHA = 1e-8  # where a schedule ends in pure noise
+SIZES = 6  # numbers of SDXL's time_ids: sizes before and after cropping, and where; a reference has its own
 Texts = dict[str, Tensor]
 
 
@@ -216,6 +217,8 @@ class UNetPasses(Passes):
         """As of the others, and the guidance of distilled models and sizes that are numbers."""
         condition = call.arguments.get("timestep_cond")
         ids = (call.arguments.get("added_cond_kwargs") or {}).get("time_ids")
+        if ids is not None and ids.shape[1] == SIZES:
+            ids = None
         others = (None if one is None else tuple(one[0].flatten().tolist()) for one in (condition, ids))
         return *super().call_key(call), *others
 
@@ -260,7 +263,7 @@ class UNetPasses(Passes):
             added["text_embeds"] = text["text_embeds"]
         if (ids := given.get("time_ids")) is not None:
             own = ids[:1].clone()
-            if own.shape[1] == 6:  # SDXL: sizes before and after cropping, and where
+            if own.shape[1] == SIZES:
                 scale = self.pipeline.vae_scale_factor
                 size = [noised.shape[-2] * scale, noised.shape[-1] * scale]
                 own = torch.tensor([[*size, 0, 0, *size]]).to(own)
