@@ -51,7 +51,7 @@ def test_a_transformer_that_fills_in_is_refused(flux_pipe: Any) -> None:
         handle.set_scene([dog()])
         flux_pipe.transformer.register_to_config(in_channels=96)
         with pytest.raises(AdapterError, match="expected a transformer of 16 channels for subjects, got 96"):
-            handle["subject"].runner.passes().check_channels(16)
+            draw(flux_pipe)
 
 
 def test_as_many_lists_of_subjects_as_prompts(pipe: Any) -> None:

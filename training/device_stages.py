@@ -38,7 +38,7 @@ TOY: dict[str, dict[str, Any]] = {  # narrow models for a trial run
     "transformer": {"num_single_layers": 1, "num_attention_heads": 1},
     "adapter": {"hidden": 16},
 }
-_BASE = {"sizes": SIZES, "compile": False, "warmup_steps": 100}
+PARTS = 8  # of the pictures with references: folders that are rendered side by side
 _TEXT = Stage(
     "text", "stickworld_text", "parts/text_encoder", 0.05, {"export_to": "{runs}/parts", "batch_size": 256}
 )
@@ -77,33 +77,6 @@ _DETECTOR = Stage(
         "batch_size": 96,
     },
 )
-_UNET = Stage(
-    "base",
-    "stickworld_base",
-    "stickworld",
-    0.42,
-    {
-        "vae": "{runs}/parts/vae",
-        "text": "{runs}/parts",
-        "latent_reader": "{runs}/readers/vae",
-        "export_to": "{runs}/stickworld",
-        **_BASE,
-    },
-    {"init_from": "{runs}/stickworld", "learning_rate": 1.0e-3},
-)
-_DIT = Stage(
-    "dit",
-    "stickworld_dit",
-    "stickworld-dit",
-    0.36,
-    {
-        "text": "{runs}/parts",
-        "latent_reader": "{runs}/readers/vae",
-        "export_to": "{runs}/stickworld-dit",
-        **_BASE,
-    },
-    {"init_from": "{runs}/stickworld-dit", "learning_rate": 1.0e-3},
-)
 _TOWER = Stage(
     "tower",
     "stickworld_image_tower",
@@ -111,32 +84,71 @@ _TOWER = Stage(
     0.10,
     {"export_to": "{runs}/readers/image-tower", "batch_size": 256, "portraits": 16000},
 )
-_INTERACTION = Stage(
-    "interaction",
-    "stickworld_interaction",
-    "stickworld-interaction",
-    0.17,
-    {
-        "base": "{runs}/stickworld",
-        "export_to": "{runs}/stickworld-interaction",
-        "batch_size": 64,
-        "renders": 32000,
-    },
-    {"init_from": "{runs}/stickworld-interaction", "learning_rate": 1.0e-3},
-)
-_DIT_INTERACTION = Stage(
-    "dit_interaction",
-    "stickworld_dit_interaction",
-    "stickworld-dit-interaction",
-    0.11,
-    {
-        "base": "{runs}/stickworld-dit",
-        "export_to": "{runs}/stickworld-dit-interaction",
-        "batch_size": 64,
-        "renders": 32000,
-    },
-    {"init_from": "{runs}/stickworld-dit-interaction", "learning_rate": 1.0e-3},
-)
+
+
+def _base(name: str, config: str, made: str, share: float, **more: str) -> Stage:
+    return Stage(
+        name,
+        config,
+        made,
+        share,
+        {
+            "text": "{runs}/parts",
+            "latent_reader": "{runs}/readers/vae",
+            "export_to": f"{{runs}}/{made}",
+            "sizes": SIZES,
+            "compile": False,
+            "warmup_steps": 100,
+            **more,
+        },
+        {"init_from": f"{{runs}}/{made}", "learning_rate": 1.0e-3},
+    )
+
+
+def _interaction(name: str, config: str, base: str, share: float) -> Stage:
+    made = f"{base}-interaction"
+    return Stage(
+        name,
+        config,
+        made,
+        share,
+        {
+            "base": f"{{runs}}/{base}",
+            "export_to": f"{{runs}}/{made}",
+            "batch_size": 64,
+            "renders": 32000,
+        },
+        {"init_from": f"{{runs}}/{made}", "learning_rate": 1.0e-3},
+    )
+
+
+def _subject(name: str, config: str, base: str, share: float) -> Stage:
+    made = f"{base}-subject"
+    return Stage(
+        name,
+        config,
+        made,
+        share,
+        {
+            "base": f"{{runs}}/{base}",
+            "image_encoder": "{runs}/readers/image-tower",
+            "data": [f"{{runs}}/subjects/{part}" for part in range(PARTS)],
+            "cache": f"{{runs}}/cache/{name}",
+            "export_to": f"{{runs}}/{made}",
+            "learning_rate": 3.0e-3,
+            "batch_size": 64,
+            "workers": 4,
+        },
+        {"init_from": f"{{runs}}/{made}", "image_encoder": None, "learning_rate": 1.0e-3},
+    )
+
+
+_UNET = _base("base", "stickworld_base", "stickworld", 0.42, vae="{runs}/parts/vae")
+_DIT = _base("dit", "stickworld_dit", "stickworld-dit", 0.36)
+_INTERACTION = _interaction("interaction", "stickworld_interaction", "stickworld", 0.17)
+_DIT_INTERACTION = _interaction("dit_interaction", "stickworld_dit_interaction", "stickworld-dit", 0.11)
+_SUBJECT = _subject("subject", "stickworld_subject", "stickworld", 0.13)
+_DIT_SUBJECT = _subject("dit_subject", "stickworld_dit_subject", "stickworld-dit", 0.13)
 CLEAR = Stage(
     "clear",
     "distill_clear_stickworld",
@@ -144,41 +156,6 @@ CLEAR = Stage(
     0.11,
     {"base": "{runs}/stickworld-dit", "export_to": "{runs}/stickworld-dit-clear", "batch_size": 48},
     {"init_from": "{runs}/stickworld-dit-clear", "learning_rate": 5.0e-4},
-)
-PARTS = 8  # of the pictures with references: folders that are rendered side by side
-_SUBJECT_SETTINGS: dict[str, Any] = {
-    "image_encoder": "{runs}/readers/image-tower",
-    "data": [f"{{runs}}/subjects/{part}" for part in range(PARTS)],
-    "learning_rate": 3.0e-3,
-    "batch_size": 64,
-    "workers": 4,
-}
-_SUBJECT_AGAIN = {"image_encoder": None, "learning_rate": 1.0e-3}
-_SUBJECT = Stage(
-    "subject",
-    "stickworld_subject",
-    "stickworld-subject",
-    0.13,
-    {
-        "base": "{runs}/stickworld",
-        "export_to": "{runs}/stickworld-subject",
-        "cache": "{runs}/cache/subject",
-        **_SUBJECT_SETTINGS,
-    },
-    {"init_from": "{runs}/stickworld-subject", **_SUBJECT_AGAIN},
-)
-_DIT_SUBJECT = Stage(
-    "dit_subject",
-    "stickworld_dit_subject",
-    "stickworld-dit-subject",
-    0.13,
-    {
-        "base": "{runs}/stickworld-dit",
-        "export_to": "{runs}/stickworld-dit-subject",
-        "cache": "{runs}/cache/dit_subject",
-        **_SUBJECT_SETTINGS,
-    },
-    {"init_from": "{runs}/stickworld-dit-subject", **_SUBJECT_AGAIN},
 )
 # What later stages read, made once for all: renders and captions, then latents; pictures with references.
 RENDERS, LATENTS = Stage("renders", "", "", 0.0), Stage("latents", "", "", 0.0)
