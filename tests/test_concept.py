@@ -35,6 +35,8 @@ def any_pipe(request: pytest.FixtureRequest) -> Any:
         pipe.scheduler = type(pipe.scheduler).from_config(
             pipe.scheduler.config, prediction_type="v_prediction"
         )
+        pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+        pipe.tokenizer.pad_token = "a"  # its id is 0 and it is a token of words, as "!" of SD 2's
     return pipe
 
 

@@ -319,8 +319,10 @@ def test_options_are_those_that_are_given_or_suit_the_base(pipe: Any) -> None:
         assert [group["lr"] for group in learner._optimizer.param_groups] == [1e-3, 1e-4]
 
 
-def test_the_photo_is_noised_up_to_the_most_that_is_set(pipe: Any, monkeypatch: Any) -> None:
-    options = LearnOptions(**{**SHORT, "max_timestep": 250})  # type: ignore[arg-type]
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_photo_is_noised_up_to_the_most_that_is_set(pipe: Any, count: int, monkeypatch: Any) -> None:
+    """Each copy of a step at a level of its own, spread evenly."""
+    options = LearnOptions(**{**SHORT, "max_timestep": 250, "batch_size": count})  # type: ignore[arg-type]
     with Learner(pipe, photo(), PAIR, options, "{0} on {1}") as learner:
         learner.find(given=halves())
         times: list[float] = []
@@ -328,6 +330,7 @@ def test_the_photo_is_noised_up_to_the_most_that_is_set(pipe: Any, monkeypatch: 
 
         def seen(latents: Tensor, noise: Tensor, at: Tensor) -> Tensor:
             times.extend(at.tolist())
+            assert [int(time // (250 / count)) for time in at.tolist()] == list(range(count))
             return noisy(latents, noise, at)
 
         monkeypatch.setattr(learner.denoising, "noisy", seen)

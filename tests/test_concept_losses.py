@@ -88,3 +88,17 @@ def test_maps_are_float32_in_autocast() -> None:
         got = gathered(queries, keys, values)
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
+
+
+def test_losses_of_several_noised_copies_are_means() -> None:
+    torch.manual_seed(0)
+    predicted, target = torch.randn(3, 4, 6, 8), torch.randn(3, 4, 6, 8)
+    masks, columns = torch.rand(2, 6, 8), torch.rand(3, 2, 6, 8)
+    pairs = [(one[None], other[None]) for one, other in zip(predicted, target, strict=True)]
+    for share in (0.0, 0.3):
+        each = torch.stack([masked_error(*pair, masks, share) for pair in pairs])
+        assert torch.allclose(masked_error(predicted, target, masks, share), each.mean())
+        each = torch.stack([published_masked_error(*pair, masks, share) for pair in pairs])
+        assert torch.allclose(published_masked_error(predicted, target, masks, share), each.mean())
+    for loss in (attention_loss, published_attention_loss):
+        assert torch.equal(loss(columns, masks), torch.stack([loss(one, masks) for one in columns]))

@@ -166,10 +166,9 @@ def test_an_ip_adapter(pipe: Any) -> None:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         image_size=16, patch_size=8, projection_dim=16,
     )  # fmt: skip
-    pipe.register_modules(
-        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
-        feature_extractor=CLIPImageProcessor(size=16, crop_size=16),
-    )
+    encoder = CLIPVisionModelWithProjection(vision).eval()
+    extractor = CLIPImageProcessor(size=16, crop_size=16)
+    pipe.register_modules(image_encoder=encoder, feature_extractor=extractor)
     shown = {"ip_adapter_image": Image.new("RGB", (16, 16), "red")}
     pipe.load_ip_adapter(ip_adapter_tensors(pipe.unet), subfolder="", weight_name="")
     alone, both = draw_unet(pipe, **shown), subject_drawn(pipe, **shown)
@@ -180,6 +179,16 @@ def test_an_ip_adapter(pipe: Any) -> None:
         other = draw_unet(pipe, ip_adapter_image=Image.new("RGB", (16, 16), "blue"))
         assert len(handle["subject"].runner.cache._kept) == 1, "the IP-Adapter's picture is the sample's"
     assert not torch.allclose(other, both, atol=1e-5)
+    pipe.unload_ip_adapter()
+    pipe.register_modules(image_encoder=encoder, feature_extractor=extractor)
+    without = draw_unet(pipe)
+    with attach(pipe, SubjectAdapter()) as handle:
+        handle.set_scene([dog()])
+        draw_unet(pipe)
+        pipe.load_ip_adapter(ip_adapter_tensors(pipe.unet), subfolder="", weight_name="")
+        assert torch.equal(draw_unet(pipe, **shown), both), "attached after the subject"
+        pipe.unload_ip_adapter()
+    assert torch.equal(draw_unet(pipe), without)
 
 
 @pytest.mark.parametrize("kind", ["ControlNet", "Img2Img", "Inpaint"])

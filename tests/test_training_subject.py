@@ -272,6 +272,20 @@ def test_references_are_changed_and_stay_what_they_are() -> None:
     assert changed(image, still, rng).tobytes() == image.tobytes()
 
 
+def test_references_without_masks_are_warned_of(
+    pictures: Path, tmp_path: Path, pipe: Any, tower: Path, capsys: Any
+) -> None:
+    make_recipe(subject_config(pipe, pictures, tmp_path, tower))
+    assert "taken whole" not in capsys.readouterr().err
+    (tmp_path / "rows").mkdir()
+    picture(0, (32, 32)).save(tmp_path / "rows/0.png")
+    whole = {"file_name": "0.png", "prompt": "a dog", "subjects": [{"phrase": "dog", "image": "0.png"}]}
+    (tmp_path / "rows/metadata.jsonl").write_text(json.dumps(whole) + "\n")
+    mixed = [{"path": str(tmp_path / "rows")}, {"path": str(pictures)}]
+    make_recipe(subject_config(pipe, pictures, tmp_path, tower, data=mixed))
+    assert "1 of 4 references that were looked at are taken whole" in capsys.readouterr().err
+
+
 def test_bad_references_are_one_sentence(pictures: Path, tmp_path: Path, pipe: Any, tower: Path) -> None:
     (tmp_path / "rows").mkdir()
     picture(0, (32, 32)).save(tmp_path / "rows/0.png")

@@ -6,6 +6,7 @@ that their pose and place are not learnt.
 """
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -22,7 +23,7 @@ from interactdiff.errors import RecipeError
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.config import CLIP_LARGE
 from interactdiff.subject.encoder import tower_pixels
-from interactdiff.subject.foreground import foreground
+from interactdiff.subject.foreground import WHOLE, foreground
 from interactdiff.subject.items import Subject
 from interactdiff.subject.place import boxes_of
 from interactdiff.training.control import FrozenControl, load_control
@@ -136,14 +137,24 @@ class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):
     def check_data(self, records: Mixture) -> None:
         """Some of `LOOKED_AT` rows, spread evenly, have subjects; with a ControlNet some have control images.
 
+        Warns of references without a mask, an alpha channel or a white background: their backgrounds are
+        learned with them.
+
         Raises:
             RecipeError: none has.
         """
         looked_at = range(0, len(records), len(records) // LOOKED_AT + 1)
-        if not any(isinstance(item, Subject) for n in looked_at for item in records[n].items):
+        subjects = [item for n in looked_at for item in records[n].items if isinstance(item, Subject)]
+        if not subjects:
             raise RecipeError(
                 f"expected subjects with pictures in the rows of {self._data_names()}, got none in the "
                 f"{len(looked_at)} that were looked at"
+            )
+        if whole := sum(foreground(subject).how == WHOLE for subject in subjects):
+            print(
+                f"interactdiff: {whole} of {len(subjects)} references that were looked at are taken whole, "
+                "background and all: give masks, or pictures with an alpha channel or a white background",
+                file=sys.stderr,
             )
         if self.config.controlnet is not None and not records.controls.any():
             raise RecipeError(f"controlnet: expected rows with a {CONTROL} in {self._data_names()}, got none")

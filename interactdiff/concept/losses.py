@@ -24,19 +24,19 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def attention_loss(columns: Tensor, masks: Tensor) -> Tensor:
-    """How far attention to each class is from its mask, as distributions over the picture: [K], 0 to ln 2.
+    """How far attention to each class is from its mask, as distributions over the picture: [B, K], 0 to ln 2.
 
     Args:
-        columns: attention to the classes [K, h, w], with gradients.
+        columns: attention to the classes [B, K, h, w], with gradients.
         masks: [K, h, w] in [0, 1], constants.
     """
-    p, q = (t / t.sum(-1, keepdim=True).clamp(min=EPSILON) for t in (columns.flatten(1), masks.flatten(1)))
+    p, q = (t / t.sum(-1, keepdim=True).clamp(min=EPSILON) for t in (columns.flatten(-2), masks.flatten(-2)))
     return divergence(p, q)
 
 
 def published_attention_loss(columns: Tensor, masks: Tensor) -> Tensor:
-    """As `attention_loss`, of the softmax of maps from 0 to 1: [K], at most 0.111: ratios are at most e."""
-    p, q = (t.flatten(1).softmax(-1) for t in (from_zero_to_one(columns), masks.float()))
+    """As `attention_loss`, of the softmax of maps from 0 to 1: [B, K], at most 0.111: ratios are at most e."""
+    p, q = (t.flatten(-2).softmax(-1) for t in (from_zero_to_one(columns), masks.float()))
     return divergence(p, q)
 
 
@@ -44,12 +44,12 @@ def masked_error(predicted: Tensor, target: Tensor, masks: Tensor, full_image_we
     """The squared error within the masks of a picture's concepts, each mask divided by its own area.
 
     Args:
-        predicted: [1, C, H, W].
+        predicted: [B, C, H, W].
         target: likewise.
         masks: of the concepts that the prompt names, [K, H, W] in [0, 1].
         full_image_weight: share of the error over the whole picture, in [0, 1].
     """
-    error = (predicted - target).pow(2).mean(1)  # [1, H, W]
+    error = (predicted - target).pow(2).mean((0, 1))[None]  # [1, H, W]
     within = (masks * error).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1e-6)
     return (1 - full_image_weight) * within.mean() + full_image_weight * error.mean()
 
@@ -65,7 +65,7 @@ def published_masked_error(
     """
     union = masks.amax(0)[None, None]
     union = F.interpolate(union, predicted.shape[2:], mode="bicubic", align_corners=False)
-    valid = F.pad(torch.ones_like(predicted[:1, :1, 1:-1, 1:-1]), (1, 1, 1, 1))
+    valid = F.pad(torch.ones_like(predicted[:, :1, 1:-1, 1:-1]), (1, 1, 1, 1))
     parts = []
     for weight in (union, torch.ones_like(union)):
         error = (weight * predicted - weight * target).pow(2)

@@ -61,14 +61,16 @@ class Objective:
             generator: of the noise and its level.
 
         Returns:
-            The denoising error; the attention to the classes [n, h, w], the background's last where it has
+            The denoising error; the attention to the classes [B, n, h, w], the background's last where it has
             one, or None if no loss reads it; and their masks.
         """
-        latents, device = self.finder.latents, self._denoising.device
+        options, device, count = self.options, self._denoising.device, self.options.batch_size
+        latents = self.finder.latents.expand(count, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        assert self.options.max_timestep is not None
-        times = (torch.rand(1, generator=generator) * self.options.max_timestep).to(device)
-        encoded = self._denoising.encode([prompt.text], self._size)
+        assert options.max_timestep is not None
+        levels = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        times = (levels * options.max_timestep).to(device)
+        encoded = self._denoising.encode([prompt.text], self._size).repeated(count)
         capture = AttentionCapture(self._denoising.denoiser, self.finder.layers, own=False)
         wanted = self.options.attention_loss != "none"
         noisy = self._denoising.noisy(latents, noise, times)
@@ -78,12 +80,11 @@ class Objective:
         else:
             predicted = self._denoising.predict(noisy, times, encoded)
         target = self._denoising.target(latents, noise, times).float()
-        masks = self._masks[list(chosen)]
-        if self.options.published_error:
-            error = published_masked_error(predicted, target, masks, self.options.full_image_weight)
+        masks, weights = self._masks[list(chosen)], self._weights[list(chosen)]
+        if options.published_error:
+            error = published_masked_error(predicted, target, masks, options.full_image_weight)
         else:
-            weights = self._weights[list(chosen)]
-            error = masked_error(predicted, target, weights, self.options.full_image_weight)
+            error = masked_error(predicted, target, weights, options.full_image_weight)
         if not wanted:
             return error, None, masks
         rows = prompt_rows(self._denoising.pipeline, prompt)
@@ -91,7 +92,7 @@ class Objective:
         if background := rows.of_background(self.finder.settings.background):
             classes.append(background)
             masks = torch.cat([masks, self._masks[-1:]])
-        columns = enlarged(capture.columns(classes), (masks.shape[1], masks.shape[2]))[0]
+        columns = enlarged(capture.columns(classes), (masks.shape[1], masks.shape[2]))
         return error, columns, masks
 
     def attention(self, columns: Tensor | None, masks: Tensor) -> Tensor:
@@ -99,8 +100,8 @@ class Objective:
         if columns is None:
             return torch.zeros(len(masks), device=masks.device)
         if self.options.attention_loss == "published":
-            return published_attention_loss(columns, masks)
-        return attention_loss(columns.clamp(min=0), masks)
+            return published_attention_loss(columns, masks).mean(0)
+        return attention_loss(columns.clamp(min=0), masks).mean(0)
 
     def prior_error(self, step: int, generator: torch.Generator) -> Tensor:
         """The denoising error of a picture by the base itself."""

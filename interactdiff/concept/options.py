@@ -17,6 +17,7 @@ PARSED = (bool, int, float, str)  # types of options that a command line can giv
 WITH_FLAGS = ("steps", "vectors", "seed", "sample_every")  # that have one of their own there
 WHOLE_NUMBERS = {
     "steps": (1, inf),
+    "batch_size": (1, inf),
     "rank": (0, inf),
     "vectors": (1, MAX_VECTORS),
     "refresh_every": (0, inf),
@@ -44,6 +45,7 @@ class LearnOptions:
 
     Attributes:
         steps: of training.
+        batch_size: noised copies of the photo in a step, at noise levels spread evenly.
         learning_rate: of keys and values; None for what suits the base: of a packaged model by measurement,
             of others as in `USUAL`.
         token_learning_rate: of the tokens' embeddings; None likewise.
@@ -83,6 +85,7 @@ class LearnOptions:
     """
 
     steps: int = 500
+    batch_size: int = 1
     learning_rate: float | None = None
     token_learning_rate: float | None = None
     max_timestep: int | None = None
