@@ -14,7 +14,6 @@ from PIL import Image
 from interactdiff.app.document import Document
 from interactdiff.app.worker import PREVIEW_EVERY, GenerationRequest, Stopped, Worker
 from interactdiff.concept.words import Concept, ConceptError, check_distinct
-from interactdiff.models import model_info
 from interactdiff.scene import NULL_ACTION
 from interactdiff.scene_checks import Box, SceneError, parse_box
 
@@ -203,8 +202,7 @@ def _learn(
 
     report(LearnProgress("Loading the model", 0.0))
     pipeline = worker.without_adapters(request.model)
-    size = model_info(request.model).size or default_size(pipeline)
-    options = LearnOptions(steps=max(1, request.steps), size=size, checkpoint_every=0)
+    options = LearnOptions(steps=max(1, request.steps), size=default_size(pipeline), checkpoint_every=0)
     report(LearnProgress("Looking for the concepts in the photo", 0.0))
 
     def check_stop(*_: Any) -> None:
@@ -245,7 +243,7 @@ def _learn(
 def _find(learner: Any, request: LearnRequest, report: Callable[[LearnProgress], None]) -> None:
     """Find the masks and show them, also if a concept is not found.
 
-    One that attention does not find within its box gets the whole box.
+    One that attention does not find within its box gets the whole box, unless that is too small itself.
     """
     from interactdiff.concept.masks import box_mask
     from interactdiff.concept.pictures import masks_picture
@@ -262,6 +260,9 @@ def _find(learner: Any, request: LearnRequest, report: Callable[[LearnProgress],
             if missing is None:
                 raise
         if missing is None or missing not in boxes or missing in given:
+            break
+        x0, y0, x1, y1 = boxes[missing]
+        if (x1 - x0) * (y1 - y0) < least:
             break
         given[missing] = box_mask(boxes[missing], (request.photo.height, request.photo.width))
     shares = learner.masks.areas

@@ -107,11 +107,11 @@ def test_velocity_is_the_target_where_the_scheduler_predicts_it(pipe: Any) -> No
 
 
 def test_it_trains_the_tokens_and_the_changes_alone(any_pipe: Any) -> None:
-    before = {n: p.clone() for part in any_pipe.components.values() if hasattr(part, "named_parameters")
-              for n, p in part.named_parameters()}  # fmt: skip
+    before = {(key, n): p.clone() for key, part in any_pipe.components.items()
+              if hasattr(part, "named_parameters") for n, p in part.named_parameters()}  # fmt: skip
     tokenizer, start = any_pipe.tokenizer, ConceptAdapter.for_pipeline(any_pipe, PAIR)
     plain = draw(any_pipe, "a cat")
-    adapter = learned(any_pipe, sampling="reweighted", joint_share=1.0)
+    adapter = learned(any_pipe, sampling="reweighted", joint_share=1.0, batch_size=2)
     assert (adapter.training, adapter.name) == (False, "concept")
     for concept in adapter.config.concepts:
         for name in adapter.config.widths:
@@ -119,8 +119,8 @@ def test_it_trains_the_tokens_and_the_changes_alone(any_pipe: Any) -> None:
     moved = [bool(p.abs().sum()) for n, p in adapter.named_parameters() if not n.startswith("concept_tokens")]
     assert moved
     assert all(moved)
-    after = {n: p for part in any_pipe.components.values() if hasattr(part, "named_parameters")
-             for n, p in part.named_parameters()}  # fmt: skip
+    after = {(key, n): p for key, part in any_pipe.components.items()
+             if hasattr(part, "named_parameters") for n, p in part.named_parameters()}  # fmt: skip
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(p.requires_grad for p in any_pipe.text_encoder.parameters())
     assert any_pipe.tokenizer is tokenizer

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from tiny_concept import PAIR, photo
+from tiny_dit import make_flux
 from torch import Tensor
 
 from interactdiff import AdapterError, Entity, Interaction, Scene, attach
+from interactdiff.bench.concept import BASES
 from interactdiff.bench.memory import peak_memory
 from interactdiff.concept import ConceptAdapter, ConceptError, Looking, MaskSettings, find_masks, learn
 from interactdiff.concept.capture import AttentionCapture, Layers, gathered
@@ -367,9 +370,16 @@ def test_settings_that_are_refused() -> None:
 
 
 def test_layers(unet: Any, sd3_pipe: Any) -> None:
-    layers = Layers.of(unet)
-    assert {path.rpartition(".")[2] for path in layers.cross} == {"attn2"}
-    assert {path.rpartition(".")[2] for path in layers.own} == {"attn1"}
+    with torch.device("meta"):
+        large, flux = UNet2DConditionModel(**BASES["sdxl"].unet), make_flux(num_layers=4, num_single_layers=8)
+    levels = {site.path: site.level for site in find_sites(large)}
+    layers = Layers.of(large)
+    assert ({levels[path] for path in layers.cross}, {levels[path] for path in layers.own}) == ({2}, {1})
+    assert all(".transformer_blocks.5.attn2" in path for path in layers.cross), "of ten in a row the middle"
+    chosen = Layers.of(flux).cross
+    assert len(chosen) == 6
+    assert chosen[1] == "transformer_blocks.3.attn"
+    assert chosen[2:] == tuple(f"single_transformer_blocks.{n}.attn" for n in (1, 3, 5, 7))
     assert Layers.of(sd3_pipe.transformer, [1]).own == ("transformer_blocks.1.attn",)
     with pytest.raises(AdapterError, match="expected blocks of 0 to 1, got"):
         Layers.of(sd3_pipe.transformer, [2])

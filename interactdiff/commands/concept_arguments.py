@@ -108,7 +108,7 @@ def named(flag: str, texts: list[str]) -> dict[str, str]:
     """
     values = {}
     for text in texts:
-        name, equals, value = text.rpartition("=")
+        name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise UsageError(f"{flag}: expected NAME=VALUE, got {text!r}")
         values[name] = value

@@ -117,10 +117,6 @@ class AttentionCapture:
         if site.path in self._wanted and site.path not in self._taken:
             self._taken[site.path] = inputs
 
-    def release(self) -> None:
-        """Free what was kept."""
-        self._taken.clear()
-
     @property
     def text_length(self) -> int:
         """Rows of the text in the last call."""

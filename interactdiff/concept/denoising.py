@@ -115,8 +115,8 @@ class Denoising(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser runs."""
-        return self.denoiser.device
+        """Where the denoiser computes, which is not where it is while it is offloaded."""
+        return self.pipeline._execution_device
 
     @property
     def multiple(self) -> int:
@@ -145,7 +145,7 @@ class Denoising(ABC):
                 f"expected a photo that is at most {self.largest} pixels a side at a size of {side}, got one "
                 f"of {crop.width} x {crop.height}: crop it, or take a smaller size"
             )
-        resized = photo.convert("RGB").resize(crop.resized, Image.Resampling.LANCZOS)
+        resized = photo.resize(crop.resized, Image.Resampling.LANCZOS)
         return resized.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
 
     def crop(self, size: tuple[int, int], side: int) -> "Crop":
@@ -158,7 +158,7 @@ class Denoising(ABC):
 
     def latents(self, photo: Image.Image) -> Tensor:
         """[1, C, H, W] float32 latents of a photo: what its distribution is centred on, without noise."""
-        return picture_latents(self.pipeline.vae, photo).to(self.device)
+        return picture_latents(self.pipeline.vae, photo, self.device)
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Prompt:

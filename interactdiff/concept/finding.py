@@ -1,7 +1,7 @@
 """Finds concepts in a photo: noises it a little, and reads where a denoiser attends to their words."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from interactdiff.concept.binding import ConceptBinding
 from interactdiff.concept.capture import AttentionCapture, Layers
 from interactdiff.concept.denoising import TRAIN_STEPS, Denoising
 from interactdiff.concept.masks import ConceptMasks, MaskSettings, make_masks, refined, with_background
+from interactdiff.concept.pictures import as_shown
 from interactdiff.concept.prompts import prompt_rows, segments
 from interactdiff.concept.scene_boxes import scene_boxes
 from interactdiff.concept.words import (
@@ -73,7 +74,7 @@ def find_masks(
 
     Args:
         pipeline: from text, with a U-Net, Flux or SD3.
-        photo: of any size; its aspect is kept.
+        photo: of any size and mode; its aspect is kept, its orientation (EXIF) applied.
         words: one for each concept, such as "dog".
         size: side in pixels at which it is looked at; None for the model's own.
         prompt: with slots, "{0} beside {1}"; None is "a photo of {0} and {1}".
@@ -90,7 +91,7 @@ def find_masks(
     if scene is not None:
         boxes = {**scene_boxes(scene, dict(zip(words, words, strict=True))), **(boxes or {})}
     denoising = Denoising.of(pipeline)
-    side = size or default_size(pipeline)
+    side, photo = size or default_size(pipeline), as_shown(photo)
     sized, crop = denoising.sized(photo, side), denoising.crop(photo.size, side)
     adapter = ConceptAdapter.for_pipeline(pipeline).named("masks")
     with attach(pipeline, adapter) as handle:
@@ -99,7 +100,7 @@ def find_masks(
         boxes = {word: crop.box(box) for word, box in (boxes or {}).items()}
         given = {word: crop.mask(mask) for word, mask in (given or {}).items()}
         masks = make_masks(words, finder.scores(), settings, boxes, given)
-    masks.check(settings.minimum_area)
+    masks.check(settings.minimum_area, given)
     return masks
 
 
@@ -135,6 +136,9 @@ class Finder:
         self.denoising, self.binding, self.photo, self.names = denoising, binding, photo, list(names)
         self.looking = looking or Looking()
         self.settings = self.looking.masks or default_settings(denoising.pipeline)
+        if self.settings.background is None:
+            own = default_settings(denoising.pipeline).background
+            self.settings = replace(self.settings, background=own)
         self.layers = Layers.of(denoising.denoiser, self.looking.blocks)
         self.prompt = joint_prompt(template, self.names, prefix)
         self.latents = denoising.latents(photo)

@@ -15,6 +15,8 @@ from interactdiff.models import MODEL, resolve
 from interactdiff.pipeline_loading import load_pipeline
 from interactdiff.sites import denoiser_of
 
+LEGACY_END = 2  # `eos_token_id` of CLIPs whose files are older than transformers 4.29
+
 
 @torch.no_grad()
 def fold(pipeline: Any, adapter: ConceptAdapter) -> None:
@@ -22,7 +24,8 @@ def fold(pipeline: Any, adapter: ConceptAdapter) -> None:
 
     Matrices and tables of embeddings change in place; tokenizers are replaced by copies.
 
-    A concept that changes the rows of its own tokens alone changes those of all words from here on.
+    A concept that was learned for the rows of its own tokens (`acts_on` "own") changes those of all words
+    once it is folded.
 
     Args:
         pipeline: the base.
@@ -59,6 +62,17 @@ def fold(pipeline: Any, adapter: ConceptAdapter) -> None:
             table = module.get_input_embeddings().weight
         ids = tokenizer.convert_tokens_to_ids(list(adapter.tokens))
         table[ids] = adapter.all_vectors(encoder.name).to(table)
+        _pool_at_the_end(module, tokenizer)
+
+
+def _pool_at_the_end(module: Any, tokenizer: Any) -> None:
+    """Let an old CLIP know its end of text; with `eos_token_id` 2 it pools at the highest id, a new token."""
+    end = tokenizer.eos_token_id
+    if getattr(module.config, "eos_token_id", None) == LEGACY_END and end is not None:
+        module.config.eos_token_id = end
+        core = getattr(module, "text_model", module)
+        if hasattr(core, "eos_token_id"):
+            core.eos_token_id = end
 
 
 def loaded_for(source: str, model: str | None) -> tuple[ConceptAdapter, Any]:

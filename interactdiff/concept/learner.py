@@ -26,7 +26,7 @@ from interactdiff.concept.losses import (
 from interactdiff.concept.masks import ConceptMasks, iou, make_masks
 from interactdiff.concept.objective import SAMPLE_STEPS, Objective
 from interactdiff.concept.options import LearnOptions
-from interactdiff.concept.pictures import side_by_side
+from interactdiff.concept.pictures import as_shown, side_by_side
 from interactdiff.concept.sampling import chosen_concepts
 from interactdiff.concept.scene_boxes import scene_boxes
 from interactdiff.concept.words import Concept, ConceptError, as_concepts, joint_prompt, subset_prompt
@@ -81,7 +81,7 @@ def learn(
 
     Args:
         pipeline: from text, with a U-Net, Flux or SD3; it is what it was afterwards.
-        image: the photo.
+        image: the photo, of any mode; its orientation (EXIF) is applied.
         concepts: {token: word}, such as {"<hero>": "person", "<blob>": "ball"}.
         options: how they are learned; None for the defaults.
         prompt: with slots that the concepts fill, "{0} beside {1}"; None is "a photo of {0} and {1}".
@@ -135,12 +135,13 @@ class Learner:
     ):
         self.options = options.suited(known_info(pipeline).learning)
         self.pipeline, self.step = pipeline, 0
+        self._is_whole = True  # whether weights and step are of one another
         self._folder, self._template = checkpoint, prompt
         self.concepts = as_concepts(concepts, options.vectors)
         self.names = [concept.token for concept in self.concepts]
         joint_prompt(prompt, self.names)
         self.denoising = Denoising.of(pipeline)
-        side = options.size or default_size(pipeline)
+        side, image = options.size or default_size(pipeline), as_shown(image)
         self.photo, self._crop = self.denoising.sized(image, side), self.denoising.crop(image.size, side)
         self.adapter = ConceptAdapter.for_pipeline(
             pipeline,
@@ -208,7 +209,7 @@ class Learner:
         """
         self._boxes = {name: self._crop.box(box) for name, box in (boxes or {}).items()}
         self._given = {name: self._crop.mask(mask) for name, mask in (given or {}).items()}
-        self._run = self._agreed()
+        self._run = {} if self._folder is None else self._agreed()
         if not self._resume():
             scores = self.finder.scores()
             if self.options.published_refresh and min(scores.shape[1:]) < SSIM_WINDOW:
@@ -218,11 +219,13 @@ class Learner:
                 )
             self._accept(self._looked(scores))
             if self.options.needs_masks:
-                self.masks.check(self.finder.settings.minimum_area)
+                self.masks.check(self.finder.settings.minimum_area, self._given)
         return self.masks
 
     def train(self, on_step: OnStep | None = None) -> list[StepReport]:
-        """Train to the end; what interrupts it leaves a checkpoint.
+        """Train to the end; what interrupts it leaves a checkpoint, and so does the end.
+
+        An interruption within an optimizer's step leaves the last checkpoint.
 
         Returns:
             What each step came to, from where training went on.
@@ -234,12 +237,13 @@ class Learner:
                 report = self._train_step()
                 reports.append(report)
                 every = options.checkpoint_every
-                if self._folder is not None and every and self.step % every == 0:
+                is_due = self.step == options.steps or (every and self.step % every == 0)
+                if self._folder is not None and is_due:
                     self._keep()
                 if on_step is not None:
                     on_step(report)
         except BaseException:
-            if self._folder is not None and reports:
+            if self._folder is not None and reports and self._is_whole:
                 self._keep()
             raise
         return reports
@@ -321,8 +325,10 @@ class Learner:
         self._optimizer.zero_grad()
         self._accelerator.backward(loss)
         self._accelerator.clip_grad_norm_(self._trained, 1.0)
+        self._is_whole = False
         self._optimizer.step()
         self.step += 1
+        self._is_whole = True
         values = torch.cat([loss[None], denoising[None], attention]).tolist()
         return StepReport(
             self.step, values[0], values[1], dict(zip(names, values[2:], strict=False)), accepted

@@ -9,7 +9,7 @@ The published form makes a matrix of S and its fourth power, each rescaled from 
 that rescaling only shifts and scales whole maps, and R is the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class MaskSettings:
         exponent: of the maps before they are spread, 0.1 to 10.
         power: how often the image's attention to itself spreads them, 0 to 64.
         background: what stands for it: "start", the text's first token; "template", the words around the
-            concepts; "complement", where no concept is.
+            concepts; "complement", where no concept is; None for what suits the text encoder.
         unassigned: pixels that no class wins: "ignore" leaves them to none, "nearest" to the best.
         minimum_area: share of the picture that a concept has at least.
     """
@@ -40,17 +40,18 @@ class MaskSettings:
     threshold: float = 0.1
     exponent: float = 2.0
     power: int = 4
-    background: str = "start"
+    background: str | None = None
     unassigned: str = "ignore"
     minimum_area: float = 0.01
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("background", self.background, ("start", "template", "complement")),
+            ("background", self.background, (None, "start", "template", "complement")),
             ("unassigned", self.unassigned, ("ignore", "nearest")),
         ):
             if value not in known:
-                raise ConceptError(f"expected {name} of {', '.join(known)}, got {value!r}")
+                names = ", ".join(filter(None, known))
+                raise ConceptError(f"expected {name} of {names}, got {value!r}")
         if not 0 <= self.threshold < 1:
             raise ConceptError(f"expected a threshold of 0 up to 1, got {self.threshold}")
         check_range("exponent", self.exponent, 0.1, 10)
@@ -64,7 +65,7 @@ class ConceptMasks:
 
     Attributes:
         names: of the concepts.
-        scores: R [K + 1, h, w] in [0, 1], the background's last.
+        scores: R [K + 1, h, w] in [0, 1], the background's last: what attention says, 0 outside boxes.
         masks: [K + 1, h, w] bool, disjoint, the background's last.
     """
 
@@ -77,14 +78,18 @@ class ConceptMasks:
         """Each concept's share of the picture."""
         return {name: float(self.masks[n].float().mean()) for n, name in enumerate(self.names)}
 
-    def check(self, minimum_area: float) -> None:
+    def check(self, minimum_area: float, given: Collection[str] = ()) -> None:
         """Make sure that each concept was found.
+
+        Args:
+            minimum_area: share of the picture that each has at least.
+            given: concepts whose masks were not looked for, of any size.
 
         Raises:
             NotFoundError: naming the first that was not, and what to try.
         """
         for name, area in self.areas.items():
-            if area < max(minimum_area, 1e-9):
+            if name not in given and area < minimum_area:
                 raise NotFoundError(
                     f"expected {name} in the photo, got a mask of {100 * area:.1f} % of it: try another "
                     "word, a lower threshold, a box, or a mask of your own"
@@ -152,7 +157,8 @@ def make_masks(
         scores: R [K + 1, h, w].
         settings: thresholds.
         boxes: for some concepts a box, xyxy in [0, 1], outside which they are not.
-        given: for some concepts a mask [h', w'] with values in [0, 1], in the place of what was found.
+        given: for some concepts a mask [h', w'] with values in [0, 1], in the place of what was found; of
+            two that overlap, the smaller one has what they share.
 
     Raises:
         ConceptError: a box or a mask is of none of the names, a given mask is empty, or two are the same.
@@ -164,8 +170,9 @@ def make_masks(
     height, width = scores.shape[1:]
     for name, box in (boxes or {}).items():
         scores[names.index(name)] *= box_mask(box, (height, width)).to(scores)
-    on_grid = {name: to_grid(mask, (height, width)) >= 0.5 for name, mask in (given or {}).items()}
-    for name, mask in on_grid.items():
+    classed = scores.clone()
+    on_grid = {name: _cells(mask.to(scores), (height, width)) for name, mask in (given or {}).items()}
+    for name, mask in sorted(on_grid.items(), key=lambda pair: -int(pair[1].sum())):
         if not mask.any():
             raise ConceptError(f"expected a mask that is not empty for {name}, got one without a pixel")
         twin = next((other for other in on_grid if other != name and on_grid[other].equal(mask)), None)
@@ -173,13 +180,19 @@ def make_masks(
             raise ConceptError(
                 f"expected a mask of its own for each concept, got the same for {name} and {twin}"
             )
-        scores[:, mask] = 0
-        scores[names.index(name)] = mask.to(scores)
-    classes = assigned(scores, settings.threshold, settings.unassigned)
+        classed[:, mask] = 0
+        classed[names.index(name)] = mask.to(scores)
+    classes = assigned(classed, settings.threshold, settings.unassigned)
     masks = torch.stack([classes == number for number in range(len(scores))])
     if len(on_grid) == len(names):
         masks[-1] = ~masks[:-1].any(0)
     return ConceptMasks(tuple(names), scores, masks)
+
+
+def _cells(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The cells of a grid that a given mask [h, w] is: half or more of each, or where none is, the most."""
+    shares = to_grid(mask, grid)
+    return (shares >= min(0.5, float(shares.max()))) & (shares > 0)
 
 
 def box_mask(box: Box, grid: tuple[int, int]) -> Tensor:

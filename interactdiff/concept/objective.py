@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from interactdiff.concept.capture import AttentionCapture
 from interactdiff.concept.denoising import TRAIN_STEPS
@@ -61,8 +62,8 @@ class Objective:
             generator: of the noise and its level.
 
         Returns:
-            The denoising error; the attention to the classes [B, n, h, w], the background's last where it has
-            one, or None if no loss reads it; and their masks.
+            The denoising error; the attention to the classes [B, n, h, w], the background's last where rows
+            of the text stand for it, or None if no loss reads it; and their masks.
         """
         options, device, count = self.options, self._denoising.device, self.options.batch_size
         latents = self.finder.latents.expand(count, -1, -1, -1)
@@ -118,7 +119,7 @@ class Objective:
         made = []
         guidance = known_info(self._denoising.pipeline).guidance_scale
         width, height = self.finder.photo.size
-        for number in range(self.options.prior_pictures):
+        for number in tqdm(range(self.options.prior_pictures), desc="prior", unit="picture"):
             generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
             with torch.no_grad(), self.finder.binding.idle():
                 drawn = self._denoising.pipeline(

@@ -95,7 +95,7 @@ class LearnOptions:
     acts_on: Acts = "own"
     vectors: int = 1
     attention_loss: str = "normalised"
-    attention_weight: float = 0.1
+    attention_weight: float = 0.02
     full_image_weight: float = 0.0
     prefix: str = PREFIX
     sampling: str = "uniform"
@@ -184,7 +184,7 @@ class LearnOptions:
     @classmethod
     def published(cls, **changes: Any) -> "LearnOptions":
         """What AttenCraft's released code does, bugs included, at its learning rate."""
-        masks = MaskSettings(background="start", unassigned="ignore", minimum_area=0.0)
+        masks = MaskSettings(unassigned="ignore", minimum_area=0.0)
         options = cls(
             learning_rate=1e-4,
             token_learning_rate=1e-4,

@@ -6,7 +6,7 @@ from math import ceil
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from interactdiff.concept.masks import ConceptMasks
 from interactdiff.concept.words import ConceptError
@@ -54,6 +54,18 @@ def read_photo(path: str) -> Image.Image:
         ConceptError: there is none, or it is damaged.
     """
     return _read(path, "photo", as_rgb)
+
+
+def as_shown(photo: Image.Image) -> Image.Image:
+    """A photo in RGB, as it is shown: its orientation applied, white behind transparency.
+
+    Raises:
+        ConceptError: it is of floating-point numbers.
+    """
+    try:
+        return as_rgb(ImageOps.exif_transpose(photo))
+    except UnreadablePicture as error:
+        raise ConceptError(f"photo: {error}") from None
 
 
 def read_masks(paths: Mapping[str, str], photo: Image.Image) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from interactdiff.concept.encoders import text_encoders
 from interactdiff.concept.words import ConceptError, ConceptPrompt
 from interactdiff.pipeline_calls import text_limits
 from interactdiff.sites import denoiser_of, known_family
@@ -59,8 +60,9 @@ def segments(pipeline: Any) -> list[tuple[Any, int, int]]:
         return [(pipeline.tokenizer_2, 0, limit)]
     if family == "SD3":
         clip = pipeline.tokenizer_max_length
-        found = [(pipeline.tokenizer, 0, clip)] if pipeline.tokenizer is not None else []
-        if pipeline.tokenizer_3 is not None:
+        loaded = {encoder.name for encoder in text_encoders(pipeline)}  # diffusers fills others' rows with 0
+        found = [(pipeline.tokenizer, 0, clip)] if "text_encoder" in loaded else []
+        if "text_encoder_3" in loaded:
             found.append((pipeline.tokenizer_3, clip, limit))
         return found
     raise ConceptError(f"expected a base of U-Net, Flux, SD3 for concepts, got {family}")

@@ -42,9 +42,12 @@ from interactdiff.stickworld.world import OBJECTS
 ROWS = ("real", "untrained", "custom_diffusion", "no_attention_loss", "ours", "given_masks")
 SHARED = (
     "steps",
+    "batch_size",
     "learning_rate",
     "token_learning_rate",
+    "weight_decay",
     "max_timestep",
+    "mixed_precision",
     "prefix",
     "size",
     "seed",
@@ -111,10 +114,11 @@ def evaluate_concepts(
     """
     detector = (options.detector or packaged_detector()).to(pipeline.denoiser.device)
     rows = chosen_rows(ROWS, options.rows)
-    photos = [_photo(n, options.seed, options.size or pipeline.size) for n in range(options.scenes)]
+    size = options.size or pipeline.size
+    photos = [_photo(n, options.seed, size) for n in range(options.scenes)]
     table: dict[str, Any] = {"rows": {}, "intervals": {}}
     changes = {"prefix": "a ", **LearnOptions.parsed(options.changes, ("seed",), ("sample_every",))}
-    learning = replace(learning or LearnOptions(), size=options.size or pipeline.size, **changes)
+    learning = replace(learning or LearnOptions(), size=size, seed=options.seed, **changes)
     missed: dict[str, float] = {}
     bar = tqdm(total=len(rows) * len(photos), unit="photo")
     for row in rows:
