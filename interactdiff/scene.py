@@ -134,7 +134,8 @@ class Scene:
         """The scene of a part of the picture that is drawn as a picture of its own: a tile, a masked area.
 
         Boxes become shares of the crop. An interaction of which only the subject or the object is left
-        becomes an entity; what is outside is left out. Width and height stay what they are.
+        becomes an entity; what is outside is left out. A subject whose place an interaction's box is has that
+        box as its own from then on. Width and height stay what they are.
 
         Args:
             crop: the part, xyxy in [0, 1] of the whole picture.
@@ -147,7 +148,8 @@ class Scene:
         for item in self.extra_items:
             if not hasattr(item, "cropped"):
                 raise SceneError(f"expected items that can be cropped, got {type(item).__name__}")
-        left = [item.cropped(crop, min_visible) for item in self.items]
+        items = [item.placed(self.items) if hasattr(item, "placed") else item for item in self.items]
+        left = [item.cropped(crop, min_visible) for item in items]
         return replace(
             self,
             interactions=tuple(one for one in left if isinstance(one, Interaction)),

@@ -303,9 +303,9 @@ def text_of_parts(*parts: str, **options: object) -> str:
         **options: None is left out.
 
     Raises:
-        SceneError: a part has a bar in it.
+        SceneError: a part or an option has a bar in it.
     """
-    for part in parts:
+    for part in (*parts, *map(str, options.values())):
         if "|" in part:
             raise SceneError(f"expected a phrase without a bar, got {shown(part)}")
     given = (f"{name}={value}" for name, value in options.items() if value is not None)

@@ -26,10 +26,8 @@ def test_the_figure_has_the_masks_above_the_pictures(pipe: Any, tmp_path: Path, 
     monkeypatch.setattr("interactdiff.concept.learner.SAMPLE_STEPS", 1)
     pipe.save_pretrained(tmp_path / "model")
     out = tmp_path / "figures" / "concept.png"
-    BENCH["main"](
-        ["--model", str(tmp_path / "model"), "--steps", "1", "--size", "32", "--given-masks", "--device", "cpu"]
-        + ["--out", str(out), "--set", "prefix="]
-    )
+    flags = ["--steps", "1", "--size", "32", "--given-masks", "--device", "cpu", "--set", "prefix="]
+    BENCH["main"](["--model", str(tmp_path / "model"), *flags, "--out", str(out)])
     with Image.open(out) as sheet:
         pixels = np.asarray(sheet)
     empty = (pixels == 255).all((1, 2))

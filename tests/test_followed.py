@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from interactdiff import AdapterError, Interaction, attach
 from interactdiff.clear import ClearConfig, linearize
 from interactdiff.fingerprints import fingerprint, weights_digest
+from interactdiff.subject.adapter import SubjectAdapter
 
 ADAPTERS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "interaction": (lambda pipe: trained_adapter(pipe.unet), RIDING),
@@ -242,8 +243,12 @@ def test_another_vae_beneath_a_subject_is_refused(pipe: Any) -> None:
         draw(pipe)
 
 
-def test_text_encoders_that_were_taken_out_are_not_missed(pipe: Any) -> None:
+@pytest.mark.parametrize("kind", ["interaction", "subject"])
+def test_text_encoders_that_were_taken_out_are_not_missed(pipe: Any, kind: str) -> None:
     """As to save memory, once prompts and scene are encoded; also where the pipeline is cast then."""
+    adapter, items = SubjectAdapter(), [dog()]
+    if kind == "interaction":
+        adapter, items = trained_adapter(pipe.unet), [RIDING]
     text, negative = pipe.encode_prompt("a dog", "cpu", 1, True)
 
     def run(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -252,13 +257,16 @@ def test_text_encoders_that_were_taken_out_are_not_missed(pipe: Any) -> None:
         options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "generator": generator}
         return pipe(height=16, width=16, **own, **options).images
 
-    with attach(pipe, trained_adapter(pipe.unet)) as handle:
-        handle.set_scene([RIDING])
+    with attach(pipe, adapter) as handle:
+        handle.set_scene(items)
         expected = run()
         pipe.text_encoder = pipe.tokenizer = None
         assert torch.equal(run(), expected)
         pipe.unet.to(torch.bfloat16)
         assert run(torch.bfloat16).isfinite().all()
+        if kind == "subject":
+            with pytest.raises(AdapterError, match="got it without its tokenizer and text_encoder"):
+                handle.set_scene([dog(1)])
 
 
 def test_encoders_that_a_scene_is_not_made_of_may_be_others(flux_pipe: Any) -> None:

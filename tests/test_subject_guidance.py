@@ -83,9 +83,20 @@ def test_a_seed_repeats_a_picture_whatever_was_drawn_before(pipe: Any) -> None:
     torch.rand(3)
     guided(pipe, 2, run)
     assert torch.equal(guided(pipe, 1, run, time_gap=5), first)
-    draws = [[guided_by_reference(seed, n, 0.5) for n in range(20)] for seed in range(4)]
-    assert len(set(map(tuple, draws))) == 4
-    assert 0.85 < sum(guided_by_reference(3, n, 0.9) for n in range(1000)) / 1000 < 0.95
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_every_run_has_its_share_of_steps_by_the_reference(share: float) -> None:
+    """However short it is, and whatever its seed; each step has it over many seeds, by chance."""
+    draws = torch.tensor(
+        [[guided_by_reference(seed, n, share) for n in range(40)] for seed in range(400)], dtype=torch.float64
+    )
+    for steps in (4, 20, 40):
+        counts = draws[:, :steps].sum(1)
+        assert (counts - share * steps).abs().max() < 1
+        assert (draws[:, 40 - steps :].sum(1) - share * steps).abs().max() < 1
+    assert (draws.mean(0) - share).abs().max() < 0.07
+    assert len(draws.unique(dim=0)) >= (3 if 0 < share < 1 else 1)
 
 
 def test_a_gap_puts_less_noise_on_the_prompts_reference_and_ends_within_the_schedule(pipe: Any) -> None:

@@ -347,3 +347,23 @@ def test_a_scene_of_a_crop_keeps_what_is_in_it() -> None:
     anywhere, left, right = (dog(box=box) for box in (None, (0, 0, 0.4, 0.5), (0.6, 0, 1, 1)))
     cropped = Scene("a dog", extra_items=(anywhere, left, right)).cropped((0.5, 0.0, 1.0, 1.0))
     assert [one.box for one in cropped.extra_items] == [None, pytest.approx((0.2, 0.0, 1.0, 1.0))]
+    dogs = Interaction("dog", "riding", "bike", (0.0, 0.0, 0.4, 1.0), (0.2, 0.0, 1.0, 1.0))
+    scene = Scene("a dog", interactions=(dogs,), extra_items=(anywhere,))
+    assert scene.cropped((0.5, 0.0, 1.0, 1.0)).extra_items == (), "its place is outside"
+    (left,) = scene.cropped((0.0, 0.0, 0.5, 1.0), min_visible=0.5).extra_items
+    assert left.box == pytest.approx((0.0, 0.0, 0.8, 1.0))
+
+
+def test_transparent_pixels_are_white_whatever_colour_they_hide() -> None:
+    hidden = np.zeros((16, 16, 4), np.uint8)
+    hidden[4:12, 4:12] = (200, 0, 0, 255)
+    cut_out = Image.fromarray(hidden)
+    found = foreground(Subject("dog", cut_out, mask=Image.new("L", (16, 16), 255)))
+    assert found.how == "its mask"
+    assert found.image.getpixel((0, 0)) == (255, 255, 255)
+    assert found.image.getpixel((8, 8)) == (200, 0, 0)
+
+
+def test_bars_in_options_have_no_text_form() -> None:
+    with pytest.raises(SceneError, match="expected a phrase without a bar, got 'a dog|box=0,0,1,1'"):
+        dog(reference_prompt="a dog|box=0,0,1,1").to_text()

@@ -82,5 +82,7 @@ def test_a_phrase_that_the_prompt_does_not_name_is_a_warning(pipe: Any) -> None:
             UserWarning, match="'dog': expected its phrase in the prompt, got 'a cat': name it"
         ):
             handle.set_scene([dog()], prompt="a cat")
+        with pytest.warns(UserWarning, match="expected its phrase in the prompt, got 'a dogged cat'"):
+            handle.set_scene([dog()], prompt="a dogged cat")
         with pytest.warns(UserWarning, match="its whole picture is taken"):
             handle.set_scene([Subject("dog", picture())], prompt="a Dog")

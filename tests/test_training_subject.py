@@ -19,6 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from interactdiff import SubjectAdapter, attach
 from interactdiff.clear import ClearAdapter
+from interactdiff.cli import main
 from interactdiff.data import read_folder
 from interactdiff.data.converters.base import Options
 from interactdiff.data.converters.run import run as convert
@@ -284,6 +285,33 @@ def test_references_without_masks_are_warned_of(
     mixed = [{"path": str(tmp_path / "rows")}, {"path": str(pictures)}]
     make_recipe(subject_config(pipe, pictures, tmp_path, tower, data=mixed))
     assert "1 of 4 references that were looked at are taken whole" in capsys.readouterr().err
+
+
+def test_a_reference_with_nothing_of_its_subject_is_one_sentence(
+    pictures: Path, tmp_path: Path, pipe: Any, tower: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """In `data check`, and in training where nobody has checked."""
+    rows = []
+    (tmp_path / "rows").mkdir()
+    for number in range(2):
+        picture(number, (32, 32)).save(tmp_path / f"rows/{number}.png")
+        Image.new("RGB", (16, 16), "white").save(tmp_path / f"rows/white{number}.png")
+        subject = {"phrase": "dog", "image": f"white{number}.png"}
+        rows.append({"file_name": f"{number}.png", "prompt": "a dog", "subjects": [subject]})
+    (tmp_path / "rows/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "check", str(tmp_path / "rows")]) != 0
+    said = "expected pixels of it in its picture, got none by its white background"
+    assert said in capsys.readouterr().out
+    with pytest.raises(SceneError, match=said):
+        make_recipe(subject_config(pipe, tmp_path / "rows", tmp_path, tower))
+
+    def empty(_: Subject) -> None:
+        raise SceneError(said)
+
+    recipe = make_recipe(subject_config(pipe, pictures, tmp_path, tower))
+    monkeypatch.setattr("interactdiff.training.subject.foreground", empty)  # of a row that was not looked at
+    with pytest.raises(DataError, match=said):
+        recipe.train()
 
 
 def test_bad_references_are_one_sentence(pictures: Path, tmp_path: Path, pipe: Any, tower: Path) -> None:

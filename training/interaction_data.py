@@ -22,7 +22,7 @@ from interactdiff.data.mixture import MixedLatents, Mixture
 from interactdiff.data.order import Draw, GlobalBatches, mixed
 from interactdiff.data.reading import Records
 from interactdiff.data.texts import TextCache, captions_of
-from interactdiff.errors import DataError
+from interactdiff.errors import DataError, SceneError
 from interactdiff.scene import Box, Entity, Interaction
 from interactdiff.training.interaction_config import DropsConfig
 from interactdiff.training.objectives import Objective
@@ -167,7 +167,7 @@ class VariedExamples(Dataset):
         """
         try:
             return [self[draw] for draw in draws]
-        except (DataError, OSError) as error:
+        except (DataError, SceneError, OSError) as error:
             return [{"error": str(error)}]
 
 

@@ -8,7 +8,7 @@ that their pose and place are not learnt.
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,6 @@ from interactdiff.subject.config import CLIP_LARGE
 from interactdiff.subject.encoder import tower_pixels
 from interactdiff.subject.foreground import WHOLE, foreground
 from interactdiff.subject.items import Subject
-from interactdiff.subject.place import boxes_of
 from interactdiff.training.control import FrozenControl, load_control
 from interactdiff.training.pictures import PictureRecipe
 from interactdiff.training.subject_config import (
@@ -121,12 +120,7 @@ class SubjectVariation:
 
 def subjects_of(items: Sequence[Any]) -> list[Subject]:
     """The subjects of a picture, in their own boxes or in those of interactions of the same phrases."""
-    found = []
-    for item in items:
-        if isinstance(item, Subject):
-            boxes = boxes_of(item, items)
-            found.append(replace(item, box=boxes[0] if boxes else None))
-    return found
+    return [item.placed(items) for item in items if isinstance(item, Subject)]
 
 
 class SubjectRecipe(PictureRecipe[SubjectTrainingConfig]):

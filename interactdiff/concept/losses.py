@@ -35,7 +35,7 @@ def attention_loss(columns: Tensor, masks: Tensor) -> Tensor:
 
 
 def published_attention_loss(columns: Tensor, masks: Tensor) -> Tensor:
-    """As `attention_loss`, of the softmax of maps from 0 to 1: [B, K], at most 0.111: ratios are at most e."""
+    """As `attention_loss`, of the softmax of maps from 0 to 1: [B, K], at most 0.111."""
     p, q = (t.flatten(-2).softmax(-1) for t in (from_zero_to_one(columns), masks.float()))
     return divergence(p, q)
 

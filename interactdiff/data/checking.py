@@ -22,8 +22,10 @@ from interactdiff.data.records import ImageRecord, own_file
 from interactdiff.data.rows import PICTURES
 from interactdiff.data.shards import Shards
 from interactdiff.data.words import names_side
-from interactdiff.errors import DataError
+from interactdiff.errors import DataError, SceneError
 from interactdiff.scene_checks import shown
+from interactdiff.subject.foreground import foreground
+from interactdiff.subject.items import Subject
 
 MAX_TOKENS = 77  # of CLIP, two of which it adds
 LATENT = 8  # pixels a side of a latent cell
@@ -185,7 +187,11 @@ class _SplitChecker:
                 self.report.counts["control images"] += 1
                 if self.options.decode:
                     record.open_control()
-        except (DataError, OSError) as error:
+            if self.options.decode:
+                for item in record.items:
+                    if isinstance(item, Subject):
+                        foreground(item)
+        except (DataError, SceneError, OSError) as error:
             file = str(record.path or record.name)
             self.report.errors.add(Problem("picture", file, str(error), record.line, of_picture=True))
             return

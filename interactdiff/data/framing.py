@@ -161,7 +161,8 @@ class Framing:
 
     def items(self, placement: Placement, items: Sequence[Any]) -> tuple[Any, ...]:
         """The items of the result, without those that the crop leaves too little of."""
-        moved = (placement.item(item, self.min_box, self.min_visible) for item in items)
+        placed = (item.placed(items) if hasattr(item, "placed") else item for item in items)
+        moved = (placement.item(item, self.min_box, self.min_visible) for item in placed)
         return tuple(item for item in moved if item is not None)
 
 

@@ -21,8 +21,8 @@ from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.features import Features, moved
 from interactdiff.subject.foreground import load_segmenter
 from interactdiff.subject.guidance import combined, guided_by_reference, halves_of, map_rows, prompt_in_both
-from interactdiff.subject.items import MAX_SUBJECTS, Subject, warn_unnamed
-from interactdiff.subject.place import boxes_of, place
+from interactdiff.subject.items import MAX_SUBJECTS, Subject, boxes_of, warn_unnamed
+from interactdiff.subject.place import place
 from interactdiff.subject.runner import ReferenceRunner, Time, times_ahead
 from interactdiff.subject.spec import SPEC
 from interactdiff.subject.subject_sites import EncoderSite, KeySite
@@ -63,6 +63,9 @@ class SubjectBinding(Binding):
     def __init__(self, adapter: SubjectAdapter, host: Host):
         super().__init__(adapter, host)
         self.settings = {setting.name: setting.default for setting in SPEC.settings}
+        named = (f"{kind}{end}" for kind in ("tokenizer", "text_encoder") for end in ("", "_2", "_3"))
+        loaded = ("vae", *named)
+        self._component_names = [n for n in loaded if getattr(host.pipeline, n, None) is not None]
         self._keys = [KeySite(site) for site in host.sites_of("self", "joint", "single")]
         attentions = adapter.attentions
         self._encoders = [
@@ -157,6 +160,11 @@ class SubjectBinding(Binding):
             if len(subjects) > MAX_SUBJECTS:
                 raise SceneError(f"subjects: expected at most {MAX_SUBJECTS}, got {len(subjects)}")
         self.runner.passes()
+        if lost := [name for name, one in self.components().items() if one is None]:
+            raise AdapterError(
+                f"expected the pipeline with what it had when subjects were attached, got it without its "
+                f"{' and '.join(lost)}: set subjects before taking them out"
+            )
         self.follow(self.runner.passes().device)
         warn_unnamed(items, prompt)
         everything = items if all_items is None else all_items
@@ -179,7 +187,14 @@ class SubjectBinding(Binding):
                     "and all: give a mask, an alpha channel, a white background or a segmenter",
                     stacklevel=2,
                 )
-        return SubjectScene(references, tuple(prompts), seed)
+        scene = SubjectScene(references, tuple(prompts), seed)
+        if self.settings["guidance"] > 0 and not self._is_attended(scene):
+            warnings.warn(
+                "expected self-subject attention for reference guidance, got none: set reference_weight over "
+                "0, and boxes for subjects or attention_without_box to 1; guidance does nothing here",
+                stacklevel=2,
+            )
+        return scene
 
     def set_tokens(
         self, tokens: Tensor, boxes: Sequence[Sequence[Box]] = ((),), weights: Sequence[float] = (1.0,)
@@ -209,11 +224,7 @@ class SubjectBinding(Binding):
 
     def components(self) -> Mapping[str, Any]:
         """What references and their prompts are encoded with."""
-        names = (
-            "vae",
-            *(f"{kind}{end}" for kind in ("tokenizer", "text_encoder") for end in ("", "_2", "_3")),
-        )
-        return {name: one for name in names if (one := getattr(self.host.pipeline, name, None)) is not None}
+        return {name: getattr(self.host.pipeline, name, None) for name in self._component_names}
 
     def use(self, encoded: SubjectScene | None) -> None:
         """Act by a scene from the next call on."""
@@ -281,7 +292,7 @@ class SubjectBinding(Binding):
         share = self.settings["schedule"]
         if share < 1 and (not share or (call.step and not scheduled(*call.step, (share, 0.0, 1 - share)))):
             return None
-        acts = self.settings["reference_weight"] > 0 and bool(self._acting_keys() and self._attended(scene))
+        acts = self._is_attended(scene)
         plan, edited = Plan({}), None
         if acts and self.settings["guidance"] > 0:
             plan, edited = self._guided(call, scene)
@@ -289,6 +300,10 @@ class SubjectBinding(Binding):
             plan.features = self._features(call, scene, plan, edited)
         self._plan = plan
         return edited
+
+    def _is_attended(self, scene: SubjectScene) -> bool:
+        """Whether any reference is seen by self-subject attention."""
+        return self.settings["reference_weight"] > 0 and bool(self._acting_keys() and self._attended(scene))
 
     def _attended(self, scene: SubjectScene) -> set[int]:
         """The subjects whose references are seen by self-subject attention."""

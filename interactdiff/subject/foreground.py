@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from interactdiff.errors import AdapterError, SceneError
+from interactdiff.picture_reading import as_rgb
 from interactdiff.scene_checks import shown
 from interactdiff.subject.items import LEAST_MASK, Subject
 
@@ -73,13 +74,12 @@ def foreground(subject: Subject, segmenter: Any = None) -> Foreground:
             f"subject {shown(subject.phrase)}: expected pixels of it in its picture, got none by {how}"
         )
     white = Image.new("RGB", picture.size, "white")
-    return Foreground(Image.composite(picture.convert("RGB"), white, mask), mask, how)
+    return Foreground(Image.composite(as_rgb(picture), white, mask), mask, how)
 
 
 def whole(subject: Subject) -> Foreground:
     """A subject's whole picture as its foreground, background and all; transparent pixels are white."""
-    picture: Image.Image = subject.image.image.convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    flat = as_rgb(subject.image.image)
     return Foreground(flat, Image.new("L", flat.size, 255), WHOLE)
 
 

@@ -11,6 +11,7 @@ c is that. v and velocities combine likewise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import floor
 from typing import Any
 
 import torch
@@ -19,14 +20,23 @@ from torch import Tensor
 from interactdiff.calls import Rows
 from interactdiff.errors import AdapterError
 
-MAX_STEPS = 1000
 WITHOUT_BATCH = ("img_ids", "txt_ids")  # arguments that have no row for each picture
 
 
 def guided_by_reference(seed: int, step: int, share: float) -> bool:
-    """Whether a step is guided by the reference, lambda_t < p_r: all are drawn at once, by the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return float(torch.rand(MAX_STEPS, generator=generator)[step % MAX_STEPS]) < share
+    """Whether a step is guided by the reference, at a share p_r of the steps, and not by the text.
+
+    By systematic sampling: of any N steps in a row N (1 - p_r), up or down to a whole number, are guided
+    by the text, and the seed draws which. Independent draws, as published, can leave a short run without.
+
+    Args:
+        seed: of the scene.
+        step: from 0.
+        share: p_r, in [0, 1].
+    """
+    start = float(torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    before, after = (floor(start + n * (1 - share)) for n in (step, step + 1))
+    return before == after
 
 
 def halves_of(parts: Sequence[Rows]) -> tuple[int, int] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from interactdiff.scene_checks import (
 from interactdiff.scene_items import (
     MAX_STRENGTH,
     MIN_VISIBLE,
+    Interaction,
     box_text,
     cropped_box,
     parts_and_options,
@@ -85,6 +87,15 @@ class Subject:
             checked["reference_prompt"] = checked_phrase("reference_prompt", self.reference_prompt)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def placed(self, items: Iterable[Any]) -> Subject:
+        """The subject with a box: its own, else the first of interactions with its phrase, if any.
+
+        Args:
+            items: of its scene.
+        """
+        boxes = boxes_of(self, items)
+        return replace(self, box=boxes[0]) if boxes else self
 
     def cropped(self, crop: Box, min_visible: float = MIN_VISIBLE) -> Subject | None:
         """The subject within a part of the picture, as `Interaction.cropped`; None where it is left out.
@@ -153,6 +164,18 @@ class Subject:
         return cls(phrase, Picture.named("image", image), **options)
 
 
+def boxes_of(subject: Subject, items: Iterable[Any]) -> tuple[Box, ...]:
+    """A subject's own box; else those of interactions' subjects and objects that have its phrase."""
+    if subject.box is not None:
+        return (subject.box,)
+    found: list[Box] = []
+    for item in items:
+        if isinstance(item, Interaction):
+            ends = ((item.subject, item.subject_box), (item.object, item.object_box))
+            found += [box for phrase, box in ends if phrase.lower() == subject.phrase.lower()]
+    return tuple(dict.fromkeys(found))
+
+
 def warn_unnamed(items: Sequence[Sequence[Subject]], prompt: str | Sequence[str] | None) -> None:
     """Say which subjects a prompt does not name, which it is to draw.
 
@@ -168,7 +191,8 @@ def warn_unnamed(items: Sequence[Sequence[Subject]], prompt: str | Sequence[str]
         )
     for n, text in enumerate(prompts):
         for subject in items[n] if len(items) > 1 else items[0]:
-            if subject.phrase.lower() not in " ".join(text.lower().split()):
+            words = r"\s+".join(map(re.escape, subject.phrase.split()))
+            if not re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE):
                 warnings.warn(
                     f"subject {shown(subject.phrase)}: expected its phrase in the prompt, got {shown(text)}: "
                     "name it there, in the same words, to have it drawn",

@@ -15,6 +15,7 @@ from interactdiff.adapter import Host
 from interactdiff.calls import Call
 from interactdiff.errors import AdapterError
 from interactdiff.families import Grid
+from interactdiff.latent_encoding import picture_latents
 from interactdiff.pipeline_calls import call_arguments
 from interactdiff.sites import known_family
 
@@ -67,22 +68,9 @@ class Passes(ABC):
         sides = (max(round(side * scale / multiple), 1) * multiple for side in (width, height))
         return next(sides), next(sides)
 
-    @torch.no_grad()
     def latents(self, picture: Image.Image) -> Tensor:
-        """[1, C, h, w] in float32 of an RGB picture of a size that `size` has chosen: the mean."""
-        vae, config = self.pipeline.vae, self.pipeline.vae.config
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-        dtype = vae.dtype
-        upcast = dtype == torch.float16 and getattr(config, "force_upcast", False)
-        if upcast:
-            vae.to(torch.float32)
-        encoded = vae.encode(pixels.to(self.device, torch.float32 if upcast else dtype))
-        if upcast:
-            vae.to(dtype)
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        shift = getattr(config, "shift_factor", None) or 0.0
-        return ((latents.float() - shift) * config.scaling_factor).cpu()
+        """[1, c, h, w] in float32 on the CPU, of an RGB picture of a size that `size` has chosen."""
+        return picture_latents(self.pipeline.vae, picture, self.device).cpu()
 
     @torch.no_grad()
     def text(self, prompt: str) -> Texts:

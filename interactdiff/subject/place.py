@@ -1,27 +1,12 @@
 """Where a subject shall be: which of the picture's tokens see it, with soft edges."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from interactdiff.families import Grid
 from interactdiff.scene_checks import Box
-from interactdiff.scene_items import Interaction
-from interactdiff.subject.items import Subject
-
-
-def boxes_of(subject: Subject, items: Iterable[Any]) -> tuple[Box, ...]:
-    """A subject's own box; else those of interactions' subjects and objects that have its phrase."""
-    if subject.box is not None:
-        return (subject.box,)
-    found: list[Box] = []
-    for item in items:
-        if isinstance(item, Interaction):
-            ends = ((item.subject, item.subject_box), (item.object, item.object_box))
-            found += [box for phrase, box in ends if phrase.lower() == subject.phrase.lower()]
-    return tuple(dict.fromkeys(found))
 
 
 def place(boxes: Sequence[Box], grid: Grid) -> Tensor:

@@ -74,7 +74,7 @@ class ReferenceRunner:
         """
         passes = self.passes()
         prompt = subject.reference_prompt or subject.phrase
-        key: Any = (subject.image, subject.mask, subject.phrase, prompt, id(self.segmenter), self.masked)
+        key: Any = (subject.image, subject.mask, subject.phrase, prompt, self.segmenter, self.masked)
         key += (fingerprint(passes.pipeline.vae), fingerprint(self._adapter))
         text = passes.text(prompt)
         kept = self._references.get(key)
