@@ -249,13 +249,13 @@ def _find(learner: Any, request: LearnRequest, report: Callable[[LearnProgress],
     from interactdiff.concept.pictures import masks_picture
 
     boxes, given = request.boxes, dict[str, Any]()
+    least = learner.finder.settings.minimum_area
     while True:
         try:
             learner.find(boxes, given)
             missing = None
         except ConceptError:
             areas = learner.masks.areas if hasattr(learner, "masks") else {}
-            least = learner.finder.settings.minimum_area
             missing = next((name for name, area in areas.items() if area < least), None)
             if missing is None:
                 raise

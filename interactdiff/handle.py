@@ -69,7 +69,7 @@ class Handle:
         Args:
             scene: a `Scene`; or its items, for every image, or one sequence of them for each prompt of the
                 batch. An image without any is drawn as the base draws it.
-            strength: how strongly items act, in [0, 2].
+            strength: how strongly interactions and entities act, in [0, 2]; subjects have their own.
             schedule: the share of the steps that they act in, from the first; or shares [on, linear decay,
                 off]. A share is of the steps that a run takes: of those from where image to image starts, of
                 those up to `denoising_end`. Of a scene that is set in the middle of a run, as by a callback,

@@ -365,5 +365,5 @@ def test_transparent_pixels_are_white_whatever_colour_they_hide() -> None:
 
 
 def test_bars_in_options_have_no_text_form() -> None:
-    with pytest.raises(SceneError, match="expected a phrase without a bar, got 'a dog|box=0,0,1,1'"):
+    with pytest.raises(SceneError, match=r"expected a phrase without a bar, got 'a dog\|box=0,0,1,1'"):
         dog(reference_prompt="a dog|box=0,0,1,1").to_text()

@@ -80,7 +80,7 @@ def add_photo(parser: argparse.ArgumentParser, form: str, example: str) -> None:
     parser.add_argument(
         "--background",
         choices=("start", "template", "complement"),
-        help="what stands for it (default: what suits the base)",
+        help="which rows of the text stand for the background (default: what suits the base)",
     )
     parser.add_argument(
         "--nearest", action="store_true", help="give pixels that no concept wins to the best one"

@@ -39,7 +39,11 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--steps", type=positive, default=500, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--vectors", type=positive, default=1, metavar="N", help="of each word (default: %(default)s)"
+        "--vectors",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="embeddings of each token (default: %(default)s)",
     )
     parser.add_argument(
         "--sample-every",

@@ -21,7 +21,8 @@ class ConceptConfig:
         widths: of each text encoder's embeddings, by the name that the pipeline has for it.
         projections: of text that are changed: keys and values, one of them, or none.
         rank: of the changes; 0 for whole matrices.
-        shared_rank: of changes of projections that are the image's too, where `rank` is 0; 0 likewise.
+        shared_rank: where `rank` is 0, the rank of changes of projections that text and image share; 0 for
+            whole matrices.
         acts_on: the rows of the text that are changed: "own", those of the concepts' own tokens, so that all
             other words mean what they did; or "all", as Custom Diffusion and AttenCraft have it.
         stored: "changes" to the base's matrices, or "weights" in their place, as published files have them.

@@ -25,11 +25,11 @@ class PromptRows:
     start: tuple[int, ...]
     template: tuple[int, ...]
 
-    def of_background(self, background: str) -> tuple[int, ...]:
+    def of_background(self, background: str | None) -> tuple[int, ...]:
         """The rows of a background, see `MaskSettings`; empty where it has none."""
-        return {"start": self.start, "template": self.template}.get(background, ())
+        return {"start": self.start, "template": self.template}.get(background or "", ())
 
-    def classes(self, background: str) -> list[tuple[int, ...]]:
+    def classes(self, background: str | None) -> list[tuple[int, ...]]:
         """The rows of each concept, and of the background where it has some.
 
         Raises:

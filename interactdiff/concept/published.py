@@ -150,7 +150,7 @@ def save_custom_diffusion(
 ) -> None:
     """Write what diffusers and AttenCraft read: `pytorch_custom_diffusion_weights.bin` and a file a token.
 
-    The files know nothing of rows of the text: read by others, a concept acts on all words.
+    These files have no `acts_on`: loaded elsewhere, a concept acts on all words.
 
     Args:
         adapter: for a U-Net with one text encoder, with keys and values changed.

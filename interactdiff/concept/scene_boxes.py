@@ -10,7 +10,8 @@ from interactdiff.scene_checks import Box
 def scene_boxes(scene: Scene, words: Mapping[str, str]) -> dict[str, Box]:
     """The boxes, outside which concepts are not, of the phrases of a scene that name them.
 
-    A phrase names a concept if it is its word or its name, whatever the case: "person" is no "tall person".
+    A phrase names a concept if it is its word or its name, whatever the case; "tall person" does not
+    name "person".
     Where several boxes have that phrase, as a person's who does two things, it is the box around them.
 
     Args:

@@ -19,7 +19,7 @@ from interactdiff.subject.items import Subject
 from interactdiff.subject.passes import Texts
 
 LEAST_SHARE = 0.05
-"""Tokens of which less is the subject's are left out; of the others the share is a factor of their weight."""
+"""Least share of a token's area that the subject covers; the share is a factor of the token's weight."""
 Features = dict[str, tuple[Tensor, Tensor]]
 """By the path of a site, keys and values [1, heads, K, D] of the foreground's tokens."""
 

@@ -37,7 +37,7 @@ REFERENCE_WEIGHT = Setting(
     "How often each key of the reference counts; 0: no self-subject attention.",
 )  # fmt: skip
 SETTINGS = (
-    Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Of what the subject encoder adds."),
+    Setting("encoder_weight", "Encoder weight", 0.2, 0.0, 2.0, "Factor of what the subject encoder adds."),
     Setting(
         "encoder_guidance", "Encoder guidance", 0.0, 0.0, 1.0,
         "Share of the encoder that the negative prompt is without, so that guidance scales it.",
@@ -45,7 +45,7 @@ SETTINGS = (
     REFERENCE_WEIGHT,
     Setting(
         "attention_without_box", "Attention without a box", 1, 0, 1,
-        "0: self-subject attention acts for subjects with a place alone.", (0, 1),
+        "0: only subjects with a box or an interaction use self-subject attention.", (0, 1),
     ),
     Setting(
         "guidance", "Reference guidance", 0.0, 0.0, 30.0,
@@ -53,17 +53,20 @@ SETTINGS = (
     ),
     Setting(
         "guidance_share", "Share of reference guidance", 0.9, 0.0, 1.0,
-        "Of the steps, drawn by chance; the others are guided by the prompt.",
+        "Share of the steps that the reference guides; the prompt guides the others.",
     ),
     Setting(
         "time_gap", "Time gap", 1, 0, 100,
-        "With reference guidance: timesteps, of 1000, that the reference is less noisy or noisier.",
+        "With reference guidance: by how many of 1000 timesteps the reference's noise differs.",
     ),
-    Setting("layers", "Share of layers", 1.0, 0.0, 1.0, "That see the reference, widest first."),
+    Setting(
+        "layers", "Share of layers", 1.0, 0.0, 1.0,
+        "Share of the attention layers that see the reference, widest first.",
+    ),
     Setting("schedule", "Schedule", 1.0, 0.0, 1.0, "Share of the steps, from the first, to act in."),
     Setting(
-        "extra_row", "Row for guidance", 0, 0, 1,
-        "Where a step has one row (guidance off, or distilled): 1 adds one for reference guidance.",
+        "extra_row", "Extra row for reference guidance", 0, 0, 1,
+        "1: add a row to steps that have one alone (guidance off, distilled models), as it needs.",
         (0, 1),
     ),
     Setting(
