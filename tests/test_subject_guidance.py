@@ -110,7 +110,15 @@ def test_a_gap_puts_less_noise_on_the_prompts_reference_and_ends_within_the_sche
         handle["subject"].configure(guidance=2.0, time_gap=60, **NEVER)
         handle.set_scene([dog()])
         draw(pipe, guidance_scale=3.0, **run)
-        kept = [time for times in handle["subject"].runner.cache._kept.values() for time in times]
+        kept = {
+            key: one for times in handle["subject"].runner.cache._kept.values() for key, one in times.items()
+        }
+        first = handle["subject"]._keys[0]
+        rows = first.blocks[0].keys  # of the negative prompt and of the prompt, at the last step
+    noisy, clear = (
+        kept[key][first.site.path][0] for key in sorted((k for k in kept if k[0] == 499), key=lambda k: k[1])
+    )
+    assert torch.equal(rows, torch.cat([noisy, clear]))
     signal = {(t, share[0]) for t, share in kept}
     assert len(signal) == 4
     late = sorted(share for t, share in signal if t == 499)
@@ -216,3 +224,39 @@ def test_parts_of_a_batch() -> None:
     assert torch.equal(mapped["a"]["b"][0], rows + 1)
     assert torch.equal(mapped["img_ids"], rows)
     assert torch.equal(mapped["c"], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("DDIM", {}),
+        ("EulerDiscrete", {"timestep_spacing": "linspace"}),
+        ("EulerDiscrete", {"use_karras_sigmas": True}),
+        ("EulerAncestralDiscrete", {}),
+        ("HeunDiscrete", {"use_karras_sigmas": True}),
+        ("FlowMatchEulerDiscrete", {"shift": 3.0}),
+    ],
+)
+def test_references_have_the_noise_of_the_scheduler(
+    pipe: Any, flux_pipe: Any, scheduler: str, options: dict[str, Any]
+) -> None:
+    """As it scales what the denoiser is given, at all of its timesteps, whole or not."""
+    import diffusers
+
+    host = flux_pipe if scheduler.startswith("Flow") else pipe
+    made = getattr(diffusers, f"{scheduler}Scheduler").from_config(host.scheduler.config, **options)
+    made.set_timesteps(7)
+    host.scheduler = made
+    with attach(host, SubjectAdapter()) as handle:
+        passes = handle["subject"].runner.passes()
+        for number, time in enumerate(made.timesteps):
+            signal, spread = passes.noise_shares(float(time), host)
+            if scheduler == "DDIM":
+                alpha = made.alphas_cumprod[int(time)]
+                expected = alpha**0.5, (1 - alpha) ** 0.5
+            elif scheduler.startswith("Flow"):
+                expected = 1 - made.sigmas[number], made.sigmas[number]
+            else:
+                sigma = made.sigmas[number]
+                expected = 1 / (sigma**2 + 1) ** 0.5, sigma / (sigma**2 + 1) ** 0.5
+            assert (signal, spread) == pytest.approx([float(one) for one in expected], abs=2e-3)
