@@ -92,6 +92,43 @@ def test_it_is_equation_1_in_every_block(pipe: Any, guided: float) -> None:
     assert close(draw(pipe, num_inference_steps=1), got)
 
 
+@torch.no_grad()
+def test_in_a_transformer_the_images_own_queries_attend_to_the_tokens(sd3_pipe: Any) -> None:
+    """What each attention gathers for the image + beta SEA(its queries, SE(r)), by hooks of its own."""
+    adapter, weight = trained_subject_adapter(sd3_pipe.transformer), 0.7
+    with attach(sd3_pipe, adapter) as handle:
+        handle["subject"].configure(**ENCODER_ALONE)
+        handle.set_scene([dog()])
+        got = draw(sd3_pipe, num_inference_steps=1)
+        tokens = handle["subject"].scene.subjects[0].reference.tokens[0]
+    queries: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Any:
+        return lambda _, __, output: queries.update({path: output})
+
+    def add(path: str) -> Any:
+        attention, _ = adapter.attentions[path]
+        out = attention.to_out[0]
+
+        def changed(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            q = queries[path].unflatten(-1, (attention.heads, -1))  # [B, L, heads, D]
+            k, v = ((tokens @ layer.weight.T).unflatten(-1, (attention.heads, -1))
+                    for layer in (attention.to_k, attention.to_v))  # fmt: skip
+            norm = sd3_pipe.transformer.get_submodule(path).norm_q
+            q = q if norm is None else norm(q)
+            scores = torch.einsum("blhd,mhd->bhlm", q, k) / q.shape[-1] ** 0.5
+            gathered = torch.einsum("bhlm,mhd->blhd", scores.softmax(-1), v).flatten(2)
+            return (args[0] + weight * (gathered @ out.weight.T + out.bias),)
+
+        return changed
+
+    for path in adapter.attentions:
+        attention = sd3_pipe.transformer.get_submodule(path)
+        attention.to_q.register_forward_hook(keep(path))
+        attention.to_out[0].register_forward_pre_hook(add(path))
+    assert close(draw(sd3_pipe, num_inference_steps=1), got)
+
+
 def test_a_guided_encoder_acts_in_the_prompts_calls_alone(flux_pipe: Any) -> None:
     """Flux calls its transformer once a prompt. One step is linear: negative + 2 (prompt - negative)."""
     cfg = {"negative_prompt": "a dog", "true_cfg_scale": 2.0}
