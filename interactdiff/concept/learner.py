@@ -135,7 +135,7 @@ class Learner:
     ):
         self.options = options.suited(known_info(pipeline).learning)
         self.pipeline, self.step = pipeline, 0
-        self._is_whole = True  # whether weights and step are of one another
+        self._is_whole = True  # False while an optimizer's step is under way
         self._folder, self._template = checkpoint, prompt
         self.concepts = as_concepts(concepts, options.vectors)
         self.names = [concept.token for concept in self.concepts]
