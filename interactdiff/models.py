@@ -30,7 +30,7 @@ class ModelInfo:
     size: int | None = None
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     masks: Mapping[str, int | float] = field(default_factory=dict)
-    learning: Mapping[str, int | float] = field(default_factory=dict)
+    learning: Mapping[str, int | float | str] = field(default_factory=dict)
 
 
 PACKAGED = {
@@ -42,7 +42,7 @@ PACKAGED = {
             guidance_scale=4.0,
             settings={"subject": {"encoder_weight": 1.5, "reference_weight": 0.0}},
             masks={"power": 0},
-            learning={"max_timestep": 600},
+            learning={"max_timestep": 600, "prefix": "a "},
         ),
         ModelInfo(
             "stickworld-dit",
@@ -58,7 +58,12 @@ PACKAGED = {
                 "subject": {"encoder_weight": 1.5, "attention_without_box": 0},
             },
             masks={"power": 2, "exponent": 1.0, "threshold": 0.05},
-            learning={"learning_rate": 5e-4, "token_learning_rate": 3e-3, "max_timestep": 700},
+            learning={
+                "learning_rate": 5e-4,
+                "token_learning_rate": 3e-3,
+                "max_timestep": 700,
+                "prefix": "a ",
+            },
         ),
     )
 }

@@ -313,6 +313,9 @@ def test_options_are_those_that_are_given_or_suit_the_base(pipe: Any) -> None:
     own = {"learning_rate": 5e-4}
     options = LearnOptions().suited(own)
     assert (options.learning_rate, options.token_learning_rate, options.max_timestep) == (5e-4, 1e-3, 1000)
+    assert options.prefix == "a photo of "
+    assert LearnOptions().suited({"prefix": "a "}).prefix == "a "
+    assert LearnOptions(prefix="").suited({"prefix": "a "}).prefix == ""
     options = LearnOptions(learning_rate=1e-2, token_learning_rate=0.0, max_timestep=1).suited(own)
     assert (options.learning_rate, options.token_learning_rate, options.max_timestep) == (1e-2, 0.0, 1)
     with Learner(pipe, photo(), PAIR, LearnOptions(**SHORT), "{0} on {1}") as learner:  # type: ignore[arg-type]

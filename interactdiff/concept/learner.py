@@ -134,6 +134,8 @@ class Learner:
         checkpoint: Path | None = None,
     ):
         self.options = options.suited(known_info(pipeline).learning)
+        assert self.options.prefix is not None
+        self._prefix = self.options.prefix
         self.pipeline, self.step = pipeline, 0
         self._is_whole = True  # False while an optimizer's step is under way
         self._folder, self._template = checkpoint, prompt
@@ -171,7 +173,7 @@ class Learner:
                 self.names,
                 self._template,
                 self.options.looking,
-                self.options.prefix,
+                self._prefix,
             )
             self.objective = Objective(self.finder, self.options)
             self._make_optimizer()
@@ -284,7 +286,7 @@ class Learner:
         panels = [(self.photo, "photo")]
         together = [self.names] if len(self.names) > 1 else []
         for names in (*([name] for name in self.names), *together):
-            prompt = subset_prompt(names, self.options.prefix).text
+            prompt = subset_prompt(names, self._prefix).text
             arguments = call_arguments(self.pipeline, prompt, None, guidance)
             drawn = self.pipeline(
                 **arguments,
@@ -312,7 +314,7 @@ class Learner:
         )
         names = [self.names[n] for n in chosen]
         is_joint = len(chosen) == len(self.names) and self._template is not None
-        prompt = self.finder.prompt if is_joint else subset_prompt(names, options.prefix)
+        prompt = self.finder.prompt if is_joint else subset_prompt(names, self._prefix)
         chosen = list(range(len(self.names))) if is_joint else chosen
         names = [self.names[n] for n in chosen]
         is_half = options.mixed_precision == "bf16"

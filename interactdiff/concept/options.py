@@ -11,7 +11,12 @@ from interactdiff.concept.finding import Looking
 from interactdiff.concept.masks import MaskSettings
 from interactdiff.concept.words import MAX_SEED, MAX_VECTORS, PREFIX, ConceptError, check_range
 
-USUAL = {"learning_rate": 1e-4, "token_learning_rate": 1e-3, "max_timestep": TRAIN_STEPS}
+USUAL = {
+    "learning_rate": 1e-4,
+    "token_learning_rate": 1e-3,
+    "max_timestep": TRAIN_STEPS,
+    "prefix": PREFIX,
+}
 """Options whose default is what suits the base: their values for bases of which nothing is known."""
 PARSED = (bool, int, float, str)  # types of options that a command line can give
 WITH_FLAGS = ("steps", "vectors", "seed", "sample_every")  # that have one of their own there
@@ -61,7 +66,7 @@ class LearnOptions:
         attention_weight: of that loss.
         full_image_weight: share of the denoising error over the whole picture, in [0, 1]; the published code
             has 0.5.
-        prefix: of prompts that name some of the concepts.
+        prefix: of prompts that name some of the concepts; None for what suits the base, else "a photo of ".
         sampling: of concepts for each step: "uniform" over all subsets, or "reweighted", which draws those
             alone more often that attention finds less well.
         joint_share: of the steps, with all concepts, where sampling is reweighted; in [0, 1].
@@ -97,7 +102,7 @@ class LearnOptions:
     attention_loss: str = "normalised"
     attention_weight: float = 0.02
     full_image_weight: float = 0.0
-    prefix: str = PREFIX
+    prefix: str | None = None
     sampling: str = "uniform"
     joint_share: float = 1 / 3
     refresh_every: int = 50
@@ -142,7 +147,7 @@ class LearnOptions:
         """Whether any loss reads them."""
         return self.attention_loss != "none" or self.full_image_weight < 1
 
-    def suited(self, own: Mapping[str, int | float]) -> "LearnOptions":
+    def suited(self, own: Mapping[str, int | float | str]) -> "LearnOptions":
         """The same without None of `USUAL`: what is given, else a base's own, else the usual values."""
         values: dict[str, Any] = {**USUAL, **own}
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
@@ -189,6 +194,7 @@ class LearnOptions:
             learning_rate=1e-4,
             token_learning_rate=1e-4,
             max_timestep=TRAIN_STEPS,
+            prefix=PREFIX,
             acts_on="all",
             attention_loss="published",
             attention_weight=1.0,
