@@ -1,5 +1,6 @@
 """The models of the embedded world that `on_device` trains: settings of their recipes, and in which order."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,50 +106,39 @@ def _base(name: str, config: str, made: str, share: float, **more: str) -> Stage
     )
 
 
-def _interaction(name: str, config: str, base: str, share: float) -> Stage:
-    made = f"{base}-interaction"
+def _adapter(name: str, base: str, share: float, kind: str, more: Mapping[str, Any], **again: Any) -> Stage:
+    made = f"{base}-{kind}"
     return Stage(
         name,
-        config,
+        f"stickworld_{name}",
         made,
         share,
-        {
-            "base": f"{{runs}}/{base}",
-            "export_to": f"{{runs}}/{made}",
-            "batch_size": 64,
-            "renders": 32000,
-        },
-        {"init_from": f"{{runs}}/{made}", "learning_rate": 1.0e-3},
+        {"base": f"{{runs}}/{base}", "export_to": f"{{runs}}/{made}", "batch_size": 64, **more},
+        {"init_from": f"{{runs}}/{made}", "learning_rate": 1.0e-3, **again},
     )
 
 
-def _subject(name: str, config: str, base: str, share: float) -> Stage:
-    made = f"{base}-subject"
-    return Stage(
-        name,
-        config,
-        made,
-        share,
-        {
-            "base": f"{{runs}}/{base}",
-            "image_encoder": "{runs}/readers/image-tower",
-            "data": [f"{{runs}}/subjects/{part}" for part in range(PARTS)],
-            "cache": f"{{runs}}/cache/{name}",
-            "export_to": f"{{runs}}/{made}",
-            "learning_rate": 3.0e-3,
-            "batch_size": 64,
-            "workers": 4,
-        },
-        {"init_from": f"{{runs}}/{made}", "image_encoder": None, "learning_rate": 1.0e-3},
-    )
+def _interaction(name: str, base: str, share: float) -> Stage:
+    return _adapter(name, base, share, "interaction", {"renders": 32000})
+
+
+def _subject(name: str, base: str, share: float) -> Stage:
+    settings = {
+        "image_encoder": "{runs}/readers/image-tower",
+        "data": [f"{{runs}}/subjects/{part}" for part in range(PARTS)],
+        "cache": f"{{runs}}/cache/{name}",
+        "learning_rate": 3.0e-3,
+        "workers": 4,
+    }
+    return _adapter(name, base, share, "subject", settings, image_encoder=None)
 
 
 _UNET = _base("base", "stickworld_base", "stickworld", 0.42, vae="{runs}/parts/vae")
 _DIT = _base("dit", "stickworld_dit", "stickworld-dit", 0.36)
-_INTERACTION = _interaction("interaction", "stickworld_interaction", "stickworld", 0.17)
-_DIT_INTERACTION = _interaction("dit_interaction", "stickworld_dit_interaction", "stickworld-dit", 0.11)
-_SUBJECT = _subject("subject", "stickworld_subject", "stickworld", 0.13)
-_DIT_SUBJECT = _subject("dit_subject", "stickworld_dit_subject", "stickworld-dit", 0.13)
+_INTERACTION = _interaction("interaction", "stickworld", 0.17)
+_DIT_INTERACTION = _interaction("dit_interaction", "stickworld-dit", 0.11)
+_SUBJECT = _subject("subject", "stickworld", 0.13)
+_DIT_SUBJECT = _subject("dit_subject", "stickworld-dit", 0.13)
 CLEAR = Stage(
     "clear",
     "distill_clear_stickworld",
