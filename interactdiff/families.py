@@ -110,7 +110,8 @@ class Family:
 def grid_of_ids(ids: Tensor) -> Grid:
     """Rows and columns of the image's tokens, of their places (time, row, column, ...).
 
-    Tokens of further pictures, at another time, come after those of the one that is denoised.
+    Tokens of further pictures, at another time, come after those of the one that is denoised. The places may
+    begin anywhere, and lie any distance apart.
 
     Args:
         ids: [L, 3 or 4], or [B, L, ...].
@@ -120,11 +121,11 @@ def grid_of_ids(ids: Tensor) -> Grid:
     """
     ids = (ids[0] if ids.ndim == 3 else ids).float()
     own = ids[ids[:, 0] == ids[0, 0]]
-    first = own.amin(0)  # a reference's may begin anywhere
-    own = own - first
-    rows, columns = (int(n) + 1 for n in own[:, 1:3].amax(0))
-    there = ids[: len(own)] - first
-    places = there[:, 1] * columns + there[:, 2]
+    (rows, row), (columns, column) = (
+        (len(lines), line)
+        for lines, line in (ids[: len(own), axis].unique(return_inverse=True) for axis in (1, 2))
+    )
+    places = row * columns + column
     if rows * columns != len(own) or not places.equal(torch.arange(len(own)).to(places)):
         raise AdapterError(
             f"expected image tokens in one grid, row by row, got {len(own)} tokens with places in "

@@ -240,6 +240,7 @@ def test_places_of_tokens_are_one_grid_of_the_first_picture() -> None:
     own = torch.stack([torch.zeros(12), y.flatten(), x.flatten(), torch.zeros(12)], 1)
     further = own + torch.tensor([10.0, 0, 0, 0])
     assert grid_of_ids(torch.cat([own, further])[None]) == (3, 4)
+    assert grid_of_ids(own * 0.3 + 1.7) == (3, 4)
     with pytest.raises(AdapterError, match="got 12 tokens with places in 3 x 4"):
         grid_of_ids(own.flip(0))
 

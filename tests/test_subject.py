@@ -201,6 +201,41 @@ def test_positions_can_be_shifted_in_flux_alone(flux_pipe: Any, pipe: Any) -> No
         handle["subject"].configure(position_shift=1.0)
 
 
+def reference_places(pipe: Any, subject: Subject, **settings: Any) -> list[list[float]]:
+    """Of the tokens of a reference in Flux: the rows' places in the picture's grid, and the columns'."""
+    ids: list[Tensor] = []
+    kept = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, arguments: ids.append(arguments["img_ids"]), with_kwargs=True
+    )
+    drawn(pipe, subject, run={"num_inference_steps": 1}, **settings)
+    kept.remove()
+    assert [len(one) for one in ids] == [64, 64]  # the picture's, and within its call the reference's
+    return [ids[1][:, axis].unique().tolist() for axis in (1, 2)]
+
+
+def test_in_flux_a_reference_lies_on_its_place_as_high_as_that(flux_pipe: Any) -> None:
+    """Of 8 x 8 tokens the left half is the subject; its place is 4 rows high, from the middle to the right."""
+    placed = dog(0, (32, 32), box=(0.5, 0.25, 0.75, 0.75))
+    rows, columns = reference_places(flux_pipe, placed)
+    middles = [0.5 + n for n in range(8)]  # of tokens, which their numbers lie a half before
+    assert rows == [4 + 0.5 * (middle - 4) - 0.5 for middle in middles]
+    assert columns == [5 + 0.5 * (middle - 2) - 0.5 for middle in middles]
+    unscaled = [[float(n) for n in range(8)], [3.0 + n for n in range(8)]]
+    assert reference_places(flux_pipe, placed, position_scale=0) == unscaled
+    assert reference_places(flux_pipe, dog(0, (32, 32))) == [unscaled[0]] * 2
+    flat = dog(0, (32, 32), box=(0.5, 0.5, 0.75, 0.51))
+    rows, _ = reference_places(flux_pipe, flat)
+    assert rows[1] - rows[0] == 0.25, "no closer together than by 4"
+    assert not torch.equal(drawn(flux_pipe, placed), drawn(flux_pipe, placed, position_scale=0))
+
+
+def test_stray_pixels_of_a_mask_do_not_change_a_references_extent(flux_pipe: Any) -> None:
+    mask = half_mask((32, 32))
+    mask.putpixel((31, 31), 255)
+    with attached(flux_pipe, dog(0, (32, 32), mask=mask)) as handle:
+        assert handle["subject"].scene.subjects[0].reference.extent() == (0, 0, 0.5, 1)
+
+
 # --- sizes, batches, several subjects ---
 
 

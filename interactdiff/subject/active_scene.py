@@ -16,9 +16,11 @@ from interactdiff.families import Grid
 from interactdiff.scene_checks import Box
 from interactdiff.sites import Site
 from interactdiff.subject.features import Features, Reference
+from interactdiff.subject.passes import Positions
 from interactdiff.subject.place import place
 
 KEPT_WEIGHTS = 64
+MOST_SCALED = 4.0  # times that a reference's positions lie farther apart, or closer together
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,34 @@ class PlacedSubject:
     boxes: tuple[Box, ...]
     strength: float
 
-    def shift(self, grid: tuple[int, int], beside: float) -> tuple[int, int]:
-        """Rows and columns by which the reference's positions lie beside the picture's.
+    def positions(self, grid: Grid, beside: float, scaled: bool) -> Positions:
+        """Where the reference's tokens lie in the picture's grid.
 
         Positions decide where a transformer draws what it sees: the middle of the subject comes to lie on the
-        middle of its place, if it has one.
+        middle of its place, if it has one, and the subject is as high as that.
 
         Args:
             grid: rows and columns of the picture's tokens.
             beside: without a place, how many of the reference's widths aside.
+            scaled: whether the subject is scaled to its place.
         """
+        reference = self.reference
         if not self.boxes:
-            return 0, round(beside * self.reference.grid[1])
+            return Positions(0.0, float(round(beside * reference.grid[1])))
+        scale = 1.0
+        left, top, right, bottom = reference.extent()
         x0, y0, x1, y1 = self.boxes[0]
-        row, column = self.reference.middle()
-        rows, columns = grid
-        return round((y0 + y1) / 2 * rows - 0.5 - row), round((x0 + x1) / 2 * columns - 0.5 - column)
+        if scaled:
+            scale = (y1 - y0) * grid[0] / ((bottom - top) * reference.grid[0])
+            scale = min(max(scale, 1 / MOST_SCALED), MOST_SCALED)
+        row, column = (  # a token's middle lies at its number and a half
+            (low + high) / 2 * here - 0.5 - scale * ((first + last) / 2 * there - 0.5)
+            for low, high, first, last, here, there in (
+                (y0, y1, top, bottom, grid[0], reference.grid[0]),
+                (x0, x1, left, right, grid[1], reference.grid[1]),
+            )
+        )
+        return Positions(row, column, scale) if scaled else Positions(float(round(row)), float(round(column)))
 
 
 class SubjectRows(NamedTuple):

@@ -22,6 +22,7 @@ from interactdiff.subject.features import Features, moved
 from interactdiff.subject.foreground import load_segmenter
 from interactdiff.subject.guidance import combined, guided_by_reference, halves_of, map_rows, prompt_in_both
 from interactdiff.subject.items import MAX_SUBJECTS, Subject, boxes_of, warn_unnamed
+from interactdiff.subject.passes import AS_THE_PICTURE
 from interactdiff.subject.place import place
 from interactdiff.subject.runner import ReferenceRunner, Time, times_ahead
 from interactdiff.subject.spec import SPEC
@@ -107,7 +108,7 @@ class SubjectBinding(Binding):
             rows_at_once: times of one pass over a reference, 8 at first.
             **settings: those of the method: `encoder_weight`, `encoder_guidance`, `reference_weight`,
                 `attention_without_box`, `guidance`, `guidance_share`, `time_gap`, `layers`, `schedule`,
-                `extra_row`, `fresh_noise`, `position_shift` (docs/subject.md).
+                `extra_row`, `fresh_noise`, `position_shift`, `position_scale` (docs/subject.md).
 
         Raises:
             SceneError: there is no such setting, or its value is out of range.
@@ -366,10 +367,13 @@ class SubjectBinding(Binding):
         for number in sorted(self._attended(scene)):
             subject = scene.subjects[number]
             self._pass_weight = self.settings["encoder_weight"] * subject.strength * bool(self._encoders)
-            shift = subject.shift(call.grid, self.settings["position_shift"]) if passes.shifts else (0, 0)
+            positions = AS_THE_PICTURE
+            if passes.positioned:
+                beside, scaled = (self.settings[f"position_{name}"] for name in ("shift", "scale"))
+                positions = subject.positions(call.grid, beside, bool(scaled))
             now = [(time, sign) for sign in signs]
             made = self.runner.features(
-                call, subject.reference, now, ahead, gap, self._pass_weight, fresh, shift
+                call, subject.reference, now, ahead, gap, self._pass_weight, fresh, positions
             )
             for sign, features in zip(signs, made, strict=True):
                 found[number, sign] = moved(features, call.device)

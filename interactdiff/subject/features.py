@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interactdiff.families import Grid
+from interactdiff.scene_checks import Box
 from interactdiff.subject.items import Subject
 from interactdiff.subject.passes import Texts
 
 LEAST_SHARE = 0.05
 """Least share of a token's area that the subject covers; the share is a factor of the token's weight."""
+STRAY = 0.005
+"""Share of a foreground's area that its extent leaves out on each side."""
 Features = dict[str, tuple[Tensor, Tensor]]
 """By the path of a site, keys and values [1, heads, K, D] of the foreground's tokens."""
 
@@ -57,13 +60,16 @@ class Reference:
             self._keys[grid] = kept, shares[kept]
         return self._keys[grid]
 
-    def middle(self) -> tuple[float, float]:
-        """Row and column of the foreground's middle, in the denoiser's grid of tokens."""
-        shares = F.adaptive_avg_pool2d(self.mask, self.grid)[0, 0]
-        rows, columns = (
-            (side * torch.arange(len(side))).sum() / side.sum() for side in (shares.sum(1), shares.sum(0))
-        )
-        return float(rows), float(columns)
+    def extent(self) -> Box:
+        """xyxy of the foreground in [0, 1], but for its outermost pixels, which may be stray ones."""
+        ends = []
+        for along in (0, 1):  # x, y
+            share = self.mask[0, 0].sum(along).cumsum(0)
+            share = share / share[-1]
+            first, last = ((share > cut).nonzero()[0] for cut in (STRAY, 1 - STRAY))
+            ends.append((float(first) / len(share), float(last + 1) / len(share)))
+        (x0, x1), (y0, y1) = ends
+        return x0, y0, x1, y1
 
     def same_text(self, text: Texts) -> bool:
         """Whether its prompt has these features."""

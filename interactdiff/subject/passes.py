@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,6 +23,17 @@ TRAIN_STEPS = 1000  # of all schedulers that are supported, as call timesteps ha
 LEAST_ALPHA = 1e-8  # where a schedule ends in pure noise
 SIZES = 6  # numbers of SDXL's time_ids: sizes before and after cropping, and where; a reference has its own
 Texts = dict[str, Tensor]
+
+
+class Positions(NamedTuple):
+    """Where a reference's tokens lie: (r, c) at (row + scale r, column + scale c) of the picture's grid."""
+
+    row: float
+    column: float
+    scale: float = 1.0
+
+
+AS_THE_PICTURE = Positions(0.0, 0.0)
 
 
 def passes_of(host: Host) -> Passes:
@@ -47,8 +58,8 @@ class Passes(ABC):
     """
 
     multiple = 1  # latents a side
-    shifts = False
-    """Whether positions of a reference can be shifted."""
+    positioned = False
+    """Whether a reference has positions of its own."""
 
     def __init__(self, host: Host):
         self.host, self.denoiser, self.pipeline = host, host.denoiser, host.pipeline
@@ -144,7 +155,7 @@ class Passes(ABC):
         noised: Tensor,
         text: Texts,
         times: Sequence[float],
-        shift: Grid = (0, 0),
+        positions: Positions = AS_THE_PICTURE,
     ) -> dict[str, Any]:
         """Of the denoiser's call over a reference: the caller's, but for what the reference has of its own.
 
@@ -156,7 +167,7 @@ class Passes(ABC):
             noised: [N, C, h, w], from `noised`.
             text: of the reference's prompt.
             times: the timesteps that the denoiser is given, N.
-            shift: rows and columns by which the reference's positions lie beside the picture's.
+            positions: of the reference's tokens.
         """
         device, dtype = call.device, self.denoiser.dtype
         count = len(noised)
@@ -169,7 +180,7 @@ class Passes(ABC):
         timestep = torch.tensor(times, device=device, dtype=torch.float32) / units
         given = {name: rows(value) for name, value in text.items()}
         scale = (call.arguments.get(self.kwargs) or {}).get("scale")
-        made = self._arguments(call, latents.to(device, dtype), noised.to(device, dtype), given, shift)
+        made = self._arguments(call, latents.to(device, dtype), noised.to(device, dtype), given, positions)
         made |= {"timestep": timestep, "return_dict": False}
         return made | ({} if scale is None else {self.kwargs: {"scale": scale}})
 
@@ -177,7 +188,7 @@ class Passes(ABC):
 
     @abstractmethod
     def _arguments(
-        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
+        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, positions: Positions
     ) -> dict[str, Any]: ...
 
     def check_channels(self, own: int) -> None:
@@ -227,7 +238,7 @@ class UNetPasses(Passes):
         return {"encoder_hidden_states": encoded[0]}
 
     def _arguments(
-        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
+        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, positions: Positions
     ) -> dict[str, Any]:
         channels, own = self.denoiser.config.in_channels, noised.shape[1]
         if channels == 2 * own + 1:  # inpainting: nothing of the reference is to be painted
@@ -266,7 +277,7 @@ class UNetPasses(Passes):
 class FluxPasses(Passes):
     """Of Flux: packed latents, and positions of their own."""
 
-    multiple, shifts = 2, True
+    multiple, positioned = 2, True
 
     def _native_side(self) -> int:
         return getattr(self.pipeline, "default_sample_size", 128) * self.pipeline.vae_scale_factor
@@ -278,16 +289,16 @@ class FluxPasses(Passes):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def _arguments(
-        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
+        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, positions: Positions
     ) -> dict[str, Any]:
         rows, columns = self.grid(noised)
         packed = noised.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # [N, C, rows, 2, columns, 2]
         packed = packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         self.check_channels(packed.shape[2])
         like = call.arguments["img_ids"]
-        ids = torch.zeros(rows, columns, 3, device=like.device, dtype=like.dtype)
-        ids[..., 1] += torch.arange(rows, device=like.device)[:, None] + shift[0]
-        ids[..., 2] += torch.arange(columns, device=like.device)[None] + shift[1]
+        ids = torch.zeros(rows, columns, 3, device=like.device)  # 16 bits are too few for fractions
+        ids[..., 1] += torch.arange(rows, device=like.device)[:, None] * positions.scale + positions.row
+        ids[..., 2] += torch.arange(columns, device=like.device)[None] * positions.scale + positions.column
         made: dict[str, Any] = {"hidden_states": packed, **text, "img_ids": ids.flatten(0, 1)}
         made["txt_ids"] = torch.zeros(text["encoder_hidden_states"].shape[1], 3).to(like)
         if (guidance := call.arguments.get("guidance")) is not None:
@@ -317,7 +328,7 @@ class SD3Passes(Passes):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def _arguments(
-        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, shift: Grid
+        self, call: Call, latents: Tensor, noised: Tensor, text: Texts, positions: Positions
     ) -> dict[str, Any]:
         self.check_channels(noised.shape[1])
         return {"hidden_states": noised, **text}

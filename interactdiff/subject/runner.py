@@ -14,14 +14,13 @@ from torch import Tensor
 
 from interactdiff.adapter import Host
 from interactdiff.calls import Call
-from interactdiff.families import Grid
 from interactdiff.fingerprints import fingerprint
 from interactdiff.handle import attached_bindings
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.features import FeatureCache, Features, Reference
 from interactdiff.subject.foreground import foreground, whole
 from interactdiff.subject.items import Subject
-from interactdiff.subject.passes import Passes, passes_of
+from interactdiff.subject.passes import AS_THE_PICTURE, Passes, Positions, passes_of
 from interactdiff.subject.subject_sites import KeySite
 
 Time = tuple[float, int]
@@ -106,7 +105,7 @@ class ReferenceRunner:
         gap: float,
         key: Any,
         fresh: int | None = None,
-        shift: Grid = (0, 0),
+        positions: Positions = AS_THE_PICTURE,
     ) -> list[Features]:
         """A reference's features at the times of a call.
 
@@ -118,14 +117,14 @@ class ReferenceRunner:
             gap: timesteps between -1, 0 and 1.
             key: what else of the settings acts in a pass, compared by equality.
             fresh: seed of noise for this call alone, for which nothing is kept; None has the reference's own.
-            shift: rows and columns of its positions beside the picture's.
+            positions: of its tokens.
         """
         passes = self.passes()
         if fresh is not None:
             noise = torch.randn(reference.noise.shape, generator=torch.Generator().manual_seed(fresh))
-            return self._run(call, passes, reference, now, gap, shift, noise)
+            return self._run(call, passes, reference, now, gap, positions, noise)
         dtype = self._host.denoiser.dtype, call.autocast
-        run = (reference, passes.call_key(call), self._weights_key(call), dtype, gap, shift, key)
+        run = (reference, passes.call_key(call), self._weights_key(call), dtype, gap, positions, key)
 
         def place(time: Time) -> Any:
             level = passes.noise_shares(time[0] + time[1] * gap, call.pipeline)
@@ -139,7 +138,8 @@ class ReferenceRunner:
             more = [time for time in more if self.cache.get(run, place(time)) is None]
             more = more[: max(min(self.rows_at_once - len(missing), fitting), 0)]
             times = [*missing, *more]
-            for time, made in zip(times, self._run(call, passes, reference, times, gap, shift), strict=True):
+            rows = self._run(call, passes, reference, times, gap, positions)
+            for time, made in zip(times, rows, strict=True):
                 self.cache.put(run, place(time), made)
                 if time in found:
                     found[time] = made
@@ -152,7 +152,7 @@ class ReferenceRunner:
         reference: Reference,
         times: Sequence[Time],
         gap: float,
-        shift: Grid,
+        positions: Positions,
         noise: Tensor | None = None,
     ) -> list[Features]:
         """One pass, with a row for each time."""
@@ -160,7 +160,7 @@ class ReferenceRunner:
         noise = reference.noise if noise is None else noise
         noised = passes.noised(reference.latents, noise, levels, call.pipeline)
         given = [time for time, _ in times]
-        arguments = passes.arguments(call, reference.latents, noised, reference.text, given, shift)
+        arguments = passes.arguments(call, reference.latents, noised, reference.text, given, positions)
         for one in self._sites:
             kept, _ = reference.foreground(one.site.grid(*reference.grid))
             one.kept, one.recorded = kept.to(call.device), None

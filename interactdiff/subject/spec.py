@@ -77,6 +77,10 @@ SETTINGS = (
         "position_shift", "Position shift", 0.0, -8.0, 8.0,
         "In Flux: by how many of its widths the reference's positions lie beside the picture's.",
     ),
+    Setting(
+        "position_scale", "Position scale", 1, 0, 1,
+        "In Flux: 1 scales the reference's positions, so that a subject is as high as its box.", (0, 1),
+    ),
 )  # fmt: skip
 MASKS = Setting("masks", "Masks", 1, 0, 1, "0: references come without their masks.", (0, 1))
 
