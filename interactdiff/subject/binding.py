@@ -20,7 +20,7 @@ from interactdiff.subject.active_scene import PlacedSubject, SubjectScene
 from interactdiff.subject.adapter import SubjectAdapter
 from interactdiff.subject.features import Features, moved
 from interactdiff.subject.foreground import load_segmenter
-from interactdiff.subject.guidance import combined, guided_by_reference, halves_of, map_rows, prompt_in_both
+from interactdiff.subject.guidance import GuidedStep, ReferenceGuidance
 from interactdiff.subject.items import MAX_SUBJECTS, Subject, boxes_of, warn_unnamed
 from interactdiff.subject.passes import AS_THE_PICTURE
 from interactdiff.subject.place import place
@@ -35,19 +35,11 @@ class Plan:
 
     Attributes:
         features: of subjects by number and sign.
-        gap: whether the reference's noise differs by what a row is for.
-        blind: which part of the batch sees no reference.
-        by_reference: whether the step is guided by the reference.
-        doubled: whether rows were added that the caller does not know of.
-        returns: whether the caller gets what its first call of the step gave.
+        step: how it is guided.
     """
 
     features: dict[tuple[int, int], Features]
-    gap: bool = False
-    blind: int | None = None
-    by_reference: bool = False
-    doubled: bool = False
-    returns: bool = False
+    step: GuidedStep
 
 
 class SubjectBinding(Binding):
@@ -73,6 +65,7 @@ class SubjectBinding(Binding):
             EncoderSite(site, *attentions[site.path]) for site in host.sites if site.path in attentions
         ]
         self.runner = ReferenceRunner(host, adapter, self._keys)
+        self._reference_guidance = ReferenceGuidance(self.settings)
         self._guidance = Guidance(self._before, self._after)
         recorders = tuple(one.recorder for one in self._keys)
         self._encoder_edits = tuple(one.edit for one in self._encoders)
@@ -83,7 +76,6 @@ class SubjectBinding(Binding):
         self._acting: dict[tuple[bool, bool, int], tuple[Edit, ...]] = {}
         self._plan: Plan | None = None
         self._pass_weight = 0.0  # of the encoder, in a pass over a reference
-        self._returned: dict[int, tuple[float, Tensor]] = {}
         self._given: tuple[Tensor, tuple[tuple[Box, ...], ...], tuple[float, ...]] | None = None
         self._autocast: torch.dtype | None = None
 
@@ -235,7 +227,7 @@ class SubjectBinding(Binding):
     def clear(self) -> None:
         """Forget the scene; what is kept of its references stays for the next one."""
         self.scene = self._plan = self._given = None
-        self._returned.clear()
+        self._reference_guidance.forget()
         for one in self._keys:
             one.blocks = ()
         for site in self._encoders:
@@ -252,10 +244,10 @@ class SubjectBinding(Binding):
         if self._given is not None:
             return self._prepare_given(call, *self._given)
         plan, scene = self._plan, self.scene
-        if plan is None or scene is None or plan.returns:
+        if plan is None or scene is None or plan.step.returns:
             return ()
         self.follow(call.device)
-        rows = scene.rows(call, plan.gap, plan.blind)
+        rows = scene.rows(call, plan.step.gap, plan.step.blind)
         acting = self._acting_keys() if plan.features else []
         for one in acting:
             one.blocks = scene.key_blocks(
@@ -294,12 +286,13 @@ class SubjectBinding(Binding):
         if share < 1 and (not share or (call.step and not scheduled(*call.step, (share, 0.0, 1 - share)))):
             return None
         acts = self._is_attended(scene)
-        plan, edited = Plan({}), None
+        step, edited, features = GuidedStep(), None, {}
         if acts and self.settings["guidance"] > 0:
-            plan, edited = self._guided(call, scene)
-        if acts and not plan.returns:
-            plan.features = self._features(call, scene, plan, edited)
-        self._plan = plan
+            self._check_guided(scene)
+            step, edited = self._reference_guidance.step(call, scene.seed)
+        if acts and not step.returns:
+            features = self._features(call, scene, step.gap, edited)
+        self._plan = Plan(features, step)
         return edited
 
     def _is_attended(self, scene: SubjectScene) -> bool:
@@ -312,47 +305,24 @@ class SubjectBinding(Binding):
         everywhere = self.settings["attention_without_box"]
         return {n for n in seen if everywhere or scene.subjects[n].boxes}
 
-    def _guided(self, call: Call, scene: SubjectScene) -> tuple[Plan, EditedCall | None]:
+    def _check_guided(self, scene: SubjectScene) -> None:
+        """Refuse batches of which a prompt would lose its negative prompt, and see nothing for it."""
         attended = self._attended(scene)
         if without := [n for n, own in enumerate(scene.prompts, 1) if not attended & set(own)]:
             raise AdapterError(
                 "expected subjects that are seen in every prompt of a batch for reference guidance, got none "
                 f"in prompt {without[0]}: draw it in a batch of its own, or set guidance to 0"
             )
-        plan = Plan({}, gap=self.settings["time_gap"] > 0)
-        plan.by_reference = self._by_reference(call, scene, 0)
-        halves = halves_of(call.rows)
-        if halves is None and not self.settings["extra_row"]:
-            raise AdapterError(
-                "expected batches of prompt and negative prompt for reference guidance, got one row a "
-                "picture: set extra_row to 1, which adds one, or guidance to 0"
-            )
-        if not plan.by_reference:
-            return plan, None
-        if halves is not None:
-            plan.blind = halves[0]
-            edited = prompt_in_both(call.arguments, call.batch, halves)
-        elif call.rows == ("unconditional",):
-            plan.returns = True
-            return plan, None
-        else:
-            plan.blind, plan.doubled = 0, True
-            edited = map_rows(call.arguments, call.batch, lambda t: torch.cat([t, t]))
-        return plan, EditedCall(edited, ("conditional", "conditional"))
-
-    def _by_reference(self, call: Call, scene: SubjectScene, ahead: int) -> bool:
-        step = int(call.timestep) if call.step is None else call.step[0]
-        return guided_by_reference(scene.seed, step + ahead, self.settings["guidance_share"])
 
     def _features(
-        self, call: Call, scene: SubjectScene, plan: Plan, edited: EditedCall | None
+        self, call: Call, scene: SubjectScene, gap: bool, edited: EditedCall | None
     ) -> dict[tuple[int, int], Features]:
         """Of all references that the call's rows see."""
         parts = call.rows if edited is None else edited.rows or ()
         signs = (0,)
-        if plan.gap:
+        if gap:
             signs = tuple(sorted({1 if part == "unconditional" else -1 for part in parts}))
-        gap = float(self.settings["time_gap"]) if plan.gap else 0.0
+        apart = float(self.settings["time_gap"]) if gap else 0.0
         time, passes = call.timestep, self.runner.passes()
         fresh = None
         if self.settings["fresh_noise"]:
@@ -360,8 +330,10 @@ class SubjectBinding(Binding):
             fresh = (scene.seed * 1000003 + step + 1) % 2**63  # 0 is that of the reference's own noise
         found: dict[tuple[int, int], Features] = {}
         later = times_ahead(call)
-        guided = (self._by_reference(call, scene, n) for n in range(1, len(later) + 1))
-        ahead = [t for time, by in zip(later, guided, strict=True) for t in _signed(time, plan.gap, by)]
+        guided = (
+            self._reference_guidance.by_reference(call, scene.seed, n) for n in range(1, len(later) + 1)
+        )
+        ahead = [t for time, by in zip(later, guided, strict=True) for t in _signed(time, gap, by)]
         if call.step is None or call.step[0] == 0:
             self.runner.cache.begin()
         for number in sorted(self._attended(scene)):
@@ -373,7 +345,7 @@ class SubjectBinding(Binding):
                 positions = subject.positions(call.grid, beside, bool(scaled))
             now = [(time, sign) for sign in signs]
             made = self.runner.features(
-                call, subject.reference, now, ahead, gap, self._pass_weight, fresh, positions
+                call, subject.reference, now, ahead, apart, self._pass_weight, fresh, positions
             )
             for sign, features in zip(signs, made, strict=True):
                 found[number, sign] = moved(features, call.device)
@@ -381,23 +353,11 @@ class SubjectBinding(Binding):
 
     def _after(self, call: Call, prediction: Tensor) -> Tensor | None:
         """What the caller gets of a step that is guided by the reference: the same in both halves."""
-        plan = self._plan
-        if plan is None or not plan.by_reference:
-            return None
-        if plan.returns:
-            time, kept = self._returned.pop(call.thread, (None, None))
-            if kept is None or time != call.timestep:
-                raise AdapterError(
-                    "expected the prompt's call before the negative prompt's for reference guidance, got "
-                    "the other order"
-                )
-            return kept
-        assert plan.blind is not None
-        guided = combined(prediction, plan.blind, self.settings["guidance"])
-        if plan.doubled:
-            self._returned[call.thread] = call.timestep, guided
-            return guided
-        return torch.cat([guided, guided])
+        return (
+            None
+            if self._plan is None
+            else self._reference_guidance.returned(call, self._plan.step, prediction)
+        )
 
     def _prepare_pass(self, call: Call) -> Collection[Edit]:
         """In a pass over a reference: keep its keys, and let it attend to its own tokens."""
