@@ -40,7 +40,7 @@ PACKAGED = {
             "stickworld",
             {"interaction": "stickworld-interaction", "subject": "stickworld-subject"},
             guidance_scale=4.0,
-            settings={"subject": {"encoder_weight": 1.5, "reference_weight": 0.0}},
+            settings={"subject": {"encoder_weight": 1.5, "encoder_guidance": 0.3, "reference_weight": 0.0}},
             masks={"power": 0},
             learning={"max_timestep": 600, "prefix": "a "},
         ),

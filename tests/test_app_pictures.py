@@ -29,7 +29,7 @@ SETTINGS = {"subject.used": False, "subject.encoder_weight": 0.2, "subject.refer
 SETTINGS |= {"subject.encoder_guidance": 0.0, "subject.attention_without_box": 1}
 SETTINGS |= {"subject.guidance": 0.0, "subject.guidance_share": 0.9, "subject.time_gap": 1}
 SETTINGS |= {"subject.layers": 1.0, "subject.schedule": 1.0, "subject.extra_row": 0}
-SETTINGS |= {"subject.fresh_noise": 0, "subject.position_shift": 0.0, "subject.position_scale": 1}
+SETTINGS |= {"subject.fresh_noise": 0, "subject.position_shift": 0.0, "subject.position_scale": 0.5}
 
 
 def figure(mode: str = "RGB", background: Any = "white") -> Image.Image:

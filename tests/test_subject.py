@@ -214,9 +214,9 @@ def reference_places(pipe: Any, subject: Subject, **settings: Any) -> list[list[
 
 
 def test_in_flux_a_reference_lies_on_its_place_as_high_as_that(flux_pipe: Any) -> None:
-    """Of 8 x 8 tokens the left half is the subject; its place is 4 rows high, from the middle to the right."""
+    """Of 8 x 8 tokens the left half is the subject; its place is 4 rows high, right of the middle."""
     placed = dog(0, (32, 32), box=(0.5, 0.25, 0.75, 0.75))
-    rows, columns = reference_places(flux_pipe, placed)
+    rows, columns = reference_places(flux_pipe, placed, position_scale=1)
     middles = [0.5 + n for n in range(8)]  # of tokens, which their numbers lie a half before
     assert rows == [4 + 0.5 * (middle - 4) - 0.5 for middle in middles]
     assert columns == [5 + 0.5 * (middle - 2) - 0.5 for middle in middles]
@@ -224,8 +224,12 @@ def test_in_flux_a_reference_lies_on_its_place_as_high_as_that(flux_pipe: Any) -
     assert reference_places(flux_pipe, placed, position_scale=0) == unscaled
     assert reference_places(flux_pipe, dog(0, (32, 32))) == [unscaled[0]] * 2
     flat = dog(0, (32, 32), box=(0.5, 0.5, 0.75, 0.51))
-    rows, _ = reference_places(flux_pipe, flat)
+    rows, _ = reference_places(flux_pipe, flat, position_scale=1)
     assert rows[1] - rows[0] == 0.25, "no closer together than by 4"
+    for position_scale, apart in (({}, 0.5**0.5), ({"position_scale": 0.25}, 0.5**0.25)):
+        rows, columns = reference_places(flux_pipe, placed, **position_scale)
+        assert rows == pytest.approx([4 + apart * (middle - 4) - 0.5 for middle in middles])
+        assert columns == pytest.approx([5 + apart * (middle - 2) - 0.5 for middle in middles])
     assert not torch.equal(drawn(flux_pipe, placed), drawn(flux_pipe, placed, position_scale=0))
 
 

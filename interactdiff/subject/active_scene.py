@@ -37,26 +37,24 @@ class PlacedSubject:
     boxes: tuple[Box, ...]
     strength: float
 
-    def positions(self, grid: Grid, beside: float, scaled: bool) -> Positions:
+    def positions(self, grid: Grid, beside: float, fitted: float) -> Positions:
         """Where the reference's tokens lie in the picture's grid.
 
         Positions decide where a transformer draws what it sees: the middle of the subject comes to lie on the
-        middle of its place, if it has one, and the subject is as high as that.
+        middle of its place, if it has one, and its size is between its own and that of its place.
 
         Args:
             grid: rows and columns of the picture's tokens.
             beside: without a place, how many of the reference's widths aside.
-            scaled: whether the subject is scaled to its place.
+            fitted: from the subject's own height, 0, to that of its place, 1; between them, a power of it.
         """
         reference = self.reference
         if not self.boxes:
             return Positions(0.0, float(round(beside * reference.grid[1])))
-        scale = 1.0
         left, top, right, bottom = reference.extent()
         x0, y0, x1, y1 = self.boxes[0]
-        if scaled:
-            scale = (y1 - y0) * grid[0] / ((bottom - top) * reference.grid[0])
-            scale = min(max(scale, 1 / MOST_SCALED), MOST_SCALED)
+        fit = (y1 - y0) * grid[0] / ((bottom - top) * reference.grid[0])
+        scale = min(max(fit, 1 / MOST_SCALED), MOST_SCALED) ** fitted
         row, column = (  # a token's middle lies at its number and a half
             (low + high) / 2 * here - 0.5 - scale * ((first + last) / 2 * there - 0.5)
             for low, high, first, last, here, there in (
@@ -64,7 +62,7 @@ class PlacedSubject:
                 (x0, x1, left, right, grid[1], reference.grid[1]),
             )
         )
-        return Positions(row, column, scale) if scaled else Positions(float(round(row)), float(round(column)))
+        return Positions(row, column, scale) if fitted else Positions(float(round(row)), float(round(column)))
 
 
 class SubjectRows(NamedTuple):

@@ -341,8 +341,8 @@ class SubjectBinding(Binding):
             self._pass_weight = self.settings["encoder_weight"] * subject.strength * bool(self._encoders)
             positions = AS_THE_PICTURE
             if passes.positioned:
-                beside, scaled = (self.settings[f"position_{name}"] for name in ("shift", "scale"))
-                positions = subject.positions(call.grid, beside, bool(scaled))
+                beside, fitted = (self.settings[f"position_{name}"] for name in ("shift", "scale"))
+                positions = subject.positions(call.grid, beside, fitted)
             now = [(time, sign) for sign in signs]
             made = self.runner.features(
                 call, subject.reference, now, ahead, apart, self._pass_weight, fresh, positions

@@ -78,8 +78,8 @@ SETTINGS = (
         "In Flux: by how many of its widths the reference's positions lie beside the picture's.",
     ),
     Setting(
-        "position_scale", "Position scale", 1, 0, 1,
-        "In Flux: 1 scales the reference's positions, so that a subject is as high as its box.", (0, 1),
+        "position_scale", "Position scale", 0.5, 0.0, 1.0,
+        "In Flux: scales the reference's positions; 0: as they are, 1: a subject is as high as its box.",
     ),
 )  # fmt: skip
 MASKS = Setting("masks", "Masks", 1, 0, 1, "0: references come without their masks.", (0, 1))
