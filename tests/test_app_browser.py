@@ -226,7 +226,8 @@ def test_stopping_and_drawing_on(studio: StudioPage) -> None:
     studio.page.locator("#gallery button img").first.click()
     studio.page.locator("#background").click()
     studio.page.locator("#canvas .picture:visible").wait_for()
-    assert studio.page.evaluate("() => document.querySelector('#canvas .picture').naturalWidth") == 128
+    # it is shown before it is loaded
+    studio.page.wait_for_function("() => document.querySelector('#canvas .picture').naturalWidth === 128")
 
 
 def test_a_full_queue_is_refused_in_words(browser: Any) -> None:
