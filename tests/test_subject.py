@@ -237,7 +237,7 @@ def test_stray_pixels_of_a_mask_do_not_change_a_references_extent(flux_pipe: Any
     mask = half_mask((32, 32))
     mask.putpixel((31, 31), 255)
     with attached(flux_pipe, dog(0, (32, 32), mask=mask)) as handle:
-        assert handle["subject"].scene.subjects[0].reference.extent() == (0, 0, 0.5, 1)
+        assert handle["subject"].scene.subjects[0].reference.extent == (0, 0, 0.5, 1)
 
 
 # --- sizes, batches, several subjects ---

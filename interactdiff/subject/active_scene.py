@@ -51,7 +51,7 @@ class PlacedSubject:
         reference = self.reference
         if not self.boxes:
             return Positions(0.0, float(round(beside * reference.grid[1])))
-        left, top, right, bottom = reference.extent()
+        left, top, right, bottom = reference.extent
         x0, y0, x1, y1 = self.boxes[0]
         fit = (y1 - y0) * grid[0] / ((bottom - top) * reference.grid[0])
         scale = min(max(fit, 1 / MOST_SCALED), MOST_SCALED) ** fitted

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,7 @@ class Reference:
             self._keys[grid] = kept, shares[kept]
         return self._keys[grid]
 
+    @cached_property
     def extent(self) -> Box:
         """xyxy of the foreground in [0, 1], but for its outermost pixels, which may be stray ones."""
         ends = []
